@@ -1,0 +1,54 @@
+# make demo   set everything up and distil the digits teacher (a few minutes on 2 CPU cores)
+# make test   set everything up and run the tests
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python -m
+
+# A plain `pip install torch` fetches gigabytes of CUDA packages, so a machine without a GPU takes the CPU build.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_FALLBACK ?= torch==2.13.0
+
+.PHONY: demo test test-all lint docs benchmarks clean
+
+demo: $(VENV)/installed
+	$(RUN) flowdistill train --gin_file freeflow/digits.gin --workdir runs/demo $(DEMO_FLAGS)
+	@echo "open runs/demo/report.md"
+
+test: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(RUN) pytest -m "not slow"
+
+test-all: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(RUN) pytest
+
+lint: $(VENV)/developer
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+
+docs: $(VENV)/developer
+	$(RUN) mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) runs site build dist
+
+# Where torch is already importable it is used; the constraint keeps other packages from replacing it.
+$(VENV)/torch:
+	if $(PYTHON) -c "import torch" 2>/dev/null; then \
+		$(PYTHON) -m venv --system-site-packages $(VENV); \
+	else \
+		$(PYTHON) -m venv $(VENV) && \
+		if command -v nvidia-smi >/dev/null; then $(RUN) pip install torch; \
+		else $(RUN) pip install --timeout 5 --retries 0 --index-url $(TORCH_INDEX) torch \
+			|| $(RUN) pip install $(TORCH_FALLBACK); fi; \
+	fi
+	$(VENV)/bin/python -c "import torch; print('torch==' + torch.__version__.split('+')[0])" > $@.txt
+	mv $@.txt $@
+
+$(VENV)/installed: $(VENV)/torch pyproject.toml
+	$(RUN) pip install --constraint $(VENV)/torch --editable ".[test]"
+	touch $@
+
+$(VENV)/developer: $(VENV)/installed
+	$(RUN) pip install --constraint $(VENV)/torch --editable ".[dev]"
+	touch $@

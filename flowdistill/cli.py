@@ -1,0 +1,190 @@
+"""The command line: ``flowdistill train | sample | evaluate | list | show | cite``."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from flowdistill.errors import ConfigError, FlowDistillError
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and exit: 0 if all went well, 2 for a user's mistake, 1 for a failure."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    bindings = [a.removeprefix("--gin.") for a in given if a.startswith("--gin.")]
+    parser = _parser()
+    options = parser.parse_args([a for a in given if not a.startswith("--gin.")])
+    if bindings and options.command is not _train:
+        parser.error("--gin.NAME=VALUE belongs to train")
+    if malformed := [b for b in bindings if "=" not in b]:
+        parser.error(f"--gin.{malformed[0]} lacks =VALUE")
+    options.bindings = bindings
+    sys.path.insert(0, os.getcwd())  # a gin file may import the user's own modules
+    try:
+        options.command(options)
+    except FlowDistillError as error:
+        sys.exit(_fail(error, error.exit_code))
+    except OSError as error:
+        sys.exit(_fail(error, 1))
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted; run the same command again to continue from the last checkpoint", 130))
+    sys.exit(0)
+
+
+def _fail(error: object, code: int) -> int:
+    print(f"flowdistill: error: {error}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    from flowdistill import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="flowdistill", description="Distil flow and diffusion models into one-step generators."
+    )
+    parser.add_argument("--version", action="version", version=f"flowdistill {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train as gin files say")
+    train.add_argument(
+        "--gin_file", action="append", required=True, help="a gin file or packaged recipe; repeatable"
+    )
+    train.add_argument("--workdir", help="the run directory; by default runs/ and the recipe's name")
+    train.add_argument("--resume", choices=["auto", "never"], default="auto")
+    train.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
+    train.epilog = "--gin.NAME=VALUE sets a binding, as in --gin.train.steps=100; repeatable"
+    train.set_defaults(command=_train)
+
+    sample = commands.add_parser("sample", help="draw samples of a run's student")
+    sample.add_argument("run", help="a run directory, or a checkpoint in it")
+    sample.add_argument("--num_samples", type=int, default=64)
+    sample.add_argument("--steps", type=int, default=1)
+    sample.add_argument("--labels", type=int, nargs="+", help="one class for all, or one for each sample")
+    sample.add_argument("--guidance", type=float)
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--batch_size", type=int)
+    sample.add_argument("--out", type=Path, default=Path("samples.png"), help="a .png picture or a .npz array")
+    sample.set_defaults(command=_sample)
+
+    evaluate = commands.add_parser("evaluate", help="measure a run's student")
+    evaluate.add_argument("run", help="a run directory, or a checkpoint in it")
+    evaluate.add_argument("--metrics", nargs="+", default=["fid"])
+    evaluate.add_argument("--num_samples", type=int, default=10_000)
+    evaluate.add_argument("--steps", type=int, default=1)
+    evaluate.add_argument("--guidance", type=float)
+    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.set_defaults(command=_evaluate)
+
+    listing = commands.add_parser("list", help="list what is registered, and the packaged recipes")
+    listing.add_argument("kind", nargs="?", help="objectives, teachers, ..., or recipes; by default all")
+    listing.set_defaults(command=_list)
+
+    show = commands.add_parser("show", help="show the documentation of something registered, or a recipe")
+    show.add_argument("kind")
+    show.add_argument("name")
+    show.set_defaults(command=_show)
+
+    cite = commands.add_parser("cite", help="print the BibTeX of what a run or gin file uses")
+    cite.add_argument("source", metavar="RUN|GIN_FILE")
+    cite.set_defaults(command=_cite)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> None:
+    from flowdistill.training import train
+
+    result = train(
+        gin_files=options.gin_file,
+        gin_bindings=options.bindings,
+        workdir=options.workdir,
+        resume=options.resume,
+        device=options.device,
+    )
+    print(result.workdir / "report.md")
+
+
+def _sample(options: argparse.Namespace) -> None:
+    import numpy as np
+
+    from flowdistill.evaluation.report import save_picture
+    from flowdistill.runs import sample
+
+    if options.out.suffix not in (".png", ".npz"):
+        raise ConfigError(f"--out must end in .png or .npz, not {options.out.name!r}")
+    labels = options.labels[0] if options.labels and len(options.labels) == 1 else options.labels
+    samples = sample(
+        options.run,
+        options.num_samples,
+        steps=options.steps,
+        labels=labels,
+        guidance=options.guidance,
+        seed=options.seed,
+        batch_size=options.batch_size,
+    )
+    if options.out.suffix == ".npz":
+        np.savez(options.out, samples.numpy())
+    else:
+        save_picture(samples, options.out)
+    print(options.out)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from flowdistill.runs import evaluate
+
+    figures = evaluate(
+        options.run,
+        metrics=options.metrics,
+        num_samples=options.num_samples,
+        steps=options.steps,
+        guidance=options.guidance,
+        seed=options.seed,
+    )
+    for name, value in figures.items():
+        print(f"{name}: {value:.4g}")
+
+
+def _list(options: argparse.Namespace) -> None:
+    from flowdistill.config import recipes
+    from flowdistill.registry import REGISTRIES, unknown_name
+
+    kinds = {kind: registry.names() for kind, registry in REGISTRIES.items()} | {"recipes": recipes()}
+    if options.kind is None:
+        for kind, names in kinds.items():
+            print(f"{kind}: {', '.join(names)}")
+    elif options.kind in kinds:
+        print("\n".join(kinds[options.kind]))
+    else:
+        raise unknown_name("kind", options.kind, list(kinds))
+
+
+def _show(options: argparse.Namespace) -> None:
+    from flowdistill.config import find_gin_file
+    from flowdistill.registry import REGISTRIES, unknown_name
+
+    if options.kind == "recipes":
+        print(find_gin_file(options.name).read_text(), end="")
+        return
+    if options.kind not in REGISTRIES:
+        raise unknown_name("kind", options.kind, [*REGISTRIES, "recipes"])
+    entry: Any = REGISTRIES[options.kind].get(options.name)
+    parameters = inspect.signature(entry).parameters.values()
+    print(f"{options.name}({', '.join(p.name for p in parameters)})\n")
+    print(inspect.getdoc(entry))
+    if citation := getattr(entry, "citation", ""):
+        print(f"\n{citation}")
+
+
+def _cite(options: argparse.Namespace) -> None:
+    from flowdistill import config
+
+    path = Path(options.source)
+    with config.parsed([path / "config.gin" if path.is_dir() else path], []), config.errors_located():
+        objective = config.value("train.objective")
+    if objective is None:
+        raise ConfigError(f"{options.source} sets no train.objective")
+    print(objective.citation)

@@ -1,0 +1,156 @@
+"""Reading gin files: where they are found, what is wrong with them, and whether everything in them was used."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import inspect
+import re
+import tokenize
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gin
+
+from flowdistill.errors import ConfigError, FlowDistillError
+from flowdistill.registry import load_plugins, unknown_name
+
+_RECIPE_PACKAGES = ("flowdistill.algorithms", "flowdistill.teachers")
+
+
+def recipe_roots() -> list[Path]:
+    """The folders that hold packaged recipes: ``freeflow/digits.gin`` lies in one of them."""
+    return [Path(importlib.import_module(name).__path__[0]) for name in _RECIPE_PACKAGES]
+
+
+def recipes() -> list[str]:
+    """The names of all packaged recipes."""
+    found = [path.relative_to(root).as_posix() for root in recipe_roots() for path in root.rglob("*.gin")]
+    return sorted(found)
+
+
+def find_gin_file(name: str | Path) -> Path:
+    """A gin file in the working directory (or at an absolute path), else among the packaged recipes.
+
+    Raises:
+        ConfigError: there is none; the message lists the nearest recipes.
+    """
+    for root in (Path(), *recipe_roots()):
+        if (root / name).is_file():
+            return root / name
+    raise unknown_name("gin file", str(name), recipes())
+
+
+@contextlib.contextmanager
+def parsed(files: Sequence[str | Path], bindings: Sequence[str]) -> Iterator[None]:
+    """The configuration of gin files and then of bindings, inside a with statement.
+
+    Without files and bindings, what the caller has parsed with gin holds. Gin's own errors become `ConfigError`, with the file
+    and the line, both here and for whatever is built inside the statement.
+    """
+    load_plugins()
+    own = bool(files or bindings)
+    if own:
+        gin.clear_config()
+    for root in recipe_roots():
+        gin.add_config_file_search_path(str(root))
+    try:
+        for file in files:
+            path = find_gin_file(file)
+            with _located(path):
+                gin.parse_config_file(str(path))
+        for binding in bindings:
+            with _located(f"binding {binding!r}"):
+                gin.parse_config(binding)
+        yield
+    finally:
+        if own:
+            gin.clear_config()
+
+
+@contextlib.contextmanager
+def _located(place: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except tokenize.TokenError as error:
+        message, (line, _) = error.args
+        raise ConfigError(f"{place}, line {line}: {message}") from None
+    except SyntaxError as error:
+        raise ConfigError(f"{place}, line {error.lineno}: {error.msg}: {(error.text or '').strip()}") from None
+    except (ValueError, TypeError, NameError, ImportError, OSError, RuntimeError) as error:
+        raise _config_error(str(error)) from None
+
+
+@contextlib.contextmanager
+def errors_located() -> Iterator[None]:
+    """Turn what goes wrong while gin builds objects into `ConfigError`, with the bindings of the part that failed."""
+    try:
+        yield
+    except FlowDistillError as error:
+        raise type(error)(_with_bindings(str(error))) from error.__cause__
+    except (ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:
+        raise _config_error(str(error)) from error
+
+
+def _config_error(message: str) -> ConfigError:
+    """Gin's message as an error, with the nearest matches of an unknown name."""
+    place = message.partition("\n")[2]
+    if match := re.search(r"No configurable matching (?:reference '@)?'?([\w./]+)", message):
+        known = [selector.rpartition(".")[2] for selector in gin.config._REGISTRY]
+        name = re.split(r"[./]", match[1])[-1]
+        return ConfigError(f"{unknown_name('name', name, known)}\n{place}")
+    if match := re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", message):
+        known = list(inspect.signature(gin.config._REGISTRY.get_match(match[1]).wrapped).parameters)
+        return ConfigError(f"{unknown_name(f'parameter of {match[1]}', match[2], known)}\n{place}")
+    return ConfigError(_with_bindings(message))
+
+
+def _with_bindings(message: str) -> str:
+    """The message of a configurable's failure, with the places of the bindings that set it."""
+    match = re.search(r"\n +In call to configurable '(\w+)'.*", message)
+    if match is None:
+        return message
+    lines = [
+        f"  {name}.{parameter}: {location}"
+        for (_, selector), places in gin.config._CONFIG_PROVENANCE.items()
+        if (name := selector.rpartition(".")[2]) == match[1]
+        for parameter, location in places.items()
+    ]
+    bound = "\nIts bindings:\n" + "\n".join(lines) if lines else ""
+    return f"{match[1]}: {message[: match.start()]}{bound}"
+
+
+def value(parameter: str, default: Any = None) -> Any:
+    """The value bound to a parameter such as ``train.teacher``, with its references built; or the default."""
+    try:
+        bound = gin.query_parameter(parameter)
+    except ValueError:
+        return default
+    return copy.deepcopy(bound)  # gin evaluates references when they are copied
+
+
+def check_all_used() -> None:
+    """Fail if a binding was not consumed by anything that has been built so far.
+
+    Raises:
+        ConfigError: names every such binding, which does nothing: the part it sets is not in this configuration.
+    """
+    used = gin.config._OPERATIVE_CONFIG
+    unused = []
+    for (scope, selector), parameters in gin.config._CONFIG.items():
+        consumers = [
+            set(names)
+            for (used_scope, used_selector), names in used.items()
+            if used_selector == selector and (not scope or f"{used_scope}/".startswith(f"{scope}/"))
+        ]
+        name = selector.rpartition(".")[2]
+        for parameter in parameters:
+            if not any(parameter in names for names in consumers):
+                macro = selector == "gin.macro"
+                unused.append(scope if macro else f"{scope}/{name}.{parameter}".lstrip("/"))
+    if unused:
+        raise ConfigError(
+            f"nothing uses {', '.join(sorted(unused))}: the part that it sets is not in this configuration"
+        )

@@ -1,0 +1,106 @@
+r"""The seam through which objectives reach a student and its time derivatives.
+
+A derivative is taken along a direction (dx, dt, ds) of the arguments of F(x, t, s), where dt and ds are the same
+numbers for the whole batch:
+
+- dX/ds of the Lagrangian identity needs the direction (0, 0, 1);
+- the total derivative along a trajectory at fixed s, D_t F = (d_x F) u + d_t F, of the Eulerian identity needs (u, 1, 0).
+
+Both functions return F with a graph and the derivative without: no published loss lets gradients flow through it.
+Whatever wraps a student (data parallelism, compilation, a fused kernel) is to be dealt with here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flowdistill.interfaces import Condition, FlowMap
+from flowdistill.paths import expand_time
+
+
+def evaluate(
+    student: FlowMap, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None
+) -> Tensor:
+    """F(x, t, s) with a graph."""
+    return student.average_velocity(x, t, s, condition)
+
+
+def jvp(
+    student: FlowMap,
+    x: Tensor,
+    t: Tensor,
+    s: Tensor,
+    condition: Condition | None = None,
+    *,
+    dx: Tensor | None = None,
+    dt: float = 0.0,
+    ds: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """F with a graph, and its exact derivative by forward-mode differentiation.
+
+    Two passes: a Jacobian-vector product without a graph, then a plain evaluation with one, whose memory is that
+    of an ordinary training step. Attention runs in its plain form within the product, since fused kernels have no
+    forward-mode derivative.
+    """
+    tangents = (
+        torch.zeros_like(x) if dx is None else dx,
+        torch.full_like(t, dt),
+        torch.full_like(s, ds),
+    )
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        _, slope = torch.func.jvp(
+            lambda x, t, s: student.average_velocity(x, t, s, condition), (x, t, s), tangents
+        )
+    return evaluate(student, x, t, s, condition), slope
+
+
+def finite_difference(
+    student: FlowMap,
+    x: Tensor,
+    t: Tensor,
+    s: Tensor,
+    condition: Condition | None = None,
+    *,
+    dx: Tensor | None = None,
+    dt: float = 0.0,
+    ds: float = 0.0,
+    h: float = 0.1,
+    scheme: Literal["backward", "central"] = "backward",
+) -> tuple[Tensor, Tensor]:
+    """F with a graph, and its derivative by a difference of step ``h`` in the duration t - s.
+
+    ``backward`` steps to shorter durations only, which the student has learnt earlier, and reuses F: one more
+    evaluation, an error of O(h). ``central`` steps both ways: two more evaluations, an error of O(h^2). Steps are cut
+    where they would leave 0 <= s <= t <= 1; at t = s, where every identity multiplies the derivative by
+    t - s = 0, it is 0. The direction must change the duration (dt != ds). Evaluations are in full precision
+    even under autocast, because a difference divides rounding errors by h.
+    """
+    rate = dt - ds  # change of the duration per unit along the direction
+
+    def move(amount: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        moved = x if dx is None else x + expand_time(amount, x) * dx
+        return moved, t + dt * amount, s + ds * amount
+
+    with torch.autocast(x.device.type, enabled=False):
+        average = evaluate(student, x, t, s, condition)
+        with torch.no_grad():
+            shorter = -torch.clamp(t - s, max=h) / rate
+            low = student.average_velocity(*move(shorter), condition)
+            if scheme == "central":
+                room = torch.full_like(t, h)
+                if dt:
+                    room = torch.minimum(room, (1 - t) * abs(rate / dt))
+                if ds:
+                    room = torch.minimum(room, s * abs(rate / ds))
+                longer = room / rate
+                high = student.average_velocity(*move(longer), condition)
+            else:
+                longer, high = torch.zeros_like(t), average.detach()
+            gap = longer - shorter
+            slope = (high - low) / expand_time(torch.where(gap == 0, torch.ones_like(gap), gap), x)
+            slope = slope * expand_time((t != s).to(slope.dtype), x)
+    return average, slope

@@ -1,0 +1,36 @@
+"""The exceptions that flowdistill raises on purpose.
+
+Each carries the exit code with which the command line ends: 2 for a user's mistake, 1 for a failure.
+"""
+
+from typing import ClassVar
+
+
+class FlowDistillError(Exception):
+    """Base class of all errors of this library."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class ConfigError(FlowDistillError):
+    """A setting that cannot work: an unknown name, a wrong type or range, a binding nothing uses."""
+
+
+class CheckpointError(FlowDistillError):
+    """A checkpoint that cannot be read: missing, truncated, foreign, or of another architecture."""
+
+
+class CheckpointWriteError(CheckpointError):
+    """A checkpoint that could not be written; earlier checkpoints are untouched."""
+
+    exit_code = 1
+
+
+class DataError(FlowDistillError):
+    """A data set that is missing or not what it should be."""
+
+
+class NonFiniteError(FlowDistillError):
+    """A loss or gradient became NaN or infinite."""
+
+    exit_code = 1

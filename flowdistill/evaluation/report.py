@@ -1,0 +1,222 @@
+"""The end of a run: samples beside the teacher's, figures with their noise floor, and loss curves in one Markdown page."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import attrs
+import gin
+import torch
+from attrs.validators import ge
+from torch import Tensor
+
+from flowdistill.evaluation.figures import image_grid, loss_curves, scatter_side_by_side, side_by_side
+from flowdistill.evaluation.measure import measure, reference_set, sample_set
+from flowdistill.flow_maps import FlowMapTeacher
+from flowdistill.guidance import GuidedTeacher
+from flowdistill.interfaces import Condition, FlowMap, Teacher
+from flowdistill.solvers import Euler
+from flowdistill.training.randomness import step_generator
+from flowdistill.training.run_log import read_records
+
+
+@gin.register("evaluation", module="evaluation")
+@attrs.frozen(kw_only=True)
+class Evaluation:
+    """What is measured at the end of a run.
+
+    Attributes:
+        metrics: names of registered metrics.
+        features: name of the feature extractor whose stored features of real data are the reference; None compares samples with
+            an exact teacher's own distribution.
+        num_samples: samples of each model.
+        teacher_steps: Euler steps at which the teacher is measured beside the student; the last is its best.
+        guidance: guidance scale of teacher and student; None is their own.
+        seed: of the noise.
+    """
+
+    metrics: Sequence[str] = ("fid", "recall", "accuracy")
+    features: str | None = None
+    num_samples: int = attrs.field(default=2000, validator=ge(1))
+    teacher_steps: Sequence[int] = (1, 4, 64)
+    guidance: float | None = None
+    seed: int = 0
+
+
+def compare(
+    student: FlowMap | None, teacher: Teacher | None, evaluation: Evaluation
+) -> dict[str, dict[str, float]]:
+    """The figures of teacher and student, a row each, by the row's name.
+
+    Columns are the evaluations of a sample, the metrics against the reference and, for ``fid`` and ``w2``, the same distance to the
+    teacher's samples at its most steps, drawn from other noise. The row ``noise floor`` is a second such set of teacher
+    samples, the best that a student can look.
+    """
+    n, device = evaluation.num_samples, _device(student, teacher)
+    reference = reference_set(evaluation.features, teacher, n, evaluation.seed)
+    model = student if student is not None else teacher
+    assert model is not None
+
+    def draw(sampler: Callable[[Tensor, Condition], Tensor], stream: str) -> tuple[Tensor, Tensor | None]:
+        noise = torch.randn(
+            (n, *model.sample_shape), generator=step_generator(evaluation.seed, 0, stream)
+        ).to(device)
+        condition = _condition(model, n, evaluation.guidance, device)
+        samples = torch.cat(
+            [sampler(noise[i : i + 500], condition[i : i + 500]) for i in range(0, n, 500)]
+        )
+        return samples.cpu(), None if condition.labels is None else condition.labels.cpu()
+
+    samplers: dict[str, tuple[int, Callable[[Tensor, Condition], Tensor], str]] = {}
+    if teacher is not None:
+        for steps in evaluation.teacher_steps:
+            samplers[f"teacher, {steps} steps"] = (steps, _euler(teacher, steps), "evaluation")
+        most = evaluation.teacher_steps[-1]
+        samplers["noise floor"] = (most, _euler(teacher, most), "evaluation, again")
+    if student is not None:
+        samplers["student, 1 step"] = (1, lambda z, c: student.sample(z, 1, c), "evaluation, student")
+    rows: dict[str, dict[str, float]] = {}
+    best = None
+    for name, (steps, sampler, stream) in samplers.items():
+        samples, labels = draw(sampler, stream)
+        generated = sample_set(samples, labels, evaluation.features)
+        rows[name] = {"steps": steps, **measure(evaluation.metrics, generated, reference)}
+        if teacher is not None:
+            if name == f"teacher, {evaluation.teacher_steps[-1]} steps":
+                best = generated
+            elif best is not None:
+                distances = [metric for metric in ("fid", "w2") if metric in evaluation.metrics]
+                to_teacher = measure(distances, generated, best)
+                rows[name] |= {f"{metric}_to_teacher": value for metric, value in to_teacher.items()}
+    return rows
+
+
+def _euler(teacher: Teacher, steps: int) -> Callable[[Tensor, Condition], Tensor]:
+    def sampler(noise: Tensor, condition: Condition) -> Tensor:
+        with torch.no_grad():
+            return Euler(steps=steps).solve(teacher, noise, condition)
+
+    return sampler
+
+
+def _device(*models: torch.nn.Module | None) -> torch.device:
+    for model in models:
+        if model is not None and (parameter := next(model.parameters(), None)) is not None:
+            return parameter.device
+    return torch.device("cpu")
+
+
+def _condition(
+    model: FlowMap | Teacher, n: int, guidance: float | None, device: torch.device
+) -> Condition:
+    labels = None if model.num_classes is None else torch.arange(n) % model.num_classes
+    return Condition(labels, None if guidance is None else torch.full((n,), guidance)).to(device)
+
+
+def save_picture(samples: Tensor, path: Path) -> bool:
+    """A picture of images (a grid) or of points in the plane (a scatter plot); False for anything else."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if samples.ndim == 4 and samples.shape[1] in (1, 3):
+        image_grid(samples, path)
+    elif samples.ndim == 2 and samples.shape[1] == 2:
+        scatter_side_by_side({"samples": samples}, path)
+    else:
+        return False
+    return True
+
+
+@torch.no_grad()
+def save_samples(student: FlowMap, path: Path, seed: int) -> None:
+    """A picture of what the student makes of the same noises and labels every time."""
+    n = 1000 if len(student.sample_shape) == 1 else 60
+    device = _device(student)
+    noise = torch.randn((n, *student.sample_shape), generator=step_generator(seed, 0, "pictures")).to(device)
+    steps = 64 if getattr(student, "instantaneous", False) else 1
+    save_picture(student.sample(noise, steps, _condition(student, n, None, device)).cpu(), path)
+
+
+def write_report(
+    workdir: Path, student: FlowMap, teacher: Teacher | None, evaluation: Evaluation | None
+) -> dict[str, float]:
+    """Write ``report.md`` and its pictures; returns the student's figures.
+
+    A run without a teacher has trained one: what is measured then is the result, sampled in several steps.
+    """
+    plots = workdir / "plots"
+    plots.mkdir(exist_ok=True)
+    records = read_records(workdir)
+    loss_curves(records, plots / "curves.png")
+    distilled: FlowMap | None = student
+    if teacher is None:
+        distilled, teacher = None, FlowMapTeacher(student)
+        if evaluation is not None and evaluation.guidance is not None:
+            teacher = GuidedTeacher(teacher, evaluation.guidance)
+    lines = [f"# {workdir.name}", ""]
+    guidance = None if evaluation is None else evaluation.guidance
+    seed = 0 if evaluation is None else evaluation.seed
+    if _compare_pictures(distilled, teacher, guidance, seed, plots / "samples.png"):
+        lines += ["The same noise and labels for all:", "", "![samples](plots/samples.png)", ""]
+    figures: dict[str, float] = {}
+    if evaluation is not None:
+        rows = compare(distilled, teacher, evaluation)
+        figures = list(rows.values())[-1]
+        lines += [*table(rows), ""]
+        lines += [
+            f"{evaluation.num_samples} samples a row; evaluations are those of one sample, where guidance counts as one. "
+            f"The noise floor is a second set of samples of the teacher.",
+            "",
+        ]
+    lines += ["![curves](plots/curves.png)", ""]
+    if records:
+        last = records[-1]
+        lines.append(
+            f"{last['step']} steps; evaluations in training, per sample: "
+            f"{last['student_evaluations']:.0f} of the student, {last['teacher_evaluations']:.0f} of the teacher. "
+        )
+    lines += [f"{machine()}. Configuration: [config.gin](config.gin).", ""]
+    (workdir / "report.md").write_text("\n".join(lines))
+    return figures
+
+
+def _compare_pictures(
+    student: FlowMap | None, teacher: Teacher, guidance: float | None, seed: int, path: Path
+) -> bool:
+    points = len(teacher.sample_shape) == 1
+    n = 2000 if points else 40
+    noise = torch.randn((n, *teacher.sample_shape), generator=step_generator(seed, 0, "pictures"))
+    device = _device(student, teacher)
+    noise, condition = noise.to(device), _condition(teacher, n, guidance, device)
+    panels = {f"teacher, {k} steps": _euler(teacher, k)(noise, condition).cpu() for k in (64, 1)}
+    panels["teacher, 1 step"] = panels.pop("teacher, 1 steps")
+    if student is not None:
+        panels["student, 1 step"] = student.sample(noise, 1, condition).cpu()
+    if points and teacher.sample_shape == (2,):
+        scatter_side_by_side(panels, path)
+    elif not points and teacher.sample_shape[0] in (1, 3):
+        side_by_side(panels, path)
+    else:
+        return False
+    return True
+
+
+def table(rows: dict[str, dict[str, float]]) -> list[str]:
+    """Rows of figures as the lines of a Markdown table."""
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    titles = [name.replace("_", " ") for name in columns]
+    lines = [f"| | {' | '.join(titles)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in rows.items():
+        cells = [f"{row[c]:.3g}" if c in row else "" for c in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def machine() -> str:
+    """The machine and the versions behind a figure, in words."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return (
+        f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"Python {platform.python_version()}, torch {torch.__version__}"
+    )

@@ -1,0 +1,165 @@
+"""Students: networks made into flow maps, and flow maps made into teachers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from flowdistill.errors import ConfigError
+from flowdistill.interfaces import Condition, FlowMap, Teacher
+from flowdistill.networks import ScalarEmbedding, VelocityNetwork
+from flowdistill.registry import register_flow_map, register_teacher
+
+Conditioning = Literal["two_time", "anchored", "instantaneous"]
+
+
+@register_flow_map("network")
+class NetworkFlowMap(FlowMap):
+    r"""A velocity network made into a flow map by new embeddings of the duration and the guidance scale.
+
+    .. math:: F(x, t, s) = \text{network}(x, t; e_\text{duration}(t - s) + e_\text{guidance}(\gamma))
+
+    The network's own time slot sees t, and the new embeddings, added to the vector that conditions its blocks, start
+    at zero. So a network that is a velocity field starts as F(x, t, s) = u(x, t), which is exact on the diagonal.
+
+    Args:
+        network: the backbone.
+        conditioning: "two_time" for all s <= t; "anchored" for t = 1 alone, as FreeFlow trains it; "instantaneous" for a plain
+            velocity field, which ignores s.
+        guidance: makes the map take guidance scales, and is the scale of samples that name none; None is a map
+            without guidance input.
+    """
+
+    def __init__(
+        self,
+        network: VelocityNetwork,
+        conditioning: Conditioning = "two_time",
+        guidance: float | None = None,
+    ) -> None:
+        super().__init__()
+        if conditioning not in ("two_time", "anchored", "instantaneous"):
+            raise ConfigError(
+                f"conditioning must be 'two_time', 'anchored' or 'instantaneous', not {conditioning!r}"
+            )
+        self.network, self.guidance = network, guidance
+        self.sample_shape, self.num_classes = network.sample_shape, network.num_classes
+        self.anchored = conditioning == "anchored"
+        size = network.embedding_size
+        self.instantaneous = conditioning == "instantaneous"
+        self.duration_embedding = None if self.instantaneous else ScalarEmbedding(size, zero_init=True)
+        self.guidance_embedding = None if guidance is None else ScalarEmbedding(size, zero_init=True)
+
+    def average_velocity(
+        self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None
+    ) -> Tensor:
+        """F(x, t, s)."""
+        embedding: Tensor | None = None
+        if self.duration_embedding is not None:
+            embedding = self.duration_embedding(t - s)
+        if self.guidance_embedding is not None:
+            scale = None if condition is None else condition.guidance
+            scale = torch.full_like(t, self.guidance) if scale is None else scale  # type: ignore[arg-type]
+            guided = self.guidance_embedding(scale)
+            embedding = guided if embedding is None else embedding + guided
+        labels = None if condition is None else condition.labels
+        return self.network.velocity(x, t, labels, embedding)
+
+
+class _ResidualNetwork(VelocityNetwork):
+    """A fixed teacher plus a network: lets a student of a teacher without a network start as that teacher."""
+
+    def __init__(self, teacher: Teacher, network: VelocityNetwork) -> None:
+        super().__init__()
+        self.teacher = copy.deepcopy(teacher).requires_grad_(False)
+        self.network = network
+        self.sample_shape, self.num_classes = network.sample_shape, network.num_classes
+        self.embedding_size = network.embedding_size
+
+    def velocity(
+        self, x: Tensor, t: Tensor, labels: Tensor | None = None, embedding: Tensor | None = None
+    ) -> Tensor:
+        base = self.teacher.velocity(x, t, Condition(labels))
+        return base + self.network.velocity(x, t, labels, embedding)
+
+
+@register_flow_map("from_teacher")
+def from_teacher(
+    teacher: Teacher,
+    conditioning: Conditioning = "two_time",
+    guidance: float | None = None,
+    network: VelocityNetwork | None = None,
+) -> NetworkFlowMap:
+    """A student that starts as its teacher: F(x, t, s) = u(x, t), without guidance.
+
+    In a gin file it is named without parentheses, ``train.flow_map = @from_teacher``; the trainer calls it with the
+    teacher.
+
+    Args:
+        teacher: the teacher; where it has a network, the student's is a trainable copy of it.
+        conditioning: see `NetworkFlowMap`.
+        guidance: see `NetworkFlowMap`.
+        network: for a teacher without a network, such as an exact one, a fresh network whose output starts at zero; the
+            student is the teacher plus this network.
+
+    Raises:
+        ConfigError: a teacher without a network, and no network given.
+    """
+    own = getattr(teacher, "network", None)
+    if own is not None:
+        network = copy.deepcopy(own).requires_grad_(True)
+    elif network is None:
+        raise ConfigError(
+            f"{type(teacher).__name__} has no network to copy: give from_teacher a network, such as @mlp()"
+        )
+    elif network.sample_shape != teacher.sample_shape:
+        raise ConfigError(
+            f"the network's samples have shape {network.sample_shape}, the teacher's {teacher.sample_shape}"
+        )
+    else:
+        network = _ResidualNetwork(teacher, network)
+    return NetworkFlowMap(network, conditioning, guidance).to(teacher.device)
+
+
+@register_teacher("network")
+class NetworkTeacher(Teacher):
+    """A velocity network as a teacher.
+
+    Args:
+        network: the network; its parameters are frozen.
+    """
+
+    def __init__(self, network: VelocityNetwork) -> None:
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+        self.sample_shape, self.num_classes = network.sample_shape, network.num_classes
+
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
+        """The network's velocity."""
+        return self.network.velocity(x, t, None if condition is None else condition.labels)
+
+
+class FlowMapTeacher(Teacher):
+    """The diagonal u(x, t) = F(x, t, t) of a trained flow map as a teacher.
+
+    Args:
+        flow_map: a map that is not anchored; its parameters are frozen.
+    """
+
+    def __init__(self, flow_map: FlowMap) -> None:
+        super().__init__()
+        if flow_map.anchored:
+            raise ConfigError("an anchored flow map has no velocity at t < 1 and cannot be a teacher")
+        self.flow_map = flow_map.eval().requires_grad_(False)
+        self.sample_shape, self.num_classes = flow_map.sample_shape, flow_map.num_classes
+
+    @property
+    def network(self) -> nn.Module | None:
+        """The network of the flow map, if it has one."""
+        return getattr(self.flow_map, "network", None)
+
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
+        """The flow map's instantaneous velocity."""
+        return self.flow_map.velocity(x, t, condition)

@@ -1,0 +1,91 @@
+"""Guided teachers: teachers that wrap teachers."""
+
+from __future__ import annotations
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from flowdistill.errors import ConfigError
+from flowdistill.interfaces import Condition, Teacher
+from flowdistill.paths import expand_time
+from flowdistill.registry import register_teacher
+
+
+@register_teacher("guided")
+class GuidedTeacher(Teacher):
+    r"""A teacher whose velocity is extrapolated away from a weaker one.
+
+    .. math:: u^\gamma(x, t) = u(x, t) + (\gamma - 1) (u(x, t) - u_\text{weak}(x, t))
+
+    The weak velocity is the same teacher's with the null label (classifier-free guidance, Ho and Salimans 2022,
+    arXiv 2207.12598) or another network's with the same label (autoguidance, Karras et al. 2024,
+    arXiv 2406.02507). Outside the interval of times gamma is 1 (Kynkäänniemi et al. 2024, arXiv 2404.07724).
+
+    Args:
+        teacher: the teacher to guide.
+        scale: gamma of samples whose condition names none; 1 is no guidance.
+        interval: times [low, high], ends included, at which guidance is on.
+        guide: the weak teacher of autoguidance; None is classifier-free guidance.
+
+    Raises:
+        ConfigError: classifier-free guidance of an unconditional teacher, or an interval outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        scale: float = 1.0,
+        interval: tuple[float, float] = (0.0, 1.0),
+        guide: Teacher | None = None,
+    ) -> None:
+        super().__init__()
+        if guide is None and teacher.num_classes is None:
+            raise ConfigError("classifier-free guidance needs a class-conditional teacher, or give a guide")
+        self.teacher, self.guide, self.scale = teacher, guide, scale
+        self.interval = check_interval(interval)
+        self.sample_shape, self.num_classes = teacher.sample_shape, teacher.num_classes
+
+    @property
+    def network(self) -> nn.Module | None:
+        """The network of the guided teacher, if it has one."""
+        return getattr(self.teacher, "network", None)
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of the wrapped teachers."""
+        return self.teacher.evaluations + (0 if self.guide is None else self.guide.evaluations)
+
+    def with_interval(self, interval: tuple[float, float]) -> GuidedTeacher:
+        """The same teachers guided at other times."""
+        return GuidedTeacher(self.teacher, self.scale, interval, self.guide)
+
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
+        """The guided velocity; two evaluations, or one where the scale is 1 for all samples alike."""
+        condition = condition or Condition()
+        plain = attrs.evolve(condition, guidance=None)
+        if condition.guidance is None and self.scale == 1.0:
+            return self.teacher.velocity(x, t, plain)
+        low, high = self.interval
+        scale: Tensor | float = self.scale if condition.guidance is None else condition.guidance
+        excess = expand_time(torch.where((t >= low) & (t <= high), scale - 1.0, 0.0), x)
+        if self.guide is not None:
+            strong = self.teacher.velocity(x, t, plain)
+            return strong + excess * (strong - self.guide.velocity(x, t, plain))
+        if condition.labels is None:
+            raise ConfigError("classifier-free guidance needs labels in the condition")
+        labels = torch.cat([condition.labels, plain.drop().labels])  # type: ignore[list-item]
+        extra = {name: torch.cat([value, value]) for name, value in condition.extra.items()}
+        both = self.teacher.velocity(
+            torch.cat([x, x]), torch.cat([t, t]), Condition(labels, extra=extra)
+        )
+        strong, weak = both.chunk(2)
+        return strong + excess * (strong - weak)
+
+
+def check_interval(interval: tuple[float, float]) -> tuple[float, float]:
+    """The interval as two floats; ConfigError unless 0 <= low <= high <= 1."""
+    low, high = interval
+    if not 0.0 <= low <= high <= 1.0:
+        raise ConfigError(f"a guidance interval is (low, high) with 0 <= low <= high <= 1, not {interval!r}")
+    return float(low), float(high)

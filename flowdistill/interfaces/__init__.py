@@ -1,0 +1,26 @@
+"""The five abstractions of the library and the two records that they exchange."""
+
+from flowdistill.interfaces.condition import NULL_LABEL, Condition
+from flowdistill.interfaces.flow_map import FlowMap
+from flowdistill.interfaces.objective import Objective, ObjectiveOutput
+from flowdistill.interfaces.state_source import States, StateSource
+from flowdistill.interfaces.teacher import Teacher
+from flowdistill.interfaces.velocity_estimator import (
+    GeneratingVelocity,
+    NoisingVelocity,
+    VelocityEstimator,
+)
+
+__all__ = [
+    "NULL_LABEL",
+    "Condition",
+    "FlowMap",
+    "GeneratingVelocity",
+    "NoisingVelocity",
+    "Objective",
+    "ObjectiveOutput",
+    "StateSource",
+    "States",
+    "Teacher",
+    "VelocityEstimator",
+]

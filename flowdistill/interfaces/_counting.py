@@ -1,0 +1,25 @@
+"""Counting of network evaluations, shared by teachers and flow maps."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+
+def counted(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let a method ``(self, x, ...)`` add its batch size to ``self._evaluations``.
+
+    Only the method of the object's own class counts, so that an override that calls its parent's
+    method is one evaluation, not two.
+    """
+
+    @functools.wraps(method)
+    def counting(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if getattr(type(self), method.__name__) is counting:
+            self._evaluations += len(x)
+        return method(self, x, *args, **kwargs)
+
+    return counting

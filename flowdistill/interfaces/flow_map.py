@@ -1,0 +1,92 @@
+"""The student: a map that jumps along the teacher's trajectories."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowdistill.errors import ConfigError
+from flowdistill.interfaces._counting import counted
+from flowdistill.interfaces.condition import Condition
+from flowdistill.paths import expand_time
+
+
+class FlowMap(nn.Module, ABC):
+    r"""A flow map :math:`X(x, t, s) = x - (t - s) F(x, t, s)` for s <= t, with F the average velocity over [s, t].
+
+    On the diagonal F(x, t, t) is the instantaneous velocity u(x, t).
+
+    Attributes:
+        sample_shape: shape of one sample, without the batch.
+        num_classes: number of classes; None for an unconditional map.
+        anchored: True where only t = 1 is meaningful (the map starts at the prior), as in FreeFlow.
+    """
+
+    sample_shape: tuple[int, ...]
+    num_classes: int | None = None
+    anchored: bool = False
+    _evaluations: int = 0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "average_velocity" in cls.__dict__:
+            cls.average_velocity = counted(cls.average_velocity)  # type: ignore[method-assign]
+
+    @abstractmethod
+    def average_velocity(
+        self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None
+    ) -> Tensor:
+        """F(x, t, s), of the shape of x, for x (B, \\*sample_shape) and times t, s (B,), 0 <= s <= t <= 1."""
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None) -> Tensor:
+        """The jump X(x, t, s) = x - (t - s) F(x, t, s)."""
+        return x - expand_time(t - s, x) * self.average_velocity(x, t, s, condition)
+
+    def velocity(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
+        """The instantaneous velocity F(x, t, t); only a map that is not anchored has one."""
+        if self.anchored:
+            raise ConfigError(
+                f"{type(self).__name__} is anchored at t = 1 and has no velocity at other times"
+            )
+        return self.average_velocity(x, t, t, condition)
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of the network (or closed form) so far, counted per sample."""
+        return self._evaluations
+
+    @torch.no_grad()
+    def sample(
+        self,
+        noise: Tensor,
+        steps: int = 1,
+        condition: Condition | None = None,
+        times: Tensor | None = None,
+    ) -> Tensor:
+        """Carry noise (B, \\*sample_shape) to data in ``steps`` jumps.
+
+        Args:
+            noise: draws of the prior.
+            steps: number of equal jumps from t = 1 to t = 0; ignored when ``times`` is given.
+            condition: labels and guidance of the batch.
+            times: a decreasing grid from 1 to 0 of any length, in place of equal steps.
+
+        Raises:
+            ConfigError: more than one jump of an anchored map, or times that do not decrease.
+        """
+        if steps < 1:
+            raise ConfigError(f"steps must be at least 1, not {steps}")
+        grid = torch.linspace(1.0, 0.0, steps + 1) if times is None else times.detach().cpu()
+        if grid.ndim != 1 or len(grid) < 2 or bool((grid.diff() >= 0).any()):
+            raise ConfigError("times must be a decreasing one-dimensional grid of at least two entries")
+        if self.anchored and len(grid) > 2:
+            raise ConfigError(
+                f"an anchored flow map samples in 1 step, not {len(grid) - 1}: only t = 1 is meaningful"
+            )
+        x = noise
+        for t, s in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True):
+            x = self(x, x.new_full((len(x),), t), x.new_full((len(x),), s), condition)
+        return x

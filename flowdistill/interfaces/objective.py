@@ -1,0 +1,81 @@
+"""What a student is trained to minimise."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from flowdistill.interfaces.flow_map import FlowMap
+from flowdistill.interfaces.state_source import States
+from flowdistill.interfaces.teacher import Teacher
+
+
+@attrs.frozen(eq=False)
+class ObjectiveOutput:
+    """The result of one evaluation of an objective.
+
+    Attributes:
+        loss: scalar, with a graph.
+        metrics: detached scalars for the log, by name.
+        gradient_norm: mean over the batch of the norm of the gradient that a sample's own loss sends to the
+            student's output; what adaptive balancing of two objectives compares.
+    """
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor] = attrs.field(factory=dict)
+    gradient_norm: Tensor | None = None
+
+
+class Objective(ABC):
+    """A loss for flow maps. Concrete objectives are attrs classes whose fields are their hyper-parameters.
+
+    Attributes:
+        needs_data: whether the states must carry clean data. **Where it is False the objective trains on a machine
+            on which no data set exists.**
+        needs_teacher: whether a teacher's velocity is queried.
+        citation: BibTeX of the paper.
+    """
+
+    needs_data: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = True
+    citation: ClassVar[str] = ""
+
+    def setup(self, student: FlowMap, teacher: Teacher | None) -> None:
+        """Build what depends on the models, such as an online network; called once before training."""
+
+    @abstractmethod
+    def loss(
+        self,
+        student: FlowMap,
+        teacher: Teacher | None,
+        states: States,
+        *,
+        step: int,
+        generator: torch.Generator,
+    ) -> ObjectiveOutput:
+        """The student's loss on a batch of states; all randomness comes from ``generator``."""
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Extra trainable modules by name, each trained by an optimiser of its own on `auxiliary_loss`."""
+        return {}
+
+    def auxiliary_loss(
+        self,
+        name: str,
+        student: FlowMap,
+        teacher: Teacher | None,
+        states: States,
+        *,
+        step: int,
+        generator: torch.Generator,
+    ) -> ObjectiveOutput | None:
+        """The loss of the extra module ``name``; only its parameters receive gradients.
+
+        None leaves the module untouched at this step.
+        """
+        raise KeyError(f"{type(self).__name__} has no module named {name!r}")

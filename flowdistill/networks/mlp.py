@@ -1,0 +1,72 @@
+"""A residual perceptron for vectors."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowdistill.networks.base import VelocityNetwork
+from flowdistill.networks.embeddings import LabelEmbedding, ScalarEmbedding
+from flowdistill.networks.linear import Linear
+from flowdistill.registry import register_network
+
+
+class _Block(nn.Module):
+    """A residual two-layer perceptron whose input is scaled and shifted by the conditioning vector."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.modulation = Linear(size, 2 * size)
+        self.first, self.last = Linear(size, size), Linear(size, size)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.modulation(c).chunk(2, dim=1)
+        hidden: Tensor = self.last(F.silu(self.first(F.silu(x * (1 + scale) + shift))))
+        return x + hidden
+
+
+@register_network("mlp")
+class MLP(VelocityNetwork):
+    """A residual perceptron on vectors, conditioned on time, label and the embedding given to it. A fresh one outputs 0.
+
+    Args:
+        dim: size of a sample.
+        hidden_size: width.
+        depth: residual blocks.
+        num_classes: number of classes; None for an unconditional network.
+
+    Example:
+        >>> MLP(dim=2, hidden_size=32).velocity(torch.randn(5, 2), torch.rand(5)).shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(
+        self, dim: int = 2, hidden_size: int = 128, depth: int = 3, num_classes: int | None = None
+    ) -> None:
+        super().__init__()
+        self.sample_shape, self.num_classes, self.embedding_size = (dim,), num_classes, hidden_size
+        self.input = Linear(dim, hidden_size)
+        self.time_embedding = ScalarEmbedding(hidden_size)
+        self.label_embedding = None if num_classes is None else LabelEmbedding(num_classes, hidden_size)
+        self.blocks = nn.ModuleList(_Block(hidden_size) for _ in range(depth))
+        self.output = Linear(hidden_size, dim)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def velocity(
+        self, x: Tensor, t: Tensor, labels: Tensor | None = None, embedding: Tensor | None = None
+    ) -> Tensor:
+        """The output at (x, t)."""
+        c = self.time_embedding(t)
+        if self.label_embedding is not None:
+            if labels is None:
+                labels = torch.full((len(x),), self.label_embedding.num_classes, device=x.device)
+            c = c + self.label_embedding(labels)
+        if embedding is not None:
+            c = c + embedding
+        c, hidden = F.silu(c), self.input(x)
+        for block in self.blocks:
+            hidden = block(hidden, c)
+        result: Tensor = self.output(F.silu(hidden))
+        return result

@@ -1,0 +1,195 @@
+"""SiT, the transformer of scalable interpolant transformers (Ma et al. 2024, arXiv 2401.08740)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from flowdistill.errors import ConfigError
+from flowdistill.networks.base import VelocityNetwork
+from flowdistill.networks.embeddings import LabelEmbedding, ScalarEmbedding, position_table
+from flowdistill.networks.linear import Linear
+from flowdistill.registry import register_network
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class _Attention(nn.Module):
+    def __init__(self, size: int, heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = Linear(size, 3 * size)
+        self.q_norm = nn.LayerNorm(size // heads) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(size // heads) if qk_norm else nn.Identity()
+        self.proj = Linear(size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, size = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, size // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        attended = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        projected: Tensor = self.proj(attended.transpose(1, 2).reshape(batch, tokens, size))
+        return projected
+
+
+class _Mlp(nn.Module):
+    def __init__(self, size: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = Linear(size, hidden), Linear(hidden, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        projected: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return projected
+
+
+class _Block(nn.Module):
+    """Attention and perceptron, each modulated and gated by the conditioning vector (adaLN-Zero)."""
+
+    def __init__(self, size: int, heads: int, mlp_ratio: float, qk_norm: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(size, eps=1e-6, elementwise_affine=False)
+        self.norm2 = nn.LayerNorm(size, eps=1e-6, elementwise_affine=False)
+        self.attn = _Attention(size, heads, qk_norm)
+        self.mlp = _Mlp(size, int(size * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(size, 6 * size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate1[:, None] * self.attn(_modulate(self.norm1(x), shift1, scale1))
+        return x + gate2[:, None] * self.mlp(_modulate(self.norm2(x), shift2, scale2))
+
+
+class _FinalLayer(nn.Module):
+    def __init__(self, size: int, out: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(size, eps=1e-6, elementwise_affine=False)
+        self.linear = Linear(size, out)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(size, 2 * size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        projected: Tensor = self.linear(_modulate(self.norm_final(x), shift, scale))
+        return projected
+
+
+class _PatchEmbedding(nn.Module):
+    def __init__(self, patch_size: int, channels: int, size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens: Tensor = self.proj(x).flatten(2).transpose(1, 2)
+        return tokens
+
+
+@register_network("sit")
+class SiT(VelocityNetwork):
+    """SiT on square images or latents (C, input_size, input_size).
+
+    `forward` is the authors' function of their own time (t = 1 is data) and sign (data - noise), under their state-dict names; `velocity`
+    is this library's. A fresh network outputs exactly 0.
+
+    Args:
+        input_size: height and width of the input.
+        patch_size: height and width of a patch; divides ``input_size``.
+        in_channels: channels of the input.
+        hidden_size: size of a token; divisible by 4 and by ``num_heads``.
+        depth: number of blocks.
+        num_heads: attention heads.
+        mlp_ratio: hidden size of the perceptrons over ``hidden_size``.
+        num_classes: number of classes.
+        learn_sigma: output twice the channels, of which the second half is dropped, as in the published weights.
+        qk_norm: normalise queries and keys of each head.
+
+    Raises:
+        ConfigError: sizes that do not divide as they must.
+
+    Example:
+        >>> net = SiT(input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=10)
+        >>> net.velocity(torch.randn(3, 1, 8, 8), torch.rand(3), torch.tensor([1, 2, -1])).shape
+        torch.Size([3, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+        qk_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        if input_size % patch_size:
+            raise ConfigError(f"patch_size {patch_size} does not divide input_size {input_size}")
+        if hidden_size % num_heads or hidden_size % 4:
+            raise ConfigError(f"hidden_size {hidden_size} is not divisible by 4 and by num_heads {num_heads}")
+        self.sample_shape = (in_channels, input_size, input_size)
+        self.num_classes = num_classes
+        self.embedding_size = hidden_size
+        self.patch_size, self.learn_sigma = patch_size, learn_sigma
+        self.x_embedder = _PatchEmbedding(patch_size, in_channels, hidden_size)
+        self.t_embedder = ScalarEmbedding(hidden_size)
+        self.y_embedder = LabelEmbedding(num_classes, hidden_size)
+        table = position_table(input_size // patch_size, hidden_size)
+        self.pos_embed = nn.Parameter(table, requires_grad=False)
+        self.blocks = nn.ModuleList(
+            _Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth)
+        )
+        out_channels = 2 * in_channels if learn_sigma else in_channels
+        self.final_layer = _FinalLayer(hidden_size, patch_size**2 * out_channels)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        for block in self.blocks:
+            for layer in block.modules():
+                if isinstance(layer, nn.Linear):
+                    nn.init.xavier_uniform_(layer.weight)
+                    nn.init.zeros_(layer.bias)
+        patches = self.x_embedder.proj
+        nn.init.xavier_uniform_(patches.weight.view(patches.weight.shape[0], -1))
+        assert patches.bias is not None
+        nn.init.zeros_(patches.bias)
+        zero = [block.adaLN_modulation[-1] for block in self.blocks]
+        for layer in (*zero, self.final_layer.adaLN_modulation[-1], self.final_layer.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Freeze or unfreeze all parameters but the position table, which is never trained."""
+        super().requires_grad_(requires_grad)
+        self.pos_embed.requires_grad_(False)
+        return self
+
+    def _output(self, x: Tensor, t: Tensor, labels: Tensor, embedding: Tensor | None) -> Tensor:
+        tokens = self.x_embedder(x) + self.pos_embed
+        c = self.t_embedder(t) + self.y_embedder(labels)
+        if embedding is not None:
+            c = c + embedding
+        for block in self.blocks:
+            tokens = block(tokens, c)
+        patches = self.final_layer(tokens, c)
+        grid, p = x.shape[-1] // self.patch_size, self.patch_size
+        image: Tensor = patches.reshape(len(x), grid, grid, p, p, -1).permute(0, 5, 1, 3, 2, 4)
+        image = image.reshape(len(x), -1, *x.shape[-2:])
+        return image[:, : x.shape[1]] if self.learn_sigma else image
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The authors' velocity: x (B, C, H, W) at their time t (B,), labels y (B,) with num_classes for none."""
+        return self._output(x, t, y, None)
+
+    def velocity(
+        self, x: Tensor, t: Tensor, labels: Tensor | None = None, embedding: Tensor | None = None
+    ) -> Tensor:
+        """u(x, t) = -forward(x, 1 - t), with ``embedding`` added to the conditioning vector."""
+        if labels is None:
+            labels = torch.full((len(x),), self.num_classes or 0, device=x.device)
+        return -self._output(x, 1 - t, labels, embedding)

@@ -1,0 +1,160 @@
+"""Names for the parts of a run: registries, their gin names, and plug-ins.
+
+Registering a class gives it a name that works everywhere: ``OBJECTIVES.build("freeflow")`` in Python,
+``@freeflow()`` in a gin file, ``flowdistill list`` on the command line. What ships with the library in
+`flowdistill.algorithms` and `flowdistill.teachers` is registered when a registry is first asked, and so are the
+modules that other distributions announce under the entry-point group ``flowdistill.plugins``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import inspect
+import sys
+import warnings
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+import gin
+
+from flowdistill.errors import ConfigError
+
+_T = TypeVar("_T", bound=Callable[..., Any])
+
+_BUILT_IN = (
+    "flowdistill.data",
+    "flowdistill.evaluation",
+    "flowdistill.flow_maps",
+    "flowdistill.guidance",
+    "flowdistill.networks",
+    "flowdistill.solvers",
+    "flowdistill.states",
+    "flowdistill.times",
+    "flowdistill.training",
+    "flowdistill.velocity_estimators",
+    "flowdistill.algorithms",
+    "flowdistill.teachers",
+)
+PLUGIN_GROUP = "flowdistill.plugins"
+
+
+@functools.cache
+def load_plugins() -> None:
+    """Register everything that ships with the library, then what installed plug-ins add; only once.
+
+    A plug-in that fails to import is reported by a warning and skipped.
+    """
+    for module in _BUILT_IN:
+        importlib.import_module(module)
+    for plugin in entry_points(group=PLUGIN_GROUP):
+        try:
+            plugin.load()
+        except Exception as error:
+            warnings.warn(f"plug-in {plugin.value} skipped: {error!r}", RuntimeWarning, stacklevel=2)
+
+
+def unknown_name(kind: str, name: str, known: list[str]) -> ConfigError:
+    """The error for a name that is not known, which lists the nearest matches."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known)) or 'none'}"
+    return ConfigError(f"unknown {kind} {name!r}: {hint}")
+
+
+class Registry:
+    """Classes (or functions that build objects) of one kind, by name.
+
+    Example:
+        >>> shapes = Registry("shape")
+        >>> @shapes.register("square")
+        ... class Square:
+        ...     def __init__(self, side=1.0):
+        ...         self.side = side
+        >>> shapes.build("square", side=2.0).side
+        2.0
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, Callable[..., Any]] = {}
+
+    def register(self, name: str) -> Callable[[_T], _T]:
+        """Decorator that registers a class under ``name``, for gin too; the class itself is unchanged.
+
+        Raises:
+            ConfigError: the name is taken; the message names both places.
+        """
+
+        def decorator(entry: _T) -> _T:
+            if name in self._entries:
+                places = f"{_place(self._entries[name])} and {_place(entry)}"
+                raise ConfigError(f"{self.kind} {name!r} is registered twice: {places}")
+            gin.register(name, module=f"{self.kind.replace(' ', '_')}s")(entry)
+            self._entries[name] = entry
+            return entry
+
+        return decorator
+
+    def get(self, name: str) -> Callable[..., Any]:
+        """The class registered under ``name``; ConfigError with the nearest matches if there is none."""
+        load_plugins()
+        if name not in self._entries:
+            raise unknown_name(self.kind, name, list(self._entries))
+        return self._entries[name]
+
+    def build(self, name: str, **kwargs: Any) -> Any:
+        """An instance of the class registered under ``name``."""
+        entry = self.get(name)
+        try:
+            inspect.signature(entry).bind(**kwargs)
+        except TypeError as error:
+            raise ConfigError(f"{self.kind} {name!r}: {error}") from None
+        return entry(**kwargs)
+
+    def names(self) -> list[str]:
+        """All registered names, sorted."""
+        load_plugins()
+        return sorted(self._entries)
+
+
+def _place(entry: Callable[..., Any]) -> str:
+    module = sys.modules.get(entry.__module__)
+    file = getattr(module, "__file__", None) or entry.__module__
+    try:
+        return f"{entry.__qualname__} ({file}:{inspect.getsourcelines(entry)[1]})"
+    except (OSError, TypeError):
+        return f"{entry.__qualname__} ({file})"
+
+
+TEACHERS = Registry("teacher")
+FLOW_MAPS = Registry("flow map")
+OBJECTIVES = Registry("objective")
+VELOCITY_ESTIMATORS = Registry("velocity estimator")
+STATE_SOURCES = Registry("state source")
+TIME_SAMPLERS = Registry("time sampler")
+NETWORKS = Registry("network")
+DATASETS = Registry("dataset")
+METRICS = Registry("metric")
+SOLVERS = Registry("solver")
+
+REGISTRIES = {
+    registry.kind.replace(" ", "_") + "s": registry
+    for registry in (
+        TEACHERS, FLOW_MAPS, OBJECTIVES, VELOCITY_ESTIMATORS, STATE_SOURCES,
+        TIME_SAMPLERS, NETWORKS, DATASETS, METRICS, SOLVERS,
+    )
+}  # fmt: skip
+"""All registries by the plural of their kind, as the command line names them."""
+
+register_teacher = TEACHERS.register
+register_flow_map = FLOW_MAPS.register
+register_objective = OBJECTIVES.register
+register_velocity_estimator = VELOCITY_ESTIMATORS.register
+register_state_source = STATE_SOURCES.register
+register_time_sampler = TIME_SAMPLERS.register
+register_network = NETWORKS.register
+register_dataset = DATASETS.register
+register_metric = METRICS.register
+register_solver = SOLVERS.register

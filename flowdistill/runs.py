@@ -1,0 +1,184 @@
+"""Trained models, by the run directory that holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowdistill import config
+from flowdistill.errors import CheckpointError, ConfigError
+from flowdistill.evaluation.measure import measure, reference_set, sample_set
+from flowdistill.flow_maps import FlowMapTeacher
+from flowdistill.interfaces import Condition, FlowMap, Teacher
+from flowdistill.registry import METRICS, TEACHERS, unknown_name
+from flowdistill.training.checkpoints import checkpoint_paths, load_module, verify_checkpoint
+from flowdistill.training.randomness import step_generator
+from flowdistill.training.train import build_flow_map
+
+
+def find_checkpoint(run: str | Path) -> tuple[Path, Path]:
+    """The directory of a run and its newest checkpoint, or the one that ``run`` is.
+
+    Raises:
+        CheckpointError: there is no such run, or nothing has been saved in it yet.
+    """
+    path = Path(run)
+    if (path / "meta.json").is_file():
+        return path.resolve().parent.parent, path
+    if not (path / "config.gin").is_file():
+        raise CheckpointError(f"{path} is neither a run directory nor a checkpoint in one")
+    saved = checkpoint_paths(path)
+    if not saved:
+        raise CheckpointError(f"{path} holds no checkpoint yet")
+    return path, saved[-1]
+
+
+def load_flow_map(run: str | Path) -> FlowMap:
+    """The trained student of a run, with averaged weights where an average was kept, on the CPU.
+
+    Args:
+        run: a run directory, or a checkpoint in it.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    workdir, checkpoint = find_checkpoint(run)
+    meta = verify_checkpoint(checkpoint)
+    with (
+        torch.random.fork_rng(),
+        config.parsed([workdir.absolute() / "config.gin"], []),
+        config.errors_located(),
+    ):
+        flow_map = build_flow_map(config.value("train.flow_map"), config.value("train.teacher"))
+    name = "ema.safetensors" if "ema.safetensors" in meta["sha256"] else "student.safetensors"
+    load_module(flow_map, checkpoint / name)
+    return flow_map.eval().requires_grad_(False)
+
+
+def load_teacher(name_or_path: str | Path, **kwargs: Any) -> Teacher:
+    """A registered teacher by its name, or the flow map of a run as a teacher.
+
+    Args:
+        name_or_path: a name that ``flowdistill list teachers`` shows, a run directory, or a checkpoint.
+        **kwargs: arguments of a registered teacher.
+
+    Raises:
+        ConfigError: neither a name (the nearest are listed) nor a path.
+
+    Example:
+        >>> load_teacher("ring").velocity(torch.zeros(3, 2), torch.ones(3)).shape
+        torch.Size([3, 2])
+    """
+    names = TEACHERS.names()
+    if str(name_or_path) in names:
+        teacher: Teacher = TEACHERS.build(str(name_or_path), **kwargs)
+        return teacher.eval().requires_grad_(False)
+    if not Path(name_or_path).exists():
+        raise unknown_name("teacher", str(name_or_path), names)
+    return FlowMapTeacher(load_flow_map(name_or_path))
+
+
+def make_condition(
+    num_classes: int | None, n: int, labels: int | Sequence[int] | Tensor | None, guidance: float | None
+) -> Condition:
+    """The condition of ``n`` samples: given labels, or all classes in turn, and one guidance scale.
+
+    Raises:
+        ConfigError: labels of an unconditional model, of the wrong number, or out of range.
+    """
+    scale = None if guidance is None else torch.full((n,), float(guidance))
+    if num_classes is None:
+        if labels is not None:
+            raise ConfigError("the model is unconditional and takes no labels")
+        return Condition(guidance=scale)
+    chosen = torch.arange(n) % num_classes if labels is None else torch.as_tensor(labels)
+    chosen = chosen.expand(n) if chosen.ndim == 0 else chosen
+    if chosen.shape != (n,) or bool(((chosen < 0) | (chosen >= num_classes)).any()):
+        raise ConfigError(f"labels must be {n} integers (or one) in [0, {num_classes})")
+    return Condition(chosen.long(), scale)
+
+
+@torch.no_grad()
+def sample(
+    run: str | Path,
+    num_samples: int = 64,
+    *,
+    steps: int = 1,
+    labels: int | Sequence[int] | Tensor | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> Tensor:
+    """Samples of a run's student, (num_samples, \\*sample_shape), on the CPU.
+
+    Args:
+        run: a run directory, or a checkpoint in it.
+        num_samples: how many.
+        steps: jumps from noise to data; an anchored student, as FreeFlow trains it, takes 1.
+        labels: class of all samples or of each; None takes all classes in turn.
+        guidance: guidance scale, for a student trained over a range of scales; None is the student's own.
+        seed: of the noise.
+        batch_size: samples at a time; None is all at once. It does not change the samples.
+
+    Raises:
+        CheckpointError: the run cannot be read.
+        ConfigError: arguments that do not fit the student.
+    """
+    if num_samples < 1 or (batch_size is not None and batch_size < 1):
+        raise ConfigError("num_samples and batch_size must be at least 1")
+    flow_map = load_flow_map(run)
+    if guidance is not None and getattr(flow_map, "guidance", None) is None:
+        raise ConfigError("this student was not trained with guidance scales: leave guidance out")
+    condition = make_condition(flow_map.num_classes, num_samples, labels, guidance)
+    dtype = next(flow_map.parameters()).dtype
+    noise = torch.randn(
+        (num_samples, *flow_map.sample_shape), generator=step_generator(seed, 0, "sample"), dtype=dtype
+    )
+    parts = [slice(i, i + (batch_size or num_samples)) for i in range(0, num_samples, batch_size or num_samples)]
+    return torch.cat([flow_map.sample(noise[part], steps, condition[part]) for part in parts])
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    metrics: Sequence[str] = ("fid",),
+    num_samples: int = 10_000,
+    steps: int = 1,
+    guidance: float | None = None,
+    seed: int = 0,
+    features: str | None = None,
+) -> dict[str, float]:
+    """Metrics of a run's student against the truth.
+
+    Args:
+        run: a run directory, or a checkpoint in it.
+        metrics: names that ``flowdistill list metrics`` shows.
+        num_samples: samples of the student.
+        steps: see `sample`.
+        guidance: see `sample`.
+        seed: of the noise.
+        features: the feature extractor whose stored features of real data are the truth; None is the one of the run's own
+            evaluation, or no features and samples of an exact teacher.
+
+    Raises:
+        CheckpointError: the run cannot be read.
+        ConfigError: an unknown metric, or nothing to compare with.
+    """
+    for name in metrics:
+        METRICS.get(name)
+    workdir, _ = find_checkpoint(run)
+    with config.parsed([workdir.absolute() / "config.gin"], []), config.errors_located():
+        evaluation, teacher = config.value("train.evaluation"), config.value("train.teacher")
+    if features is None and evaluation is not None:
+        features = evaluation.features
+    samples = sample(
+        run, num_samples, steps=steps, guidance=guidance, seed=seed, batch_size=min(num_samples, 500)
+    )
+    flow_map_classes = None if teacher is None else teacher.num_classes
+    labels = make_condition(flow_map_classes, num_samples, None, None).labels
+    generated = sample_set(samples, labels, features)
+    return measure(metrics, generated, reference_set(features, teacher, num_samples, seed))

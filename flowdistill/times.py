@@ -1,0 +1,126 @@
+"""Laws of times in [0, 1], from which training draws."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import attrs
+import torch
+from attrs.validators import ge, gt, le
+from torch import Tensor
+
+from flowdistill.registry import register_time_sampler
+
+
+class TimeSampler(ABC):
+    """A law on [0, 1]."""
+
+    @abstractmethod
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draw ``n`` times, float32 of shape (n,), on the device of ``generator``."""
+
+
+class ContinuousLaw(TimeSampler):
+    """A law with a distribution function, which can also be drawn from below a given time."""
+
+    @abstractmethod
+    def cdf(self, t: Tensor) -> Tensor:
+        """P(T <= t)."""
+
+    @abstractmethod
+    def quantile(self, p: Tensor) -> Tensor:
+        """The inverse of `cdf`."""
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draw ``n`` times."""
+        return self.quantile(torch.rand(n, generator=generator, device=generator.device))
+
+    def sample_below(self, t: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw one time for each of t (B,) from this law conditioned on T <= t.
+
+        If t is the larger of two independent draws of the law, as `Maximum` gives, the result has the law of the smaller one.
+        """
+        unit = torch.rand(len(t), generator=generator, device=generator.device)
+        return torch.minimum(self.quantile(unit * self.cdf(t)), t)
+
+
+@register_time_sampler("uniform")
+@attrs.frozen(kw_only=True)
+class Uniform(ContinuousLaw):
+    """The uniform law on [low, high], a part of [0, 1].
+
+    Example:
+        >>> Uniform(low=0.2).sample(1000, torch.Generator()).min() >= 0.2
+        tensor(True)
+    """
+
+    low: float = attrs.field(default=0.0, validator=ge(0.0))
+    high: float = attrs.field(default=1.0, validator=le(1.0))
+
+    def __attrs_post_init__(self) -> None:
+        if self.low >= self.high:
+            raise ValueError(f"low = {self.low} must be below high = {self.high}")
+
+    def cdf(self, t: Tensor) -> Tensor:
+        """(t - low) / (high - low), cut to [0, 1]."""
+        return ((t - self.low) / (self.high - self.low)).clamp(0.0, 1.0)
+
+    def quantile(self, p: Tensor) -> Tensor:
+        """Low + p (high - low)."""
+        return self.low + (self.high - self.low) * p
+
+
+@register_time_sampler("logit_normal")
+@attrs.frozen(kw_only=True)
+class LogitNormal(ContinuousLaw):
+    """sigmoid(mean + std N(0, 1)): positive means favour noise (t = 1), negative ones data."""
+
+    mean: float = 0.0
+    std: float = attrs.field(default=1.0, validator=gt(0.0))
+
+    def cdf(self, t: Tensor) -> Tensor:
+        """Phi((logit t - mean) / std)."""
+        return torch.special.ndtr((torch.logit(t) - self.mean) / self.std)
+
+    def quantile(self, p: Tensor) -> Tensor:
+        """sigmoid(mean + std Phi^-1(p))."""
+        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(p))
+
+
+@register_time_sampler("maximum")
+@attrs.frozen(kw_only=True)
+class Maximum(TimeSampler):
+    """The larger of two independent draws of a law: the start time of MeanFlow's pairs.
+
+    Attributes:
+        law: the law of both draws.
+    """
+
+    law: TimeSampler = attrs.field(factory=Uniform)
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draw ``n`` times."""
+        return torch.maximum(self.law.sample(n, generator), self.law.sample(n, generator))
+
+
+@register_time_sampler("with_point_mass")
+@attrs.frozen(kw_only=True)
+class WithPointMass(TimeSampler):
+    """Another law, of which a fraction of the draws is replaced by one value.
+
+    A one-step student is used at the duration 1 alone, a value that a continuous law never draws.
+
+    Attributes:
+        law: the other law.
+        value: the value, in [0, 1].
+        fraction: probability of the value, in [0, 1].
+    """
+
+    law: TimeSampler = attrs.field(factory=Uniform)
+    value: float = attrs.field(default=1.0, validator=[ge(0.0), le(1.0)])
+    fraction: float = attrs.field(default=0.25, validator=[ge(0.0), le(1.0)])
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draw ``n`` times."""
+        replaced = torch.rand(n, generator=generator, device=generator.device) < self.fraction
+        return self.law.sample(n, generator).masked_fill(replaced, self.value)

@@ -1,0 +1,19 @@
+"""The training loop and what it needs: optimisers, averages, checkpoints, the log of a run."""
+
+from flowdistill.training.checkpoints import load_module, load_tensors
+from flowdistill.training.ema import Averaging, Ema, PowerEma
+from flowdistill.training.optimization import Schedule
+from flowdistill.training.randomness import step_generator
+from flowdistill.training.train import TrainResult, train
+
+__all__ = [
+    "Averaging",
+    "Ema",
+    "PowerEma",
+    "Schedule",
+    "TrainResult",
+    "load_module",
+    "load_tensors",
+    "step_generator",
+    "train",
+]

@@ -1,0 +1,149 @@
+"""Checkpoints: folders of tensors, written atomically, verified, and read without running anything in them.
+
+A checkpoint ``step_00000100/`` holds safetensors files (``student``, ``ema`` and the auxiliary networks), ``optimizers.pt``, and
+``meta.json`` with the step and the SHA-256 of every file. It is written beside its place and renamed into it, so that a
+checkpoint that has its name is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from flowdistill.errors import CheckpointError, CheckpointWriteError
+
+_FORMAT = 1
+
+
+def checkpoint_paths(workdir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    folder = workdir / "checkpoints"
+    return sorted(folder.glob("step_*")) if folder.is_dir() else []
+
+
+def save_checkpoint(
+    workdir: Path,
+    step: int,
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, Any],
+    counters: Mapping[str, int],
+    keep: int,
+) -> Path:
+    """Write a checkpoint, verify it, then delete all but the newest ``keep``.
+
+    Raises:
+        CheckpointWriteError: the disk refused; earlier checkpoints are untouched and nothing half-written is left.
+    """
+    final = workdir / "checkpoints" / f"step_{step:08d}"
+    partial = final.with_name(f".{final.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        contents = {f"{name}.safetensors": _module_bytes(module) for name, module in modules.items()}
+        buffer = io.BytesIO()
+        torch.save(dict(optimizers), buffer)
+        contents["optimizers.pt"] = buffer.getvalue()
+        hashes = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+        meta = {"format": _FORMAT, "step": step, "counters": dict(counters), "sha256": hashes}
+        contents["meta.json"] = json.dumps(meta, indent=1).encode()
+        for name, data in contents.items():
+            with (partial / name).open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        earlier = checkpoint_paths(workdir)
+        safe = f"the last one, {earlier[-1]}, is untouched" if earlier else "there is none from before"
+        raise CheckpointWriteError(f"cannot save checkpoint {final}: {error.strerror}; {safe}") from error
+    verify_checkpoint(final)
+    for old in checkpoint_paths(workdir)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def _module_bytes(module: nn.Module) -> bytes:
+    return safetensors.torch.save({name: v.contiguous() for name, v in module.state_dict().items()})
+
+
+def read_meta(checkpoint: Path) -> dict[str, Any]:
+    """The step, counters and hashes of a checkpoint; CheckpointError if it is not one."""
+    try:
+        meta = json.loads((checkpoint / "meta.json").read_text())
+        if meta["format"] != _FORMAT:
+            raise CheckpointError(f"{checkpoint} has format {meta['format']}, this version reads {_FORMAT}")
+        return {"step": int(meta["step"]), "counters": dict(meta["counters"]), "sha256": dict(meta["sha256"])}
+    except FileNotFoundError:
+        raise CheckpointError(f"{checkpoint} is not a checkpoint: it has no meta.json") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint}/meta.json is damaged: {error!r}") from None
+
+
+def verify_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """Read every file back and compare its hash; returns the meta data.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or altered.
+    """
+    meta = read_meta(checkpoint)
+    for name, expected in meta["sha256"].items():
+        path = checkpoint / Path(name).name
+        if not path.is_file():
+            raise CheckpointError(f"{checkpoint} lacks {name}")
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else None
+            actual = digest.hexdigest() if digest else hashlib.sha256(file.read()).hexdigest()
+        if actual != expected:
+            raise CheckpointError(f"{path} is truncated or altered: its SHA-256 is not the one in meta.json")
+    return meta
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; CheckpointError if it is missing or damaged."""
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}")
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def load_module(module: nn.Module, path: Path) -> None:
+    """Load a safetensors file into a module whose tensors have just these names and shapes.
+
+    Raises:
+        CheckpointError: the file is damaged, or of another architecture; lists the first tensors that differ.
+    """
+    tensors = load_tensors(path)
+    own = {name: tuple(v.shape) for name, v in module.state_dict().items()}
+    theirs = {name: tuple(v.shape) for name, v in tensors.items()}
+    if own != theirs:
+        names = [name for name in sorted(own.keys() | theirs.keys()) if own.get(name) != theirs.get(name)]
+        lines = [
+            f"{name}: {theirs.get(name, 'absent')} in the file, {own.get(name, 'absent')} in the model"
+            for name in names[:5]
+        ]
+        more = f"\n... and {len(names) - 5} more" if len(names) > 5 else ""
+        raise CheckpointError(f"{path} is of another architecture:\n" + "\n".join(lines) + more)
+    module.load_state_dict(tensors)
+
+
+def load_optimizers(path: Path) -> dict[str, Any]:
+    """The optimiser states of a checkpoint, read as data."""
+    try:
+        states: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    return states

@@ -1,0 +1,229 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from flowdistill.errors import NonFiniteError
+from flowdistill.interfaces import FlowMap, Objective, ObjectiveOutput, States, StateSource, Teacher
+from flowdistill.training.checkpoints import (
+    checkpoint_paths,
+    load_module,
+    load_optimizers,
+    save_checkpoint,
+    verify_checkpoint,
+)
+from flowdistill.training.ema import AveragedModel, Averaging
+from flowdistill.training.optimization import Schedule
+from flowdistill.training.randomness import step_generator
+
+OptimizerBuilder: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+@attrs.frozen(kw_only=True)
+class LoopSettings:
+    """The numbers of a loop; `flowdistill.training.train` documents each."""
+
+    steps: int
+    batch_size: int
+    accumulation: int
+    gradient_clip: float | None
+    precision: Literal["float32", "bf16"]
+    seed: int
+
+
+class _Trained:
+    """A module with its optimiser: the student, or an auxiliary network."""
+
+    def __init__(self, module: nn.Module, builder: OptimizerBuilder) -> None:
+        self.module = module
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.optimizer = builder(self.parameters)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+
+    def update(self, factor: float, clip: float | None) -> Tensor:
+        """One optimiser step at a factor of the learning rate; returns the norm of the gradient."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, float("inf") if clip is None else clip)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+class Loop:
+    """Student, auxiliary networks, optimisers and averages, and how one training step moves them all.
+
+    The step does not depend on anything but its number and what a checkpoint holds, so that an interrupted run continues
+    bit for bit on a CPU.
+    """
+
+    def __init__(
+        self,
+        *,
+        student: FlowMap,
+        teacher: Teacher | None,
+        objective: Objective,
+        source: StateSource,
+        optimizer: OptimizerBuilder,
+        auxiliary_optimizer: OptimizerBuilder,
+        schedule: Schedule,
+        averaging: Averaging | None,
+        settings: LoopSettings,
+        workdir: Path,
+    ) -> None:
+        self.student, self.teacher, self.objective, self.source = student, teacher, objective, source
+        self.schedule, self.settings, self.workdir = schedule, settings, workdir
+        self.device = next(student.parameters()).device
+        self.step = 0
+        self._student = _Trained(student, optimizer)
+        self._auxiliary = {
+            name: _Trained(module.to(self.device), auxiliary_optimizer)
+            for name, module in objective.modules().items()
+        }
+        self._average = None if averaging is None else AveragedModel(student, averaging)
+        self._sums: dict[str, Tensor] = {}
+        self._summed = 0
+        self._first_bad = torch.full((), -1, device=self.device)
+        self._started = time.monotonic()
+
+    @property
+    def result(self) -> FlowMap:
+        """The averaged student, or the student itself where no average is kept."""
+        return self.student if self._average is None else self._average.module
+
+    def _random(self, stream: str, micro: int) -> torch.Generator:
+        number = self.step * self.settings.accumulation + micro
+        return step_generator(self.settings.seed, number, stream, self.device)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.settings.precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def _backward(self, output: ObjectiveOutput, prefix: str = "") -> None:
+        (output.loss / self.settings.accumulation).backward()  # type: ignore[no-untyped-call]
+        loss = output.loss.detach()
+        bad = ~torch.isfinite(loss) & (self._first_bad < 0)
+        self._first_bad = torch.where(bad, self.step, self._first_bad)
+        self._add({f"{prefix}loss": loss, **{f"{prefix}{k}": v for k, v in output.metrics.items()}})
+
+    def _add(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            value = value.detach().float() / self.settings.accumulation
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def train_step(self) -> None:
+        """One update of the student, then one of each auxiliary network on the same states."""
+        settings = self.settings
+        factor = self.schedule.factor(self.step, settings.steps)
+        batches: list[States] = []
+        for micro in range(settings.accumulation):
+            states = self.source.sample(settings.batch_size, self._random("states", micro))
+            batches.append(states)
+            with self._autocast():
+                output = self.objective.loss(
+                    self.student,
+                    self.teacher,
+                    states,
+                    step=self.step,
+                    generator=self._random("loss", micro),
+                )
+            self._backward(output)
+        norm = self._student.update(factor, settings.gradient_clip)
+        self._add({"gradient_norm": norm * settings.accumulation})
+        if self._average is not None:
+            self._average.update(self.step)
+        for name, auxiliary in self._auxiliary.items():
+            if self._train_auxiliary(name, batches):
+                auxiliary.update(factor, settings.gradient_clip)
+        self.step += 1
+        self._summed += 1
+
+    def _train_auxiliary(self, name: str, batches: list[States]) -> bool:
+        trained = False
+        for micro, states in enumerate(batches):
+            with self._autocast():
+                output = self.objective.auxiliary_loss(
+                    name,
+                    self.student,
+                    self.teacher,
+                    states,
+                    step=self.step,
+                    generator=self._random(f"auxiliary {name}", micro),
+                )
+            if output is not None:
+                self._backward(output, prefix=f"{name}_")
+                trained = True
+        return trained
+
+    def record(self) -> dict[str, float]:
+        """The averages of the metrics since the last call, with speed and counted evaluations.
+
+        Raises:
+            NonFiniteError: a loss was NaN or infinite since then.
+        """
+        self.check_finite()
+        now = time.monotonic()
+        record = {name: float(value) / self._summed for name, value in self._sums.items()}
+        record["steps_per_second"] = self._summed / max(now - self._started, 1e-9)
+        record |= {name: float(count) for name, count in self.counters.items()}
+        self._sums, self._summed, self._started = {}, 0, now
+        return record
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Evaluations of student and teacher so far, counted per sample."""
+        teacher = 0 if self.teacher is None else self.teacher.evaluations
+        base = self._base_counters
+        return {
+            "student_evaluations": base.get("student_evaluations", 0) + self.student.evaluations,
+            "teacher_evaluations": base.get("teacher_evaluations", 0) + teacher,
+        }
+
+    _base_counters: Mapping[str, int] = {}
+
+    def check_finite(self) -> None:
+        """Raise NonFiniteError if any loss so far was NaN or infinite; names the first such step."""
+        step = int(self._first_bad)
+        if step >= 0:
+            saved = checkpoint_paths(self.workdir)
+            good = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved before"
+            raise NonFiniteError(
+                f"the loss of {type(self.objective).__name__} became NaN or infinite at step {step}; {good}"
+            )
+
+    def _modules(self) -> dict[str, nn.Module]:
+        average = {} if self._average is None else {"ema": self._average.module}
+        return {"student": self.student, **average, **{k: v.module for k, v in self._auxiliary.items()}}
+
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {
+            "student": self._student.optimizer,
+            **{name: auxiliary.optimizer for name, auxiliary in self._auxiliary.items()},
+        }
+
+    def save(self, keep: int) -> Path:
+        """Write a checkpoint of the present step and keep the newest ``keep``."""
+        self.check_finite()
+        states = {name: optimizer.state_dict() for name, optimizer in self._optimizers().items()}
+        return save_checkpoint(self.workdir, self.step, self._modules(), states, self.counters, keep)
+
+    def load(self, checkpoint: Path) -> None:
+        """Continue from a checkpoint."""
+        meta = verify_checkpoint(checkpoint)
+        for name, module in self._modules().items():
+            load_module(module, checkpoint / f"{name}.safetensors")
+        states = load_optimizers(checkpoint / "optimizers.pt")
+        for name, optimizer in self._optimizers().items():
+            optimizer.load_state_dict(states[name])
+        self.step = meta["step"]
+        self._base_counters = meta["counters"]

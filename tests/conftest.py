@@ -1,0 +1,15 @@
+import hypothesis
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+hypothesis.settings.register_profile(
+    "suite", deadline=None, derandomize=True, max_examples=25, print_blob=True
+)
+hypothesis.settings.load_profile("suite")
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
