@@ -79,8 +79,8 @@ def _located(place: str | Path) -> Iterator[None]:
         raise ConfigError(f"{place}, line {line}: {message}") from None
     except SyntaxError as error:
         raise ConfigError(f"{place}, line {error.lineno}: {error.msg}: {(error.text or '').strip()}") from None
-    except (ValueError, TypeError, NameError, ImportError, OSError, RuntimeError) as error:
-        raise _config_error(str(error)) from None
+    except (ValueError, TypeError, LookupError, NameError, ImportError, OSError, RuntimeError) as error:
+        raise _config_error(_text(error)) from None
 
 
 @contextlib.contextmanager
@@ -90,8 +90,12 @@ def errors_located() -> Iterator[None]:
         yield
     except FlowDistillError as error:
         raise type(error)(_with_bindings(str(error))) from error.__cause__
-    except (ValueError, TypeError, AttributeError, RuntimeError, OSError) as error:
-        raise _config_error(str(error)) from error
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError) as error:
+        raise _config_error(_text(error)) from error
+
+
+def _text(error: Exception) -> str:
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
 
 
 def _config_error(message: str) -> ConfigError:

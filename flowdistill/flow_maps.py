@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flowdistill.errors import ConfigError
 from flowdistill.interfaces import Condition, FlowMap, Teacher
 from flowdistill.networks import ScalarEmbedding, VelocityNetwork
-from flowdistill.registry import register_flow_map, register_teacher
+from flowdistill.registry import register_flow_map
 
 Conditioning = Literal["two_time", "anchored", "instantaneous"]
 
@@ -123,7 +123,6 @@ def from_teacher(
     return NetworkFlowMap(network, conditioning, guidance).to(teacher.device)
 
 
-@register_teacher("network")
 class NetworkTeacher(Teacher):
     """A velocity network as a teacher.
 

@@ -67,8 +67,8 @@ class GuidedTeacher(Teacher):
         if condition.guidance is None and self.scale == 1.0:
             return self.teacher.velocity(x, t, plain)
         low, high = self.interval
-        scale: Tensor | float = self.scale if condition.guidance is None else condition.guidance
-        excess = expand_time(torch.where((t >= low) & (t <= high), scale - 1.0, 0.0), x)
+        scale = x.new_tensor(self.scale) if condition.guidance is None else condition.guidance.to(x.dtype)
+        excess = expand_time(torch.where((t >= low) & (t <= high), scale - 1, torch.zeros_like(scale)), x)
         if self.guide is not None:
             strong = self.teacher.velocity(x, t, plain)
             return strong + excess * (strong - self.guide.velocity(x, t, plain))

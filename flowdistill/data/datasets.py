@@ -1,0 +1,80 @@
+"""Data sets that serve random batches."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from flowdistill.errors import ConfigError
+from flowdistill.interfaces import Condition, Teacher
+from flowdistill.registry import register_dataset
+
+
+class Dataset(ABC):
+    """Samples and their labels.
+
+    Attributes:
+        sample_shape: shape of one sample, without the batch.
+        num_classes: number of classes; None where there are no labels.
+    """
+
+    sample_shape: tuple[int, ...]
+    num_classes: int | None = None
+
+    @abstractmethod
+    def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """Draw independent samples (B, \\*sample_shape) and labels (B,) or None, on the generator's device."""
+
+
+@register_dataset("digits")
+class Digits(Dataset):
+    """The 1797 handwritten digits of 8x8 pixels that scikit-learn carries, in [-1, 1], with their 10 classes.
+
+    They are the test part of the UCI data set "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak 1998).
+    """
+
+    sample_shape = (1, 8, 8)
+    num_classes = 10
+
+    def __init__(self) -> None:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        self.images = torch.from_numpy(digits.images).float()[:, None] / 8 - 1
+        self.labels = torch.from_numpy(digits.target).long()
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw images and labels with replacement."""
+        if self.images.device != generator.device:
+            self.images, self.labels = self.images.to(generator.device), self.labels.to(generator.device)
+        rows = torch.randint(len(self.images), (batch_size,), generator=generator, device=generator.device)
+        return self.images[rows], self.labels[rows]
+
+
+@register_dataset("exact_samples")
+class ExactSamples(Dataset):
+    """Fresh samples of an exact teacher's distribution, for methods that train from data.
+
+    Args:
+        teacher: a teacher with ``sample_data``.
+
+    Raises:
+        ConfigError: the teacher cannot draw data.
+    """
+
+    def __init__(self, teacher: Teacher) -> None:
+        if not hasattr(teacher, "sample_data"):
+            raise ConfigError(f"{type(teacher).__name__} is not an exact teacher: it cannot draw data")
+        self._teacher = teacher
+        self.sample_shape, self.num_classes = teacher.sample_shape, teacher.num_classes
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """Draw data, of uniform classes where there are any."""
+        labels = None
+        if self.num_classes is not None:
+            size = (batch_size,)
+            labels = torch.randint(self.num_classes, size, generator=generator, device=generator.device)
+        data: Tensor = self._teacher.sample_data(batch_size, generator, Condition(labels))  # type: ignore[operator]
+        return data, labels

@@ -1,0 +1,93 @@
+"""Pictures: grids of images, models side by side, training curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)  # type: ignore[no-untyped-call]
+    return figure
+
+
+def _tile(images: Tensor, columns: int) -> np.ndarray[Any, Any]:
+    """Images (N, C, H, W) in [-1, 1] as one array with a thin margin around each."""
+    rows = math.ceil(len(images) / columns)
+    blank = images.new_full((rows * columns - len(images), *images.shape[1:]), 1.0)
+    padded = torch.nn.functional.pad(torch.cat([images.clamp(-1, 1), blank]), (1, 1, 1, 1), value=1.0)
+    _, c, h, w = padded.shape
+    grid = padded.reshape(rows, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(rows * h, columns * w, c)
+    return (grid.squeeze(-1).float().numpy() + 1) / 2
+
+
+def _show(axes: Any, images: Tensor, columns: int) -> None:
+    axes.imshow(_tile(images, columns), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_axis_off()
+
+
+def image_grid(images: Tensor, path: Path, columns: int = 10) -> None:
+    """Write images (N, C, H, W) in [-1, 1], with C = 1 or 3, as a grid."""
+    rows = math.ceil(len(images) / columns)
+    figure = _figure(0.5 * columns, 0.5 * rows)
+    _show(figure.subplots(), images, columns)
+    figure.savefig(path, dpi=150)
+
+
+def side_by_side(panels: Mapping[str, Tensor], path: Path, columns: int = 10) -> None:
+    """Write sets of images that belong together row by row, each as a grid under its title."""
+    rows = math.ceil(len(next(iter(panels.values()))) / columns)
+    figure = _figure(3.6 * len(panels), 3.6 * rows / columns + 0.4)
+    for axes, (title, images) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        _show(axes, images, columns)
+        axes.set_title(title)
+    figure.savefig(path, dpi=150)
+
+
+def scatter_side_by_side(panels: Mapping[str, Tensor], path: Path) -> None:
+    """Write sets of points (N, 2) as scatter plots with common axes."""
+    figure = _figure(3.6 * len(panels), 3.8)
+    grid = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)[0]
+    for axes, (title, points) in zip(grid, panels.items(), strict=True):
+        axes.scatter(*points.T.numpy(), s=2, alpha=0.4, linewidths=0, color="#2a6f97")
+        axes.set_title(title)
+        axes.set_aspect("equal")
+    figure.savefig(path, dpi=150)
+
+
+def loss_curves(records: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Write the training curves of all metrics: raw values faint, a running median over them."""
+    ignored = {"step", "steps_per_second", "student_evaluations", "teacher_evaluations"}
+    names = [name for name in dict.fromkeys(k for r in records for k in r) if name not in ignored]
+    if not names:
+        return
+    figure = _figure(3.4 * min(len(names), 3), 2.4 * math.ceil(len(names) / 3))
+    grid = figure.subplots(math.ceil(len(names) / 3), min(len(names), 3), squeeze=False).flat
+    for axes, name in zip(grid, names, strict=False):
+        points = [(r["step"], r[name]) for r in records if name in r]
+        steps, values = np.array(points).T
+        window = max(1, len(values) // 40)
+        smooth = [np.median(values[max(0, i - window) : i + window + 1]) for i in range(len(values))]
+        axes.plot(steps, values, color="#2a6f97", alpha=0.25, linewidth=0.8)
+        axes.plot(steps, smooth, color="#2a6f97", linewidth=1.5)
+        if (values > 0).all():
+            axes.set_yscale("log")
+        axes.set_title(name.replace("_", " "), fontsize=10)
+        axes.grid(alpha=0.2)
+        axes.set_xlabel("step", fontsize=8)
+    for axes in list(grid)[len(names) :]:
+        axes.set_axis_off()
+    figure.savefig(path, dpi=130)
