@@ -1,7 +1,8 @@
 r"""The identities that define a flow map, as residuals that vanish at the teacher's own map.
 
-Each function evaluates a student F on a batch and returns F with a graph together with a detached residual R of the same
-shape, for which descent along -R moves F towards the solution. `pull` turns the pair into a loss with that gradient.
+Each function evaluates a student F on a batch and returns F with a graph together with a detached residual R of the
+same shape, for which descent along -R moves F towards the solution. `pull` turns the pair into a loss with that
+gradient.
 
 =========== ================================================ =============================================
 identity    statement, X(x, t, s) = x - (t - s) F            residual
@@ -63,8 +64,8 @@ def eulerian_residual(
 ) -> tuple[Tensor, Tensor]:
     """F and F - u + (t - s) D_t F: where the jump lands must not depend on where on a trajectory it starts.
 
-    ``velocity`` is dx/dt at (x, t): the teacher's, or the conditional one n - x_0, which makes the residual right only on
-    average.
+    ``velocity`` is dx/dt at (x, t): the teacher's, or the conditional one n - x_0, which makes the residual right only
+    on average.
     """
     average, slope = estimator.derivative(student, x, t, s, condition, dx=velocity, dt=1.0, step=step)
     return average, average.detach() - velocity + expand_time(t - s, x) * slope

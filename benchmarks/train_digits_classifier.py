@@ -1,6 +1,6 @@
 """Train the classifier whose features judge 8x8 digits; writes weights, reference features and a card into the package.
 
-    python benchmarks/train_digits_classifier.py
+python benchmarks/train_digits_classifier.py
 """
 
 from pathlib import Path
@@ -68,16 +68,17 @@ def main() -> None:
     safetensors.torch.save_file(tensors, WEIGHTS / "digits.safetensors")
     card = f"""# The digits classifier
 
-Three convolutions and a linear layer on scikit-learn's 8x8 digits; its 64 features and its labels judge generated digits. Written by
-`python benchmarks/train_digits_classifier.py` (seed {SEED}, {STEPS} steps of 128 images; small shifts, zooms, rotations and noise).
+Three convolutions and a linear layer on scikit-learn's 8x8 digits; its 64 features and its labels judge generated
+digits. Written by `python benchmarks/train_digits_classifier.py` (seed {SEED}, {STEPS} steps of 128 images; small
+shifts, zooms, rotations and noise).
 
 | | |
 |---|---|
 | accuracy on {HELD_OUT} held-out images | {accuracy:.4f} |
 | Frechet distance of two random halves of the {len(features)} real images, mean of 10 | {half_distance(features):.3f} |
 
-The second figure fixes the unit of the features. The file also holds the features of all real images (`reference`, half precision), so that a
-model can be judged without the data set, and the rows of the held-out ones (`held_out`).
+The second figure fixes the unit of the features. The file also holds the features of all real images (`reference`, half
+precision), so that a model can be judged without the data set, and the rows of the held-out ones (`held_out`).
 
 Made on: {machine()}.
 """

@@ -17,9 +17,7 @@ _BESIDE = ("flowdistill.algorithms", "flowdistill.teachers")
 
 class _BesideFinder:
     @staticmethod
-    def find_spec(
-        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name not in _BESIDE:
             return None
         init = _ROOT / name.rpartition(".")[2] / "__init__.py"

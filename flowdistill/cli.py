@@ -51,9 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train as gin files say")
-    train.add_argument(
-        "--gin_file", action="append", required=True, help="a gin file or packaged recipe; repeatable"
-    )
+    train.add_argument("--gin_file", action="append", required=True, help="a gin file or packaged recipe; repeatable")
     train.add_argument("--workdir", help="the run directory; by default runs/ and the recipe's name")
     train.add_argument("--resume", choices=["auto", "never"], default="auto")
     train.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")

@@ -47,8 +47,8 @@ def find_gin_file(name: str | Path) -> Path:
 def parsed(files: Sequence[str | Path], bindings: Sequence[str]) -> Iterator[None]:
     """The configuration of gin files and then of bindings, inside a with statement.
 
-    Without files and bindings, what the caller has parsed with gin holds. Gin's own errors become `ConfigError`, with the file
-    and the line, both here and for whatever is built inside the statement.
+    Without files and bindings, what the caller has parsed with gin holds. Gin's own errors become `ConfigError`, with
+    the file and the line, both here and for whatever is built inside the statement.
     """
     load_plugins()
     own = bool(files or bindings)

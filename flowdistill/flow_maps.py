@@ -27,8 +27,8 @@ class NetworkFlowMap(FlowMap):
 
     Args:
         network: the backbone.
-        conditioning: "two_time" for all s <= t; "anchored" for t = 1 alone, as FreeFlow trains it; "instantaneous" for a plain
-            velocity field, which ignores s.
+        conditioning: "two_time" for all s <= t; "anchored" for t = 1 alone, as FreeFlow trains it; "instantaneous" for
+            a plain velocity field, which ignores s.
         guidance: makes the map take guidance scales, and is the scale of samples that name none; None is a map
             without guidance input.
     """
@@ -41,9 +41,7 @@ class NetworkFlowMap(FlowMap):
     ) -> None:
         super().__init__()
         if conditioning not in ("two_time", "anchored", "instantaneous"):
-            raise ConfigError(
-                f"conditioning must be 'two_time', 'anchored' or 'instantaneous', not {conditioning!r}"
-            )
+            raise ConfigError(f"conditioning must be 'two_time', 'anchored' or 'instantaneous', not {conditioning!r}")
         self.network, self.guidance = network, guidance
         self.sample_shape, self.num_classes = network.sample_shape, network.num_classes
         self.anchored = conditioning == "anchored"
@@ -52,9 +50,7 @@ class NetworkFlowMap(FlowMap):
         self.duration_embedding = None if self.instantaneous else ScalarEmbedding(size, zero_init=True)
         self.guidance_embedding = None if guidance is None else ScalarEmbedding(size, zero_init=True)
 
-    def average_velocity(
-        self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None
-    ) -> Tensor:
+    def average_velocity(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None) -> Tensor:
         """F(x, t, s)."""
         embedding: Tensor | None = None
         if self.duration_embedding is not None:
@@ -78,9 +74,7 @@ class _ResidualNetwork(VelocityNetwork):
         self.sample_shape, self.num_classes = network.sample_shape, network.num_classes
         self.embedding_size = network.embedding_size
 
-    def velocity(
-        self, x: Tensor, t: Tensor, labels: Tensor | None = None, embedding: Tensor | None = None
-    ) -> Tensor:
+    def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None = None, embedding: Tensor | None = None) -> Tensor:
         base = self.teacher.velocity(x, t, Condition(labels))
         return base + self.network.velocity(x, t, labels, embedding)
 

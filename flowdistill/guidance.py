@@ -76,9 +76,7 @@ class GuidedTeacher(Teacher):
             raise ConfigError("classifier-free guidance needs labels in the condition")
         labels = torch.cat([condition.labels, plain.drop().labels])  # type: ignore[list-item]
         extra = {name: torch.cat([value, value]) for name, value in condition.extra.items()}
-        both = self.teacher.velocity(
-            torch.cat([x, x]), torch.cat([t, t]), Condition(labels, extra=extra)
-        )
+        both = self.teacher.velocity(torch.cat([x, x]), torch.cat([t, t]), Condition(labels, extra=extra))
         strong, weak = both.chunk(2)
         return strong + excess * (strong - weak)
 

@@ -113,7 +113,7 @@ def sample(
     seed: int = 0,
     batch_size: int | None = None,
 ) -> Tensor:
-    """Samples of a run's student, (num_samples, \\*sample_shape), on the CPU.
+    """Samples of a run's student, ``(num_samples, *sample_shape)``, on the CPU.
 
     Args:
         run: a run directory, or a checkpoint in it.
@@ -135,9 +135,7 @@ def sample(
         raise ConfigError("this student was not trained with guidance scales: leave guidance out")
     condition = make_condition(flow_map.num_classes, num_samples, labels, guidance)
     dtype = next(flow_map.parameters()).dtype
-    noise = torch.randn(
-        (num_samples, *flow_map.sample_shape), generator=step_generator(seed, 0, "sample"), dtype=dtype
-    )
+    noise = torch.randn((num_samples, *flow_map.sample_shape), generator=step_generator(seed, 0, "sample"), dtype=dtype)
     parts = [slice(i, i + (batch_size or num_samples)) for i in range(0, num_samples, batch_size or num_samples)]
     return torch.cat([flow_map.sample(noise[part], steps, condition[part]) for part in parts])
 
@@ -161,8 +159,8 @@ def evaluate(
         steps: see `sample`.
         guidance: see `sample`.
         seed: of the noise.
-        features: the feature extractor whose stored features of real data are the truth; None is the one of the run's own
-            evaluation, or no features and samples of an exact teacher.
+        features: the feature extractor whose stored features of real data are the truth; None is the one of the run's
+            own evaluation, or no features and samples of an exact teacher.
 
     Raises:
         CheckpointError: the run cannot be read.
@@ -175,9 +173,7 @@ def evaluate(
         evaluation, teacher = config.value("train.evaluation"), config.value("train.teacher")
     if features is None and evaluation is not None:
         features = evaluation.features
-    samples = sample(
-        run, num_samples, steps=steps, guidance=guidance, seed=seed, batch_size=min(num_samples, 500)
-    )
+    samples = sample(run, num_samples, steps=steps, guidance=guidance, seed=seed, batch_size=min(num_samples, 500))
     flow_map_classes = None if teacher is None else teacher.num_classes
     labels = make_condition(flow_map_classes, num_samples, None, None).labels
     generated = sample_set(samples, labels, features)

@@ -150,9 +150,7 @@ class NoisedData(StateSource):
             guidance = low + (high - low) * torch.rand(batch_size, generator=generator, device=device)
         condition = Condition(labels, guidance)
         if self.label_dropout:
-            condition = condition.drop(
-                torch.rand(batch_size, generator=generator, device=device) < self.label_dropout
-            )
+            condition = condition.drop(torch.rand(batch_size, generator=generator, device=device) < self.label_dropout)
         return States(x=interpolate(clean, noise, t), t=t, condition=condition, clean=clean, noise=noise)
 
 

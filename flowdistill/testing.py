@@ -1,7 +1,7 @@
 """The conformance kit: what every teacher, flow map, objective and velocity estimator must satisfy.
 
-Each check raises AssertionError with a sentence that says what is wrong. Run them on your own classes, in the spirit of scikit-learn's
-``check_estimator``::
+Each check raises AssertionError with a sentence that says what is wrong. Run them on your own classes, in the spirit of
+scikit-learn's ``check_estimator``::
 
     def test_my_teacher():
         flowdistill.testing.check_teacher(MyTeacher())
@@ -63,10 +63,10 @@ def _check_declarations(model: Teacher | FlowMap) -> None:
 def check_teacher(teacher: Teacher) -> None:
     """Check a teacher.
 
-    Shapes and dtype; finite velocities on all of [0, 1], both ends included; rows independent of each other; the same answer twice;
-    evaluation mode whatever is asked; counted evaluations; labels that are obeyed row by row and may be null; reproducible
-    prior. Also that the field is a velocity in this library's sign: at t = 1 the state is pure noise, so
-    E[u(n, 1) | n] = n - E[x_0] and u(n, 1) - n is the same for all n.
+    Shapes and dtype; finite velocities on all of [0, 1], both ends included; rows independent of each other; the same
+    answer twice; evaluation mode whatever is asked; counted evaluations; labels that are obeyed row by row and may be
+    null; reproducible prior. Also that the field is a velocity in this library's sign: at t = 1 the state is pure
+    noise, so E[u(n, 1) | n] = n - E[x_0] and u(n, 1) - n is the same for all n.
     """
     name = type(teacher).__name__
     _check(isinstance(teacher, Teacher), f"{name} must derive from flowdistill.Teacher")
@@ -94,13 +94,14 @@ def check_teacher(teacher: Teacher) -> None:
     _check(not teacher.training, f"{name}.train() leaves evaluation mode")
     if teacher.num_classes is not None:
         null = Condition(torch.full_like(condition.labels, NULL_LABEL))  # type: ignore[arg-type]
-        _check(
-            bool(teacher.velocity(x, t, null).isfinite().all()), f"{name} does not take the null label {NULL_LABEL}"
-        )
+        _check(bool(teacher.velocity(x, t, null).isfinite().all()), f"{name} does not take the null label {NULL_LABEL}")
 
 
 def check_exact_start(teacher: Teacher, tolerance: float = 1e-3) -> None:
-    """Check the sign and time of a teacher's field where the truth is known: u(n, 1) = n - E[x_0] differs from n by a constant."""
+    """Check the sign and time of a teacher's field at t = 1, where u(n, 1) = n - E[x_0] differs from n by a constant.
+
+    An exact teacher meets ``tolerance``; a trained one is only near it.
+    """
     x = teacher.sample_prior(64, _generator())
     condition = Condition(None if teacher.num_classes is None else torch.zeros(64, dtype=torch.long))
     offset = teacher.velocity(x, torch.ones_like(x.flatten(1)[:, 0]), condition) - x
@@ -111,9 +112,9 @@ def check_exact_start(teacher: Teacher, tolerance: float = 1e-3) -> None:
 def check_flow_map(flow_map: FlowMap) -> None:
     """Check a flow map.
 
-    Shapes and dtype; X(x, t, t) = x; X = x - (t - s) F; rows independent; counted evaluations; `sample` of one step equal to the jump;
-    derivatives with respect to the time s by forward mode equal to central differences; an anchored map that refuses several
-    steps.
+    Shapes and dtype; X(x, t, t) = x; X = x - (t - s) F; rows independent; counted evaluations; `sample` of one step
+    equal to the jump; derivatives with respect to the time s by forward mode equal to central differences; an anchored
+    map that refuses several steps.
     """
     name = type(flow_map).__name__
     _check(isinstance(flow_map, FlowMap), f"{name} must derive from flowdistill.FlowMap")
@@ -164,8 +165,9 @@ def check_flow_map(flow_map: FlowMap) -> None:
 def check_velocity_estimator(estimator: VelocityEstimator, student: FlowMap, teacher: Teacher) -> None:
     """Check a velocity estimator on a student and its teacher.
 
-    A generating estimator returns F with a graph and a velocity without, equal to F where the duration is 0. A noising estimator returns a
-    detached finite velocity, and the loss of its modules reaches their parameters and none of the student's.
+    A generating estimator returns F with a graph and a velocity without, equal to F where the duration is 0. A noising
+    estimator returns a detached finite velocity, and the loss of its modules reaches their parameters and none of the
+    student's.
     """
     name = type(estimator).__name__
     estimator = copy.deepcopy(estimator)
@@ -208,9 +210,9 @@ def check_objective(
 ) -> None:
     """Check an objective on a student, a teacher, and a state source (by default the prior).
 
-    The loss is a finite scalar that depends on nothing but its arguments and the generator; its gradient reaches the student and no
-    parameter of the teacher or of an auxiliary module; auxiliary losses reach their module alone; a data-free
-    objective works on states without clean data.
+    The loss is a finite scalar that depends on nothing but its arguments and the generator; its gradient reaches the
+    student and no parameter of the teacher or of an auxiliary module; auxiliary losses reach their module alone; a
+    data-free objective works on states without clean data.
     """
     name = type(objective).__name__
     _check(isinstance(objective, Objective), f"{name} must derive from flowdistill.Objective")

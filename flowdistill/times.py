@@ -38,7 +38,8 @@ class ContinuousLaw(TimeSampler):
     def sample_below(self, t: Tensor, generator: torch.Generator) -> Tensor:
         """Draw one time for each of t (B,) from this law conditioned on T <= t.
 
-        If t is the larger of two independent draws of the law, as `Maximum` gives, the result has the law of the smaller one.
+        If t is the larger of two independent draws of the law, as `Maximum` gives, the result has the law of the
+        smaller one.
         """
         unit = torch.rand(len(t), generator=generator, device=generator.device)
         return torch.minimum(self.quantile(unit * self.cdf(t)), t)

@@ -53,8 +53,9 @@ class Jvp(GeneratingVelocity):
 class FiniteDifference(GeneratingVelocity):
     """The derivative by a finite difference, whose step may shrink during training.
 
-    A step h caps the factor delta dF/d delta by which the identity amplifies the student's own errors, at delta/h: early in
-    training a backward difference with a large h is the better teacher, late its bias of O(h) asks for a small one.
+    A step h caps the factor delta dF/d delta by which the identity amplifies the student's own errors, at delta/h:
+    early in training a backward difference with a large h is the better teacher, late its bias of O(h) asks for a small
+    one.
 
     Attributes:
         scheme: "backward" (towards shorter durations) or "central".
@@ -63,9 +64,7 @@ class FiniteDifference(GeneratingVelocity):
         anneal: training steps (first, last) between which h goes to ``final_h`` geometrically.
     """
 
-    scheme: Literal["backward", "central"] = attrs.field(
-        default="backward", validator=in_(("backward", "central"))
-    )
+    scheme: Literal["backward", "central"] = attrs.field(default="backward", validator=in_(("backward", "central")))
     h: float = attrs.field(default=0.1, validator=gt(0.0))
     final_h: float | None = attrs.field(default=None, validator=optional(gt(0.0)))
     anneal: tuple[int, int] = (0, 0)
@@ -117,6 +116,7 @@ class OnlineNetwork(NoisingVelocity):
     network: Callable[[], VelocityNetwork] | None = None
 
     def setup(self, student: FlowMap, teacher: Teacher | None) -> None:
+        """Start the online network from the teacher; ConfigError without one."""
         if teacher is None:
             raise ConfigError("online_network starts from a teacher: set train.teacher")
         guidance = getattr(student, "guidance", None)
@@ -131,9 +131,7 @@ class OnlineNetwork(NoisingVelocity):
         """The network g."""
         return {"online": self._model}
 
-    def module_loss(
-        self, name: str, samples: Tensor, condition: Condition, *, generator: torch.Generator
-    ) -> Tensor:
+    def module_loss(self, name: str, samples: Tensor, condition: Condition, *, generator: torch.Generator) -> Tensor:
         """Flow matching on student samples x: mean over elements of (g(x_r, r) - (n - x))^2, shape (B,)."""
         r = self.times.sample(len(samples), generator)
         noise = torch.randn(samples.shape, generator=generator, device=samples.device, dtype=samples.dtype)
@@ -155,10 +153,11 @@ class Minibatch(NoisingVelocity):
 
     For the empirical distribution of samples x_k the posterior of the clean sample is a softmax,
 
-    .. math:: v_N(x, r) = \frac{x - \sum_k p_k x_k}{r}, \quad p_k \propto \exp\left(-\frac{|x - (1-r) x_k|^2}{2 r^2}\right),
+    .. math:: v_N(x, r) = \frac{x - \sum_k p_k x_k}{r}, \quad
+        p_k \propto \exp\left(-\frac{|x - (1-r) x_k|^2}{2 r^2}\right),
 
-    over the samples of the same label. It approaches the student's velocity as the batch grows, quickly only in few dimensions and
-    at high noise.
+    over the samples of the same label. It approaches the student's velocity as the batch grows, quickly only in few
+    dimensions and at high noise.
     """
 
     @torch.no_grad()

@@ -40,8 +40,8 @@ class FreeFlowPrediction(Objective):
     r"""The student's generating velocity is the teacher's velocity along the student's own path.
 
     For noise z and a duration delta the student reaches :math:`X = z - \delta F(z, 1, 1 - \delta)`, moving at
-    :math:`v_G = F + \delta\, \partial_\delta F`. The residual :math:`v_G - u(X, 1 - \delta)` vanishes for all delta only at the
-    teacher's flow map.
+    :math:`v_G = F + \delta\, \partial_\delta F`. The residual :math:`v_G - u(X, 1 - \delta)` vanishes for all delta
+    only at the teacher's flow map.
 
     Attributes:
         durations: law of delta. For states that start at t < 1 it is the fraction of the way to t = 0.
@@ -82,13 +82,14 @@ class FreeFlowCorrection(Objective):
     r"""The noising velocity of the student's distribution is the teacher's velocity.
 
     One-step samples :math:`x = z - F(z, 1, 0)` are noised to :math:`x_r`; the gradient
-    :math:`v_N(x_r, r) - u(x_r, r)` reaches F, so that descent moves samples along the difference of the teacher's and the student's
-    scores.
+    :math:`v_N(x_r, r) - u(x_r, r)` reaches F, so that descent moves samples along the difference of the teacher's and
+    the student's scores.
 
     Attributes:
         noising: the estimator of v_N.
         times: law of r.
-        guidance_interval: times at which a guided teacher is guided here, in place of its own interval; None keeps that.
+        guidance_interval: times at which a guided teacher is guided here, in place of its own interval; None keeps
+            that.
     """
 
     citation = CITATION
@@ -100,6 +101,7 @@ class FreeFlowCorrection(Objective):
     )
 
     def setup(self, student: FlowMap, teacher: Teacher | None) -> None:
+        """Set the noising velocity up; ConfigError for a guidance interval without guidance."""
         if self.guidance_interval is not None and not isinstance(teacher, GuidedTeacher):
             raise ConfigError("guidance_interval needs a guided teacher: train.teacher = @guided()")
         self.noising.setup(student, teacher)
@@ -124,9 +126,7 @@ class FreeFlowCorrection(Objective):
         z = states.x
         r = self.times.sample(len(states), generator).to(states.t.dtype)
         noise = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
-        average, residual = noising_residual(
-            student, teacher, self.noising, z, noise, r, states.condition
-        )
+        average, residual = noising_residual(student, teacher, self.noising, z, noise, r, states.condition)
         return pull(average, residual)
 
     def auxiliary_loss(
@@ -180,6 +180,7 @@ class FreeFlow(Objective):
     online_warmup: int = attrs.field(default=0, validator=ge(0))
 
     def setup(self, student: FlowMap, teacher: Teacher | None) -> None:
+        """Set both parts up."""
         self.prediction.setup(student, teacher)
         self.correction.setup(student, teacher)
 
@@ -204,12 +205,8 @@ class FreeFlow(Objective):
         if step < self.correction_start:
             return self.prediction.loss(student, teacher, states, step=step, generator=generator)
         for_prediction, for_correction = self._split(states)
-        prediction = self.prediction.loss(
-            student, teacher, for_prediction, step=step, generator=generator
-        )
-        correction = self.correction.loss(
-            student, teacher, for_correction, step=step, generator=generator
-        )
+        prediction = self.prediction.loss(student, teacher, for_prediction, step=step, generator=generator)
+        correction = self.correction.loss(student, teacher, for_correction, step=step, generator=generator)
         assert prediction.gradient_norm is not None
         assert correction.gradient_norm is not None
         scale = self.alpha * prediction.gradient_norm / (correction.gradient_norm + 1e-8)
@@ -218,9 +215,7 @@ class FreeFlow(Objective):
             "correction_error": correction.metrics["error"],
             "lambda": scale,
         }
-        return ObjectiveOutput(
-            prediction.loss + scale * correction.loss, metrics, prediction.gradient_norm
-        )
+        return ObjectiveOutput(prediction.loss + scale * correction.loss, metrics, prediction.gradient_norm)
 
     def auxiliary_loss(
         self,

@@ -80,12 +80,13 @@ class _MeanFlow(Objective):
 class MeanFlow(_MeanFlow):
     r"""The Eulerian identity with the conditional velocity n - x_0 in target and tangent: training from data.
 
-    The residual vanishes at the flow map only on average over (x_0, n), so a ``power`` above 0 is biased where samples have few
+    The residual vanishes at the flow map only on average over (x_0, n), so a ``power`` above 0 is biased where samples
+    have few
     dimensions: use 0 there.
 
     Attributes:
-        ends: law of the end time s, conditioned on s <= t. With states at the larger of two draws of the same law (`Maximum`),
-            (t, s) are the paper's sorted pairs.
+        ends: law of the end time s, conditioned on s <= t. With states at the larger of two draws of the same law
+            (`Maximum`), (t, s) are the paper's sorted pairs.
         equal: fraction of the batch with s = t, where the loss is flow matching.
         estimator: how the derivative along the trajectory is computed.
         power: exponent p of the weight 1 / (squared residual + eps)^p.

@@ -25,7 +25,7 @@ class Dataset(ABC):
 
     @abstractmethod
     def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        """Draw independent samples (B, \\*sample_shape) and labels (B,) or None, on the generator's device."""
+        """Draw independent samples ``(B, *sample_shape)`` and labels (B,) or None, on the generator's device."""
 
 
 @register_dataset("digits")

@@ -13,8 +13,9 @@ _LIBRARY: list[torch.library.Library] = []  # a schema lives as long as its libr
 def torch_fidelity(module: str) -> ModuleType:
     """A module of torch-fidelity, such as ``"metric_fid"``.
 
-    Where torch is a CPU build and torchvision is not, torchvision's compiled operators fail to load, and its import dies because it attaches
-    Python rules to operators that do not exist. Declaring their schemas first is enough: nothing here calls them.
+    Where torch is a CPU build and torchvision is not, torchvision's compiled operators fail to load, and its import
+    dies because it attaches Python rules to operators that do not exist. Declaring their schemas first is enough:
+    nothing here calls them.
     """
     if not _LIBRARY:
         try:

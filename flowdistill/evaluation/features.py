@@ -16,10 +16,10 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 class DigitsClassifier(nn.Module):
-    """Three convolutions and a linear layer that classify 8x8 digits; the 64 values before the last layer are the features.
+    """A classifier of 8x8 digits: three convolutions and two linear layers, between which lie the 64 features.
 
-    Features are multiplied by ``scale``, chosen when the network was trained such that two halves of the real digits are at a Frechet
-    distance of about 2.1.
+    Features are multiplied by ``scale``, chosen when the network was trained such that two halves of the real digits
+    are at a Frechet distance of about 2.1.
     """
 
     scale: Tensor

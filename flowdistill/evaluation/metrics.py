@@ -22,8 +22,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
     .. math:: |\mu_a - \mu_b|^2 + \mathrm{tr}(\Sigma_a + \Sigma_b - 2 (\Sigma_a \Sigma_b)^{1/2})
 
-    It is biased upwards by about D^2 / (2N) in whitened features: compare sets of equal sizes, and look at the noise floor. With
-    Inception features it is FID (Heusel et al. 2017, arXiv 1706.08500).
+    It is biased upwards by about D^2 / (2N) in whitened features: compare sets of equal sizes, and look at the noise
+    floor. With Inception features it is FID (Heusel et al. 2017, arXiv 1706.08500).
 
     Example:
         >>> x = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
@@ -40,8 +40,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 def precision_recall(reference: Tensor, generated: Tensor, neighbours: int = 3) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991), by torch-fidelity.
 
-    Precision is the fraction of generated samples within the distance of some reference sample to its k-th nearest other; recall is the
-    same with the sets exchanged.
+    Precision is the fraction of generated samples within the distance of some reference sample to its k-th nearest
+    other; recall is the same with the sets exchanged.
 
     Args:
         reference: (N, D).
@@ -100,7 +100,8 @@ def mode_coverage(samples: Tensor, centres: Tensor, radius: float) -> tuple[floa
         radius: what counts as near.
 
     Returns:
-        The fraction of modes with at least a quarter of their share N/K of samples near, and the fraction of samples near any.
+        The fraction of modes with at least a quarter of their share N/K of samples near, and the fraction of samples
+        near any.
     """
     _check(1, samples, centres)
     distance, nearest = torch.cdist(samples, centres.to(samples.dtype)).min(1)

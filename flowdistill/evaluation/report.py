@@ -1,4 +1,6 @@
-"""The end of a run: samples beside the teacher's, figures with their noise floor, and loss curves in one Markdown page."""
+"""The end of a run: samples beside the teacher's, figures with their noise floor, and loss curves in one Markdown
+page.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,8 @@ class Evaluation:
 
     Attributes:
         metrics: names of registered metrics.
-        features: name of the feature extractor whose stored features of real data are the reference; None compares samples with
-            an exact teacher's own distribution.
+        features: name of the feature extractor whose stored features of real data are the reference; None compares
+            samples with an exact teacher's own distribution.
         num_samples: samples of each model.
         teacher_steps: Euler steps at which the teacher is measured beside the student; the last is its best.
         guidance: guidance scale of teacher and student; None is their own.
@@ -46,14 +48,12 @@ class Evaluation:
     seed: int = 0
 
 
-def compare(
-    student: FlowMap | None, teacher: Teacher | None, evaluation: Evaluation
-) -> dict[str, dict[str, float]]:
+def compare(student: FlowMap | None, teacher: Teacher | None, evaluation: Evaluation) -> dict[str, dict[str, float]]:
     """The figures of teacher and student, a row each, by the row's name.
 
-    Columns are the evaluations of a sample, the metrics against the reference and, for ``fid`` and ``w2``, the same distance to the
-    teacher's samples at its most steps, drawn from other noise. The row ``noise floor`` is a second such set of teacher
-    samples, the best that a student can look.
+    Columns are the evaluations of a sample, the metrics against the reference and, for ``fid`` and ``w2``, the same
+    distance to the teacher's samples at its most steps, drawn from other noise. The row ``noise floor`` is a second
+    such set of teacher samples, the best that a student can look.
     """
     n, device = evaluation.num_samples, _device(student, teacher)
     reference = reference_set(evaluation.features, teacher, n, evaluation.seed)
@@ -61,13 +61,9 @@ def compare(
     assert model is not None
 
     def draw(sampler: Callable[[Tensor, Condition], Tensor], stream: str) -> tuple[Tensor, Tensor | None]:
-        noise = torch.randn(
-            (n, *model.sample_shape), generator=step_generator(evaluation.seed, 0, stream)
-        ).to(device)
+        noise = torch.randn((n, *model.sample_shape), generator=step_generator(evaluation.seed, 0, stream)).to(device)
         condition = _condition(model, n, evaluation.guidance, device)
-        samples = torch.cat(
-            [sampler(noise[i : i + 500], condition[i : i + 500]) for i in range(0, n, 500)]
-        )
+        samples = torch.cat([sampler(noise[i : i + 500], condition[i : i + 500]) for i in range(0, n, 500)])
         return samples.cpu(), None if condition.labels is None else condition.labels.cpu()
 
     samplers: dict[str, tuple[int, Callable[[Tensor, Condition], Tensor], str]] = {}
@@ -109,9 +105,7 @@ def _device(*models: torch.nn.Module | None) -> torch.device:
     return torch.device("cpu")
 
 
-def _condition(
-    model: FlowMap | Teacher, n: int, guidance: float | None, device: torch.device
-) -> Condition:
+def _condition(model: FlowMap | Teacher, n: int, guidance: float | None, device: torch.device) -> Condition:
     labels = None if model.num_classes is None else torch.arange(n) % model.num_classes
     return Condition(labels, None if guidance is None else torch.full((n,), guidance)).to(device)
 
@@ -165,8 +159,8 @@ def write_report(
         figures = list(rows.values())[-1]
         lines += [*table(rows), ""]
         lines += [
-            f"{evaluation.num_samples} samples a row; evaluations are those of one sample, where guidance counts as one. "
-            f"The noise floor is a second set of samples of the teacher.",
+            f"{evaluation.num_samples} samples a row; evaluations are those of one sample, where guidance counts as "
+            "one. The noise floor is a second set of samples of the teacher.",
             "",
         ]
     lines += ["![curves](plots/curves.png)", ""]
@@ -181,9 +175,7 @@ def write_report(
     return figures
 
 
-def _compare_pictures(
-    student: FlowMap | None, teacher: Teacher, guidance: float | None, seed: int, path: Path
-) -> bool:
+def _compare_pictures(student: FlowMap | None, teacher: Teacher, guidance: float | None, seed: int, path: Path) -> bool:
     points = len(teacher.sample_shape) == 1
     n = 2000 if points else 40
     noise = torch.randn((n, *teacher.sample_shape), generator=step_generator(seed, 0, "pictures"))

@@ -36,10 +36,8 @@ class FlowMap(nn.Module, ABC):
             cls.average_velocity = counted(cls.average_velocity)  # type: ignore[method-assign]
 
     @abstractmethod
-    def average_velocity(
-        self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None
-    ) -> Tensor:
-        """F(x, t, s), of the shape of x, for x (B, \\*sample_shape) and times t, s (B,), 0 <= s <= t <= 1."""
+    def average_velocity(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None) -> Tensor:
+        """F(x, t, s), of the shape of x, for x ``(B, *sample_shape)`` and times t, s (B,), 0 <= s <= t <= 1."""
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None) -> Tensor:
         """The jump X(x, t, s) = x - (t - s) F(x, t, s)."""
@@ -48,9 +46,7 @@ class FlowMap(nn.Module, ABC):
     def velocity(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
         """The instantaneous velocity F(x, t, t); only a map that is not anchored has one."""
         if self.anchored:
-            raise ConfigError(
-                f"{type(self).__name__} is anchored at t = 1 and has no velocity at other times"
-            )
+            raise ConfigError(f"{type(self).__name__} is anchored at t = 1 and has no velocity at other times")
         return self.average_velocity(x, t, t, condition)
 
     @property
@@ -66,7 +62,7 @@ class FlowMap(nn.Module, ABC):
         condition: Condition | None = None,
         times: Tensor | None = None,
     ) -> Tensor:
-        """Carry noise (B, \\*sample_shape) to data in ``steps`` jumps.
+        """Carry noise ``(B, *sample_shape)`` to data in ``steps`` jumps.
 
         Args:
             noise: draws of the prior.
@@ -83,9 +79,7 @@ class FlowMap(nn.Module, ABC):
         if grid.ndim != 1 or len(grid) < 2 or bool((grid.diff() >= 0).any()):
             raise ConfigError("times must be a decreasing one-dimensional grid of at least two entries")
         if self.anchored and len(grid) > 2:
-            raise ConfigError(
-                f"an anchored flow map samples in 1 step, not {len(grid) - 1}: only t = 1 is meaningful"
-            )
+            raise ConfigError(f"an anchored flow map samples in 1 step, not {len(grid) - 1}: only t = 1 is meaningful")
         x = noise
         for t, s in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True):
             x = self(x, x.new_full((len(x),), t), x.new_full((len(x),), s), condition)

@@ -19,7 +19,7 @@ class States:
     """A batch of states on the way from noise to data.
 
     Attributes:
-        x: the states, (B, \\*sample_shape).
+        x: the states, ``(B, *sample_shape)``.
         t: their times, (B,), in [0, 1].
         condition: their labels and guidance scales.
         clean: the data x_0 of each state, where there are any.

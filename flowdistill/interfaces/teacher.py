@@ -46,7 +46,7 @@ class Teacher(nn.Module, ABC):
 
     @abstractmethod
     def velocity(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
-        """The velocity u(x, t), of the shape of x, for x (B, \\*sample_shape) and t (B,) in [0, 1]."""
+        """The velocity u(x, t), of the shape of x, for x ``(B, *sample_shape)`` and t (B,) in [0, 1]."""
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
         """The same as `velocity`."""
@@ -70,7 +70,7 @@ class Teacher(nn.Module, ABC):
         return torch.float64 if any(v.dtype == torch.float64 for v in tensors) else torch.float32
 
     def sample_prior(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw ``n`` standard normal noises of shape (n, \\*sample_shape)."""
+        """Draw ``n`` standard normal noises of shape ``(n, *sample_shape)``."""
         shape = (n, *self.sample_shape)
         return torch.randn(shape, generator=generator, device=self.device, dtype=self.dtype)
 

@@ -21,15 +21,13 @@ class VelocityNetwork(nn.Module, ABC):
     embedding_size: int
 
     @abstractmethod
-    def velocity(
-        self, x: Tensor, t: Tensor, labels: Tensor | None = None, embedding: Tensor | None = None
-    ) -> Tensor:
-        """The velocity u(x, t), of the shape of x (B, \\*sample_shape).
+    def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None = None, embedding: Tensor | None = None) -> Tensor:
+        """The velocity u(x, t), of the shape of x ``(B, *sample_shape)``.
 
         Args:
             x: states.
             t: times (B,), in [0, 1].
             labels: classes (B,), with NULL_LABEL for none; None is the null label for all.
-            embedding: (B, embedding_size), added to the vector that conditions every block; by it students learn of durations
-                and guidance scales.
+            embedding: (B, embedding_size), added to the vector that conditions every block; by it students learn of
+                durations and guidance scales.
         """

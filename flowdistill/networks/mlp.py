@@ -28,7 +28,7 @@ class _Block(nn.Module):
 
 @register_network("mlp")
 class MLP(VelocityNetwork):
-    """A residual perceptron on vectors, conditioned on time, label and the embedding given to it. A fresh one outputs 0.
+    """A residual perceptron on vectors, conditioned on time, label and the embedding given to it; 0 when fresh.
 
     Args:
         dim: size of a sample.
@@ -41,9 +41,7 @@ class MLP(VelocityNetwork):
         torch.Size([5, 2])
     """
 
-    def __init__(
-        self, dim: int = 2, hidden_size: int = 128, depth: int = 3, num_classes: int | None = None
-    ) -> None:
+    def __init__(self, dim: int = 2, hidden_size: int = 128, depth: int = 3, num_classes: int | None = None) -> None:
         super().__init__()
         self.sample_shape, self.num_classes, self.embedding_size = (dim,), num_classes, hidden_size
         self.input = Linear(dim, hidden_size)
@@ -54,9 +52,7 @@ class MLP(VelocityNetwork):
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 
-    def velocity(
-        self, x: Tensor, t: Tensor, labels: Tensor | None = None, embedding: Tensor | None = None
-    ) -> Tensor:
+    def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None = None, embedding: Tensor | None = None) -> Tensor:
         """The output at (x, t)."""
         c = self.time_embedding(t)
         if self.label_embedding is not None:

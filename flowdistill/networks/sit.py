@@ -90,8 +90,8 @@ class _PatchEmbedding(nn.Module):
 class SiT(VelocityNetwork):
     """SiT on square images or latents (C, input_size, input_size).
 
-    `forward` is the authors' function of their own time (t = 1 is data) and sign (data - noise), under their state-dict names; `velocity`
-    is this library's. A fresh network outputs exactly 0.
+    `forward` is the authors' function of their own time (t = 1 is data) and sign (data - noise), under their state-dict
+    names; `velocity` is this library's. A fresh network outputs exactly 0.
 
     Args:
         input_size: height and width of the input.
@@ -141,9 +141,7 @@ class SiT(VelocityNetwork):
         self.y_embedder = LabelEmbedding(num_classes, hidden_size)
         table = position_table(input_size // patch_size, hidden_size)
         self.pos_embed = nn.Parameter(table, requires_grad=False)
-        self.blocks = nn.ModuleList(
-            _Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(_Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
         out_channels = 2 * in_channels if learn_sigma else in_channels
         self.final_layer = _FinalLayer(hidden_size, patch_size**2 * out_channels)
         self._initialize()
@@ -186,9 +184,7 @@ class SiT(VelocityNetwork):
         """The authors' velocity: x (B, C, H, W) at their time t (B,), labels y (B,) with num_classes for none."""
         return self._output(x, t, y, None)
 
-    def velocity(
-        self, x: Tensor, t: Tensor, labels: Tensor | None = None, embedding: Tensor | None = None
-    ) -> Tensor:
+    def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None = None, embedding: Tensor | None = None) -> Tensor:
         """u(x, t) = -forward(x, 1 - t), with ``embedding`` added to the conditioning vector."""
         if labels is None:
             labels = torch.full((len(x),), self.num_classes or 0, device=x.device)

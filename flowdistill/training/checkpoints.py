@@ -1,8 +1,8 @@
 """Checkpoints: folders of tensors, written atomically, verified, and read without running anything in them.
 
-A checkpoint ``step_00000100/`` holds safetensors files (``student``, ``ema`` and the auxiliary networks), ``optimizers.pt``, and
-``meta.json`` with the step and the SHA-256 of every file. It is written beside its place and renamed into it, so that a
-checkpoint that has its name is complete.
+A checkpoint ``step_00000100/`` holds safetensors files (``student``, ``ema`` and the auxiliary networks),
+``optimizers.pt``, and ``meta.json`` with the step and the SHA-256 of every file. It is written beside its place and
+renamed into it, so that a checkpoint that has its name is complete.
 """
 
 from __future__ import annotations

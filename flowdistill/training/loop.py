@@ -62,8 +62,8 @@ class _Trained:
 class Loop:
     """Student, auxiliary networks, optimisers and averages, and how one training step moves them all.
 
-    The step does not depend on anything but its number and what a checkpoint holds, so that an interrupted run continues
-    bit for bit on a CPU.
+    The step does not depend on anything but its number and what a checkpoint holds, so that an interrupted run
+    continues bit for bit on a CPU.
     """
 
     def __init__(
@@ -86,8 +86,7 @@ class Loop:
         self.step = 0
         self._student = _Trained(student, optimizer)
         self._auxiliary = {
-            name: _Trained(module.to(self.device), auxiliary_optimizer)
-            for name, module in objective.modules().items()
+            name: _Trained(module.to(self.device), auxiliary_optimizer) for name, module in objective.modules().items()
         }
         self._average = None if averaging is None else AveragedModel(student, averaging)
         self._sums: dict[str, Tensor] = {}

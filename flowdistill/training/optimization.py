@@ -23,7 +23,8 @@ class Schedule:
 
     Attributes:
         warmup: steps of the warm-up; 0 is none.
-        decay: "constant", "linear" or "cosine" to ``final`` at the last step, or "inverse_sqrt" from the end of the warm-up.
+        decay: "constant", "linear" or "cosine" to ``final`` at the last step, or "inverse_sqrt" from the end of the
+            warm-up.
         final: the factor at the last step for "linear" and "cosine".
     """
 

@@ -47,9 +47,7 @@ class RunLog:
             disable=not self._console.is_terminal,
         )
         self._steps = steps
-        self._task = self._bar.add_task(
-            workdir.name, total=steps, completed=first_step, loss=float("nan"), rate=0.0
-        )
+        self._task = self._bar.add_task(workdir.name, total=steps, completed=first_step, loss=float("nan"), rate=0.0)
         self._last_line = time.monotonic()
 
     def __enter__(self) -> RunLog:

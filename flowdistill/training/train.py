@@ -53,15 +53,16 @@ def train(
 ) -> TrainResult:
     """Train as a gin configuration says, and leave a run directory.
 
-    The directory holds ``config.gin`` (everything that was in force; training from it repeats the run), ``metrics.jsonl``,
-    ``tensorboard/``, ``samples/``, ``checkpoints/`` and ``report.md``.
+    The directory holds ``config.gin`` (everything that was in force; training from it repeats the run),
+    ``metrics.jsonl``, ``tensorboard/``, ``samples/``, ``checkpoints/`` and ``report.md``.
 
     Args:
         gin_file: a gin file in the working directory, or a packaged recipe such as ``freeflow/digits.gin``.
         gin_files: further gin files, read after ``gin_file``.
         gin_bindings: bindings such as ``"train.steps = 10"``, read after all files.
         workdir: the run directory; by default ``runs/`` and the name of the last gin file.
-        resume: "auto" continues an interrupted run of the same configuration in ``workdir``; "never" wants an empty one.
+        resume: "auto" continues an interrupted run of the same configuration in ``workdir``; "never" wants an empty
+            one.
         device: where to train; by default the first GPU if there is one, else the CPU.
 
     Raises:
@@ -182,9 +183,7 @@ def _setup(
     if objective.needs_teacher and teacher is None:
         raise ConfigError(f"{type(objective).__name__} needs a teacher: set train.teacher")
     if objective.needs_data and (states is None or not states.needs_data):
-        raise ConfigError(
-            f"{type(objective).__name__} needs data: set train.states = @noised_data() and its dataset"
-        )
+        raise ConfigError(f"{type(objective).__name__} needs data: set train.states = @noised_data() and its dataset")
     if teacher is not None:
         teacher = teacher.to(device).eval().requires_grad_(False)
     student = build_flow_map(flow_map, teacher).to(device)
@@ -220,9 +219,7 @@ def _setup(
     )
 
 
-def build_flow_map(
-    flow_map: FlowMap | Callable[[Teacher | None], FlowMap], teacher: Teacher | None
-) -> FlowMap:
+def build_flow_map(flow_map: FlowMap | Callable[[Teacher | None], FlowMap], teacher: Teacher | None) -> FlowMap:
     """The student that ``train.flow_map`` describes; ConfigError if it does not fit the teacher."""
     if not isinstance(flow_map, FlowMap) and not callable(flow_map):
         raise ConfigError(f"train.flow_map must be a flow map or build one, not {flow_map!r}")

@@ -1,4 +1,4 @@
-"""Exact teachers: Gaussians and mixtures, whose velocity, data and (where it exists) flow map are known in closed form."""
+"""Exact teachers: Gaussians and mixtures whose velocity, data and, where there is one, flow map are in closed form."""
 
 from flowdistill.teachers.gaussian.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.teachers.gaussian.mixture import GaussianMixtureTeacher

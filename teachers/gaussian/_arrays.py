@@ -11,7 +11,7 @@ from flowdistill.errors import ConfigError
 
 
 def tensor(value: Any, name: str, ndim: int) -> Tensor:
-    """A float tensor of nested lists or of a tensor, which keeps its dtype; ConfigError if it has not ``ndim`` dimensions."""
+    """A float tensor of ``ndim`` dimensions, from nested lists or from a tensor, which keeps its dtype."""
     try:
         result = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32)
     except (TypeError, ValueError) as error:

@@ -110,7 +110,8 @@ class GaussianFlowMap(FlowMap):
     r"""The exact flow map of a `GaussianTeacher`, guided or not.
 
     Guidance by gamma between classes of one covariance moves the mean, :math:`\mu_\gamma = \mu_\varnothing + \gamma
-    (\mu_y - \mu_\varnothing)`, so the guided map is exact as well; at the edges of a guidance interval two maps are composed.
+    (\mu_y - \mu_\varnothing)`, so the guided map is exact as well; at the edges of a guidance interval two maps are
+    composed.
 
     ``mean``, ``class_means`` and ``log_variances`` are parameters: the map is a student that starts at the truth.
 
@@ -138,9 +139,7 @@ class GaussianFlowMap(FlowMap):
         self.register_buffer("basis", None if teacher.basis is None else teacher.basis.clone())
         self.class_means = None if teacher.class_means is None else nn.Parameter(teacher.class_means.clone())
 
-    def average_velocity(
-        self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None
-    ) -> Tensor:
+    def average_velocity(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None) -> Tensor:
         """F(x, t, s); where a guidance edge lies between, the mean of the parts weighted by their lengths."""
         labels = None if condition is None else condition.labels
         plain = _row_means(labels, self.mean, self.class_means, x)

@@ -28,8 +28,8 @@ class GaussianMixtureTeacher(Teacher):
         means: (K, D).
         covariance: one variance, variances (K, D), or matrices (K, D, D); positive.
         weights: (K,), positive, normalised here; None is equal weights.
-        labels: class of each component, (K,), numbered from 0 without gaps; None is an unconditional teacher. The null label is the whole
-            mixture.
+        labels: class of each component, (K,), numbered from 0 without gaps; None is an unconditional teacher. The null
+            label is the whole mixture.
 
     Raises:
         ConfigError: shapes that do not fit, weights that are not positive, or labels with gaps.

@@ -21,9 +21,7 @@ class Ring(GaussianMixtureTeacher):
         labelled: give each mode a class of its own.
     """
 
-    def __init__(
-        self, modes: int = 8, radius: float = 1.0, std: float = 0.08, labelled: bool = False
-    ) -> None:
+    def __init__(self, modes: int = 8, radius: float = 1.0, std: float = 0.08, labelled: bool = False) -> None:
         angles = torch.arange(modes) * (2 * math.pi / modes)
         means = radius * torch.stack([angles.cos(), angles.sin()], 1)
         super().__init__(means, std**2, labels=list(range(modes)) if labelled else None)

@@ -1,7 +1,7 @@
 """Products of one-dimensional mixtures, whose flow map is exact although it has many modes.
 
-In one dimension a flow preserves quantiles: with P_t the distribution function of the marginal at t, X(x, t, s) = P_s^-1(P_t(x)). A product of
-one-dimensional mixtures moves each coordinate by itself.
+In one dimension a flow preserves quantiles: with P_t the distribution function of the marginal at t, X(x, t, s) =
+P_s^-1(P_t(x)). A product of one-dimensional mixtures moves each coordinate by itself.
 """
 
 from __future__ import annotations
@@ -96,8 +96,9 @@ class ProductMixtureTeacher(Teacher):
 class ProductMixtureFlowMap(FlowMap):
     """The exact flow map of a `ProductMixtureTeacher`, by quantiles.
 
-    P_s is inverted by bisection, in the upper half by the survival function, and one Newton step from the root gives the result exact
-    first derivatives. ``shift``, a parameter that starts at 0, is added to F, so that objectives can be tried on it.
+    P_s is inverted by bisection, in the upper half by the survival function, and one Newton step from the root gives
+    the result exact first derivatives. ``shift``, a parameter that starts at 0, is added to F, so that objectives can
+    be tried on it.
 
     Args:
         teacher: the teacher.
@@ -122,9 +123,7 @@ class ProductMixtureFlowMap(FlowMap):
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         return (low + high) / 2
 
-    def average_velocity(
-        self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None
-    ) -> Tensor:
+    def average_velocity(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None) -> Tensor:
         """(x - X) / (t - s), and u at t = s."""
         root = self._bisect(x.detach(), t.detach(), s.detach())
         upper = self.teacher.cdf(root, s) > 0.5

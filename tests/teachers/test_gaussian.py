@@ -254,7 +254,9 @@ def test_ring_has_its_modes(generator):
     radius = data.norm(dim=1)
     assert radius.mean() == pytest.approx(1.0, abs=0.01)
     assert teacher.num_classes == 8
-    assert math.isclose(float(torch.cdist(data, teacher.means).min(1).values.square().mean()), 2 * 0.08**2, rel_tol=0.05)
+    assert math.isclose(
+        float(torch.cdist(data, teacher.means).min(1).values.square().mean()), 2 * 0.08**2, rel_tol=0.05
+    )
 
 
 @pytest.mark.parametrize(
