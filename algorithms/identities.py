@@ -120,7 +120,8 @@ def pull(
     Args:
         average: F (B, ...), with a graph.
         residual: R (B, ...), detached.
-        power: exponent of the weight; 0 is plain least squares, 1 nearly normalises the gradient of each sample.
+        power: exponent of the weight; 0 is plain least squares, 1/2 normalises the gradient of each sample, and 1
+            has the gradient of the logarithm of the squared norm.
         eps: added to the squared norm in the weight, > 0 where ``power`` is not 0.
         reduction: how the squared norm adds up elements.
     """

@@ -4,8 +4,8 @@ A derivative is taken along a direction (dx, dt, ds) of the arguments of F(x, t,
 numbers for the whole batch:
 
 - dX/ds of the Lagrangian identity needs the direction (0, 0, 1);
-- the total derivative along a trajectory at fixed s, D_t F = (d_x F) u + d_t F, of the Eulerian identity needs (u, 1,
-0).
+- the total derivative along a trajectory at fixed s, D_t F = (d_x F) u + d_t F, of the Eulerian identity needs
+  (u, 1, 0).
 
 Both functions return F with a graph and the derivative without: no published loss lets gradients flow through it.
 Whatever wraps a student (data parallelism, compilation, a fused kernel) is to be dealt with here and nowhere else.
@@ -51,7 +51,7 @@ def jvp(
         torch.full_like(s, ds),
     )
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        _, slope = torch.func.jvp(lambda x, t, s: student.average_velocity(x, t, s, condition), (x, t, s), tangents)
+        _, slope = torch.func.jvp(lambda x, t, s: student.average_velocity(x, t, s, condition), (x, t, s), tangents)  # type: ignore[misc]
     return evaluate(student, x, t, s, condition), slope
 
 

@@ -81,7 +81,8 @@ class LogitNormal(ContinuousLaw):
 
     def cdf(self, t: Tensor) -> Tensor:
         """Phi((logit t - mean) / std)."""
-        return torch.special.ndtr((torch.logit(t) - self.mean) / self.std)
+        probability: Tensor = torch.special.ndtr((torch.logit(t) - self.mean) / self.std)
+        return probability
 
     def quantile(self, p: Tensor) -> Tensor:
         """sigmoid(mean + std Phi^-1(p))."""

@@ -147,7 +147,8 @@ class FreeFlowCorrection(Objective):
 
 @torch.no_grad()
 def _samples(student: FlowMap, states: States) -> Tensor:
-    return student(states.x, states.t, torch.zeros_like(states.t), states.condition)
+    samples: Tensor = student(states.x, states.t, torch.zeros_like(states.t), states.condition)
+    return samples
 
 
 @register_objective("freeflow")

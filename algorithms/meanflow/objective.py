@@ -81,8 +81,7 @@ class MeanFlow(_MeanFlow):
     r"""The Eulerian identity with the conditional velocity n - x_0 in target and tangent: training from data.
 
     The residual vanishes at the flow map only on average over (x_0, n), so a ``power`` above 0 is biased where samples
-    have few
-    dimensions: use 0 there.
+    have few dimensions: use 0 there.
 
     Attributes:
         ends: law of the end time s, conditioned on s <= t. With states at the larger of two draws of the same law

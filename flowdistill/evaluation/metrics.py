@@ -79,7 +79,8 @@ def wasserstein2(a: Tensor, b: Tensor) -> float:
 
     _check(1, a, b)
     x, y = (v.detach().cpu().double().numpy() for v in (a, b))
-    return float(ot.emd2([], [], ot.dist(x, y, metric="sqeuclidean"), numItermax=10_000_000)) ** 0.5
+    squared = ot.emd2([], [], ot.dist(x, y, metric="sqeuclidean"), numItermax=10_000_000)
+    return float(squared**0.5)
 
 
 def sliced_wasserstein2(a: Tensor, b: Tensor, projections: int = 200, seed: int = 0) -> float:

@@ -1,6 +1,4 @@
-"""The end of a run: samples beside the teacher's, figures with their noise floor, and loss curves in one Markdown
-page.
-"""
+"""The page at the end of a run: samples beside the teacher's, figures with their noise floor, and loss curves."""
 
 from __future__ import annotations
 

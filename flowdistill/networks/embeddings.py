@@ -45,7 +45,7 @@ class ScalarEmbedding(nn.Module):
 
     def forward(self, value: Tensor) -> Tensor:
         """Embed scalars (B,) as (B, size)."""
-        dtype = self.mlp[0].weight.dtype
+        dtype = next(self.mlp.parameters()).dtype
         features = sinusoids(value.to(torch.promote_types(dtype, torch.float32)), self.num_sinusoids)
         embedded: Tensor = self.mlp(features.to(dtype))
         return embedded

@@ -13,7 +13,7 @@ class _JvpLinear(torch.autograd.Function):
     """x W^T + b; PyTorch's own rule multiplies x by the zero tangent of W as well."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
     @staticmethod

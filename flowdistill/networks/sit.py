@@ -60,7 +60,8 @@ class _Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate1[:, None] * self.attn(_modulate(self.norm1(x), shift1, scale1))
-        return x + gate2[:, None] * self.mlp(_modulate(self.norm2(x), shift2, scale2))
+        result: Tensor = x + gate2[:, None] * self.mlp(_modulate(self.norm2(x), shift2, scale2))
+        return result
 
 
 class _FinalLayer(nn.Module):
@@ -156,10 +157,10 @@ class SiT(VelocityNetwork):
         nn.init.xavier_uniform_(patches.weight.view(patches.weight.shape[0], -1))
         assert patches.bias is not None
         nn.init.zeros_(patches.bias)
-        zero = [block.adaLN_modulation[-1] for block in self.blocks]
-        for layer in (*zero, self.final_layer.adaLN_modulation[-1], self.final_layer.linear):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        modulations = [m for name, m in self.named_modules() if name.endswith("adaLN_modulation.1")]
+        for layer in (*modulations, self.final_layer.linear):
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Freeze or unfreeze all parameters but the position table, which is never trained."""

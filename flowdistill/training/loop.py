@@ -111,9 +111,13 @@ class Loop:
     def _backward(self, output: ObjectiveOutput, prefix: str = "") -> None:
         (output.loss / self.settings.accumulation).backward()  # type: ignore[no-untyped-call]
         loss = output.loss.detach()
-        bad = ~torch.isfinite(loss) & (self._first_bad < 0)
-        self._first_bad = torch.where(bad, self.step, self._first_bad)
+        self._watch(loss)
         self._add({f"{prefix}loss": loss, **{f"{prefix}{k}": v for k, v in output.metrics.items()}})
+
+    def _watch(self, value: Tensor) -> None:
+        """Remember the first step at which a value was NaN or infinite, without waiting for the device."""
+        bad = ~torch.isfinite(value) & (self._first_bad < 0)
+        self._first_bad = torch.where(bad, self.step, self._first_bad)
 
     def _add(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
@@ -138,6 +142,7 @@ class Loop:
                 )
             self._backward(output)
         norm = self._student.update(factor, settings.gradient_clip)
+        self._watch(norm)
         self._add({"gradient_norm": norm * settings.accumulation})
         if self._average is not None:
             self._average.update(self.step)
@@ -168,7 +173,7 @@ class Loop:
         """The averages of the metrics since the last call, with speed and counted evaluations.
 
         Raises:
-            NonFiniteError: a loss was NaN or infinite since then.
+            NonFiniteError: a loss or gradient was NaN or infinite.
         """
         self.check_finite()
         now = time.monotonic()
@@ -191,13 +196,13 @@ class Loop:
     _base_counters: Mapping[str, int] = {}
 
     def check_finite(self) -> None:
-        """Raise NonFiniteError if any loss so far was NaN or infinite; names the first such step."""
+        """Raise NonFiniteError if a loss or gradient so far was NaN or infinite; names the first such step."""
         step = int(self._first_bad)
         if step >= 0:
             saved = checkpoint_paths(self.workdir)
             good = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved before"
             raise NonFiniteError(
-                f"the loss of {type(self.objective).__name__} became NaN or infinite at step {step}; {good}"
+                f"the loss or gradient of {type(self.objective).__name__} became NaN or infinite at step {step}; {good}"
             )
 
     def _modules(self) -> dict[str, nn.Module]:

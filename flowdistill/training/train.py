@@ -110,7 +110,7 @@ def _check(name: str, value: object, kind: type | tuple[type, ...]) -> None:
         raise ConfigError(f"train.{name} must be of type {wanted}, not {value!r}")
 
 
-@gin.configurable("train", denylist=["workdir", "device"])
+@gin.configurable("train", denylist=["workdir", "device"])  # type: ignore[untyped-decorator]
 def _setup(
     *,
     workdir: Path,

@@ -63,7 +63,7 @@ class GaussianMixtureTeacher(Teacher):
         self.register_buffer("log_weights", (mass / mass.sum()).log())
         classes = None if labels is None else torch.as_tensor(labels, dtype=torch.long)
         if classes is not None and (
-            len(classes) != count or classes.unique().tolist() != list(range(int(classes.max()) + 1))
+            len(classes) != count or set(classes.tolist()) != set(range(int(classes.max()) + 1))
         ):
             raise ConfigError(f"labels must be {count} integers that are numbered from 0 without gaps")
         self.register_buffer("component_labels", classes)

@@ -67,21 +67,21 @@ class ProductMixtureTeacher(Teacher):
         responsibilities = (weights.log() - sigma.log() - z.square() / 2).softmax(-1)
         time = expand_time(t, x)[..., None]
         slope = (time - (1 - time) * self.variances.to(x.dtype)) / sigma * z
-        return (responsibilities * (slope - self.means.to(x.dtype))).sum(-1)
+        return torch.sum(responsibilities * (slope - self.means.to(x.dtype)), dim=-1)
 
     def cdf(self, x: Tensor, t: Tensor) -> Tensor:
         """The distribution function P_t of each coordinate."""
-        return (self.weights.to(x.dtype) * torch.special.ndtr(self._standardized(x, t)[0])).sum(-1)
+        return torch.sum(self.weights.to(x.dtype) * torch.special.ndtr(self._standardized(x, t)[0]), dim=-1)
 
     def survival(self, x: Tensor, t: Tensor) -> Tensor:
         """1 - P_t of each coordinate, exact in the upper tail."""
-        return (self.weights.to(x.dtype) * torch.special.ndtr(-self._standardized(x, t)[0])).sum(-1)
+        return torch.sum(self.weights.to(x.dtype) * torch.special.ndtr(-self._standardized(x, t)[0]), dim=-1)
 
     def density(self, x: Tensor, t: Tensor) -> Tensor:
         """The density of each coordinate."""
         z, sigma = self._standardized(x, t)
         normal = torch.exp(-z.square() / 2) / (sigma * (2 * torch.pi) ** 0.5)
-        return (self.weights.to(x.dtype) * normal).sum(-1)
+        return torch.sum(self.weights.to(x.dtype) * normal, dim=-1)
 
     def sample_data(
         self, n: int, generator: torch.Generator | None = None, condition: Condition | None = None

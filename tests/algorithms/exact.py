@@ -1,0 +1,52 @@
+"""Exact flow maps that objectives are judged on."""
+
+import hypothesis.strategies as st
+import torch
+
+from flowdistill import Condition, States
+from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
+
+
+@st.composite
+def gaussian_teachers(draw, max_dim=32):
+    """A Gaussian of 1 to 32 dimensions, with variances from 0.05 to 4 on its axes or on random ones."""
+    dim, seed = draw(st.integers(1, max_dim)), draw(st.integers(0, 2**20))
+    g = torch.Generator().manual_seed(seed)
+    mean = torch.randn(dim, generator=g, dtype=torch.float64)
+    variances = 0.05 + 4 * torch.rand(dim, generator=g, dtype=torch.float64) ** 2
+    if draw(st.booleans()):
+        return GaussianTeacher(mean, variances)
+    q = torch.linalg.qr(torch.randn(dim, dim, generator=g, dtype=torch.float64)).Q
+    covariance = (q * variances) @ q.T
+    return GaussianTeacher(mean, (covariance + covariance.T) / 2)
+
+
+def perturbed(teacher: GaussianTeacher, amount: float = 0.1) -> GaussianFlowMap:
+    """The exact map with its mean and variances moved by about ``amount``."""
+    student = GaussianFlowMap(teacher)
+    with torch.no_grad():
+        student.mean += amount
+        student.log_variances += 2 * amount
+    return student
+
+
+def prior_states(teacher, n=64, seed=0) -> States:
+    x = teacher.sample_prior(n, torch.Generator().manual_seed(seed))
+    return States(x=x, t=torch.ones(n, dtype=x.dtype), condition=Condition())
+
+
+def path_states(teacher, n=64, seed=0) -> States:
+    """States at times drawn from [0.05, 1]: prior noise is at home at every time of an exact teacher."""
+    g = torch.Generator().manual_seed(seed)
+    x = 1.5 * torch.randn(n, *teacher.sample_shape, generator=g, dtype=torch.float64)
+    t = 0.05 + 0.95 * torch.rand(n, generator=g, dtype=torch.float64)
+    return States(x=x, t=t, condition=Condition())
+
+
+def gradient(loss, student) -> torch.Tensor:
+    """The gradient with respect to all parameters, in one vector."""
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    parts = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+    return torch.cat(
+        [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, parts, strict=True)]
+    )
