@@ -129,6 +129,5 @@ def pull(
     error = reduce(residual.square().flatten(1), dim=1)
     weight = (error + eps) ** -power if power else torch.ones_like(error)
     distance = reduce((average - (average.detach() - residual)).square().flatten(1), dim=1)
-    scale = 2.0 / (residual[0].numel() if reduction == "mean" else 1)
-    gradient_norm = (scale * weight * residual.flatten(1).norm(dim=1)).mean()
-    return ObjectiveOutput((weight * distance).mean(), {"error": error.mean()}, gradient_norm)
+    residual_norm = residual.flatten(1).norm(dim=1).mean()
+    return ObjectiveOutput((weight * distance).mean(), {"error": error.mean()}, residual_norm)

@@ -158,15 +158,16 @@ class FreeFlow(Objective):
 
     Of each batch a fraction goes to the correction, whose loss is scaled by
 
-    .. math:: \lambda = \alpha\, \mathbb{E}\|g_P\| / (\mathbb{E}\|g_N\| + \epsilon),
+    .. math:: \lambda = \alpha\, \mathbb{E}\|v_G - u\| / (\mathbb{E}\|v_N - u\| + \epsilon).
 
-    where g_P and g_N are the gradients that prediction and correction send to F.
+    The prediction is weighted by its own power law, the correction is not: with a power of 1 the correction's share of
+    the gradient falls with the square of the prediction's residual as training converges.
 
     Attributes:
         prediction: the prediction objective.
         correction: the correction objective.
         correction_fraction: fraction of the batch for the correction, in (0, 1).
-        alpha: ratio of the correction's gradient to the prediction's.
+        alpha: ratio of the scaled correction residual to the prediction's.
         correction_start: training step of the first correction; until then the whole batch is prediction.
         online_warmup: steps before ``correction_start`` from which v_N is already trained.
     """
@@ -208,15 +209,15 @@ class FreeFlow(Objective):
         for_prediction, for_correction = self._split(states)
         prediction = self.prediction.loss(student, teacher, for_prediction, step=step, generator=generator)
         correction = self.correction.loss(student, teacher, for_correction, step=step, generator=generator)
-        assert prediction.gradient_norm is not None
-        assert correction.gradient_norm is not None
-        scale = self.alpha * prediction.gradient_norm / (correction.gradient_norm + 1e-8)
+        assert prediction.residual_norm is not None
+        assert correction.residual_norm is not None
+        scale = self.alpha * prediction.residual_norm / (correction.residual_norm + 1e-8)
         metrics = {
             "error": prediction.metrics["error"],
             "correction_error": correction.metrics["error"],
             "lambda": scale,
         }
-        return ObjectiveOutput(prediction.loss + scale * correction.loss, metrics, prediction.gradient_norm)
+        return ObjectiveOutput(prediction.loss + scale * correction.loss, metrics, prediction.residual_norm)
 
     def auxiliary_loss(
         self,

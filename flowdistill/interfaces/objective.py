@@ -22,13 +22,13 @@ class ObjectiveOutput:
     Attributes:
         loss: scalar, with a graph.
         metrics: detached scalars for the log, by name.
-        gradient_norm: mean over the batch of the norm of the gradient that a sample's own loss sends to the
-            student's output; what adaptive balancing of two objectives compares.
+        residual_norm: mean over the batch of the norm of a sample's residual, before any weight; what adaptive
+            balancing of two objectives compares.
     """
 
     loss: Tensor
     metrics: Mapping[str, Tensor] = attrs.field(factory=dict)
-    gradient_norm: Tensor | None = None
+    residual_norm: Tensor | None = None
 
 
 class Objective(ABC):
