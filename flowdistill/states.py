@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import attrs
+import gin
 import torch
 import torch.nn.functional as F
 from attrs.validators import ge, le
@@ -43,6 +44,7 @@ class _FromPrior(StateSource):
     guidance: tuple[float, float] | None = attrs.field(default=None, converter=_guidance_range)
 
     def setup(self, student: FlowMap, teacher: Teacher | None) -> None:
+        """Keep the models: the student's shape and classes, the teacher's dtype."""
         self._student, self._teacher = student, teacher
 
     def _prior(self, n: int, generator: torch.Generator) -> States:
@@ -125,7 +127,8 @@ class NoisedData(StateSource):
         label_dropout: fraction of labels replaced by the null label, which teaches a network the unconditional
             velocity that classifier-free guidance needs.
         guidance: as for the data-free sources.
-        augment: maps (images, generator) to augmented images before they are noised, such as `RandomAffine`.
+        augment: maps (images, generator) to augmented images before they are noised, such as `RandomAffine`
+            (``@random_affine()``).
     """
 
     needs_data = True
@@ -135,6 +138,13 @@ class NoisedData(StateSource):
     label_dropout: float = attrs.field(default=0.0, validator=[ge(0.0), le(1.0)])
     guidance: tuple[float, float] | None = attrs.field(default=None, converter=_guidance_range)
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
+
+    def setup(self, student: FlowMap, teacher: Teacher | None) -> None:
+        """Check that the data are of the student's shape; ConfigError if they are not."""
+        if self.dataset.sample_shape != student.sample_shape:
+            raise ConfigError(
+                f"the data have shape {self.dataset.sample_shape}, the student's samples {student.sample_shape}"
+            )
 
     def sample(self, batch_size: int, generator: torch.Generator) -> States:
         """Draw data, times and noise."""
@@ -154,6 +164,7 @@ class NoisedData(StateSource):
         return States(x=interpolate(clean, noise, t), t=t, condition=condition, clean=clean, noise=noise)
 
 
+@gin.register("random_affine", module="augmentations")
 @attrs.frozen(kw_only=True)
 class RandomAffine:
     """Random rotation, scaling and translation of images (B, C, H, W).
