@@ -12,6 +12,8 @@ from torch import Tensor, nn
 class _JvpLinear(torch.autograd.Function):
     """x W^T + b; PyTorch's own rule multiplies x by the zero tangent of W as well."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
