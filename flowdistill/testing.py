@@ -256,7 +256,7 @@ def check_objective(
 
 
 def _has_gradient(module: nn.Module) -> bool:
-    return any(p.grad is not None and bool(p.grad.any()) for p in module.parameters())
+    return any(p.grad is not None for p in module.parameters())
 
 
 def _finite_gradient(module: nn.Module) -> bool:

@@ -58,8 +58,8 @@ def load_features(name: str) -> nn.Module:
         raise unknown_name("feature extractor", name, list(_EXTRACTORS))
     network = _EXTRACTORS[name]()
     tensors = safetensors.torch.load_file(WEIGHTS / f"{name}.safetensors")
-    for name in ("reference", "held_out"):
-        del tensors[name]
+    for stored in ("reference", "held_out"):
+        del tensors[stored]
     network.load_state_dict(tensors)
     return network.eval().requires_grad_(False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flowdistill.errors import DataError
@@ -32,7 +33,9 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """
     _check(2, a, b)
     fid = torch_fidelity("metric_fid")
-    statistics = [fid.fid_features_to_statistics(v.detach().cpu().double()) for v in (a, b)]
+    missing = 1 if a.shape[1] == 1 else 0  # torch-fidelity refuses D = 1; a constant feature changes nothing
+    wide = [F.pad(v.detach().cpu().double(), (0, missing)) for v in (a, b)]
+    statistics = [fid.fid_features_to_statistics(v) for v in wide]
     result = fid.fid_statistics_to_metric(*statistics, verbose=False)
     return max(float(result["frechet_inception_distance"]), 0.0)
 

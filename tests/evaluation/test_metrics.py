@@ -1,0 +1,115 @@
+"""Metrics against closed forms, and the stored classifier and its reference."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flowdistill import METRICS, ConfigError, DataError
+from flowdistill.data import Digits
+from flowdistill.evaluation import features, metrics
+from flowdistill.evaluation.measure import measure, reference_set, sample_set
+from flowdistill.teachers.gaussian import Ring
+
+
+def normal(n, dim, seed=0):
+    return torch.randn(n, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@given(dim=st.integers(1, 8), seed=st.integers(0, 100), shift=st.floats(0, 3), scale=st.floats(0.5, 2))
+def test_frechet_distance_of_an_affine_image(dim, seed, shift, scale):
+    """y = scale x + shift: |mean|^2 + (scale - 1)^2 tr(cov), exactly, for the fitted Gaussians."""
+    x = normal(200, dim, seed)
+    y = scale * x + shift
+    covariance = torch.cov(x.T).reshape(dim, dim)
+    wanted = (y.mean(0) - x.mean(0)).square().sum() + (scale - 1) ** 2 * covariance.trace()
+    assert metrics.frechet_distance(x, y) == pytest.approx(float(wanted), rel=1e-5, abs=1e-7)
+
+
+def test_precision_and_recall_tell_missing_modes_from_bad_samples():
+    real = torch.cat([normal(300, 2), normal(300, 2, 1) + 20])
+    half = normal(300, 2, 2)
+    precision, recall = metrics.precision_recall(real, half)
+    assert precision > 0.9
+    assert 0.4 < recall < 0.6
+    precision, recall = metrics.precision_recall(half, real)
+    assert 0.4 < precision < 0.6
+    assert recall > 0.9
+    assert metrics.precision_recall(real, real + 100) == (0.0, 0.0)
+
+
+def test_wasserstein_distances():
+    x = normal(100, 3)
+    shift = torch.tensor([1.0, -2.0, 2.0]).double()
+    assert metrics.wasserstein2(x, (x + shift)[torch.randperm(100)]) == pytest.approx(3.0)
+    assert metrics.sliced_wasserstein2(x, x + shift) == pytest.approx(3.0 / math.sqrt(3), rel=0.1)
+    assert metrics.wasserstein2(x, x) == pytest.approx(0.0, abs=1e-6)
+    assert metrics.wasserstein2(x, x[:60]) > 0
+
+
+def test_label_agreement():
+    logits = torch.eye(4)[[0, 1, 2, 2]]
+    assert metrics.label_agreement(logits, torch.tensor([0, 1, 2, 3])) == 0.75
+
+
+def test_mode_coverage():
+    centres = torch.tensor([[0.0, 0.0], [5.0, 0.0], [0.0, 5.0], [5.0, 5.0]])
+    samples = centres[[0, 0, 0, 1, 1, 1, 2, 2]] + 0.01
+    found, near = metrics.mode_coverage(torch.cat([samples, torch.full((2, 2), 9.0)]), centres, radius=0.1)
+    assert (found, near) == (0.75, 0.8)
+
+
+def test_sets_that_cannot_be_compared():
+    with pytest.raises(DataError, match="dimension"):
+        metrics.frechet_distance(normal(10, 2), normal(10, 3))
+    with pytest.raises(DataError, match="N >= 4"):
+        metrics.precision_recall(normal(3, 2), normal(10, 2))
+    with pytest.raises(DataError, match="NaN"):
+        sample_set(torch.tensor([[math.nan]]), None, None)
+
+
+def test_stored_classifier_knows_the_digits():
+    """The stored reference is what the stored network makes of the real images; it classifies held-out ones."""
+    digits = Digits()
+    network = features.load_features("digits")
+    with torch.no_grad():
+        extracted, logits = network(digits.images)
+    reference = features.load_reference("digits")
+    torch.testing.assert_close(extracted, reference, rtol=0, atol=5e-3 * float(reference.abs().max()))
+    assert (logits.argmax(1) == digits.labels).float().mean() > 0.99
+    noise = torch.randn(500, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert metrics.frechet_distance(network(noise)[0].detach(), reference) > 20
+
+
+def test_real_halves_are_at_the_stated_distance():
+    """The unit of the features: two halves of the real images are about 2.1 apart."""
+    reference = features.load_reference("digits")
+    order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(0))
+    halves = reference[order].chunk(2)
+    assert 1.8 < metrics.frechet_distance(*halves) < 2.5
+
+
+def test_registered_metrics_have_their_ideal_values_at_the_truth():
+    teacher = Ring()
+    truth = reference_set(None, teacher, 400, 0)
+    again = reference_set(None, teacher, 400, 1)
+    figures = measure([name for name in METRICS.names() if name != "accuracy"], again, truth)
+    assert figures["fid"] < 0.05
+    assert figures["precision"] > 0.9
+    assert figures["recall"] > 0.9
+    assert figures["w2"] < 0.4
+    assert figures["sliced_w2"] < 0.2
+
+
+def test_what_cannot_be_measured():
+    x = sample_set(torch.randn(20, 2), None, None)
+    with pytest.raises(ConfigError, match="class-conditional"):
+        measure(["accuracy"], x, x)
+    with pytest.raises(ConfigError, match="did you mean fid"):
+        measure(["fdi"], x, x)
+    with pytest.raises(ConfigError, match="nothing to compare"):
+        reference_set(None, None, 10, 0)
+    with pytest.raises(ConfigError, match="digits"):
+        features.load_features("digit")

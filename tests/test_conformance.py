@@ -1,0 +1,277 @@
+"""Everything that is registered passes the conformance kit, and the kit fails what is wrong."""
+
+import copy
+
+import pytest
+import torch
+
+import flowdistill
+from flowdistill import FLOW_MAPS, OBJECTIVES, STATE_SOURCES, TEACHERS, VELOCITY_ESTIMATORS, Condition
+from flowdistill.algorithms.freeflow import FreeFlow, FreeFlowCorrection
+from flowdistill.data import ExactSamples
+from flowdistill.flow_maps import NetworkFlowMap, from_teacher
+from flowdistill.guidance import GuidedTeacher
+from flowdistill.interfaces import FlowMap, GeneratingVelocity, Objective, ObjectiveOutput
+from flowdistill.networks import MLP
+from flowdistill.states import NoisedData
+from flowdistill.teachers.gaussian import (
+    GaussianFlowMap,
+    GaussianTeacher,
+    ProductMixtureFlowMap,
+    ProductMixtureTeacher,
+)
+from flowdistill.testing import (
+    check_exact_start,
+    check_flow_map,
+    check_objective,
+    check_teacher,
+    check_velocity_estimator,
+)
+from flowdistill.velocity_estimators import FiniteDifference, OnlineNetwork
+
+
+def classes():
+    return GaussianTeacher([0.0, 0.0], 0.5, class_means=[[1.0, 0.0], [-1.0, 0.0]])
+
+
+def student_of(teacher, conditioning="two_time"):
+    torch.manual_seed(0)
+    student = from_teacher(teacher, conditioning, network=MLP(dim=2, hidden_size=16, num_classes=teacher.num_classes))
+    for parameter in student.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return student
+
+
+TEACHER_ARGUMENTS = {
+    "gaussian_mixture": {"means": [[1.0, 0.0], [0.0, 2.0]], "labels": [0, 1]},
+    "guided": {"teacher": classes(), "scale": 2.0},
+}
+
+
+@pytest.mark.parametrize("name", TEACHERS.names())
+def test_teachers(name):
+    teacher = TEACHERS.build(name, **TEACHER_ARGUMENTS.get(name, {}))
+    check_teacher(teacher)
+    check_exact_start(teacher, 0.5 if name == "digits_teacher" else 1e-4)
+
+
+FLOW_MAP_BUILDERS = {
+    "network": lambda: NetworkFlowMap(MLP(dim=2, hidden_size=16)),
+    "from_teacher": lambda: student_of(classes()),
+    "exact_gaussian": lambda: GaussianFlowMap(GuidedTeacher(classes(), 2.0, (0.2, 0.7))),
+    "exact_product_mixture": lambda: ProductMixtureFlowMap(ProductMixtureTeacher()),
+}
+
+
+@pytest.mark.parametrize("name", FLOW_MAPS.names())
+def test_flow_maps(name):
+    check_flow_map(FLOW_MAP_BUILDERS[name]())
+
+
+@pytest.mark.parametrize("conditioning", ["two_time", "anchored", "instantaneous"])
+def test_conditionings(conditioning):
+    check_flow_map(student_of(classes(), conditioning))
+
+
+ESTIMATOR_ARGUMENTS = {
+    "exact": lambda: {"distribution": classes()},
+    "online_network": lambda: {"network": lambda: MLP(dim=2, hidden_size=16, num_classes=2)},
+}
+
+
+@pytest.mark.parametrize("name", VELOCITY_ESTIMATORS.names())
+def test_velocity_estimators(name):
+    estimator = VELOCITY_ESTIMATORS.build(name, **ESTIMATOR_ARGUMENTS.get(name, dict)())
+    check_velocity_estimator(estimator, student_of(classes(), "anchored"), classes())
+
+
+@pytest.mark.parametrize("kwargs", [{"scheme": "central"}, {"final_h": 0.01, "anneal": (0, 10)}])
+def test_finite_differences(kwargs):
+    check_velocity_estimator(FiniteDifference(**kwargs), student_of(classes(), "anchored"), classes())
+
+
+def test_online_network_with_low_rank_updates():
+    teacher = flowdistill.load_teacher("digits_teacher")
+    estimator = OnlineNetwork(lora_rank=2)
+    torch.manual_seed(0)
+    check_velocity_estimator(estimator, from_teacher(teacher, "anchored", 1.25), teacher)
+
+
+def correction():
+    return FreeFlowCorrection(noising=OnlineNetwork(network=lambda: MLP(dim=2, hidden_size=16, num_classes=2)))
+
+
+OBJECTIVE_ARGUMENTS = {
+    "freeflow_correction": lambda: {"noising": correction().noising},
+    "freeflow": lambda: {"correction": correction()},
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES.names())
+def test_objectives(name):
+    objective = OBJECTIVES.build(name, **OBJECTIVE_ARGUMENTS.get(name, dict)())
+    assert objective.citation.startswith("@")
+    source = NoisedData(dataset=ExactSamples(classes())) if objective.needs_data else None
+    check_objective(objective, student_of(classes()), classes() if objective.needs_teacher else None, source)
+
+
+@pytest.mark.parametrize("source", STATE_SOURCES.names())
+@pytest.mark.parametrize("name", ["freeflow_prediction", "meanflow_distillation"])
+def test_trajectory_objectives_take_states_from_anywhere(name, source):
+    states = STATE_SOURCES.build(source, **({"dataset": ExactSamples(classes())} if source == "noised_data" else {}))
+    check_objective(OBJECTIVES.build(name), student_of(classes()), classes(), states)
+
+
+def test_freeflow_on_a_network_teacher():
+    teacher = GuidedTeacher(flowdistill.load_teacher("digits_teacher"), 1.25)
+    torch.manual_seed(0)
+    check_objective(FreeFlow(), from_teacher(teacher, "anchored", 1.25), teacher)
+
+
+# The kit fails what is wrong.
+
+
+class _Wrong(GaussianTeacher):
+    """A Gaussian teacher with a fault."""
+
+    def __init__(self, fault):
+        super().__init__([1.0, 0.0], 0.5)
+        self.fault = fault
+        self.calls = 0
+
+    def velocity(self, x, t, condition=None):
+        self.calls += 1
+        right = super().velocity(x, t, condition)
+        return {
+            "shape": lambda: right[:, :1],
+            "dtype": lambda: right.double(),
+            "infinite": lambda: right / t[:, None],
+            "rows": lambda: right + x.mean(),
+            "random": lambda: right + self.calls,
+            "sign": lambda: -right,
+            "time": lambda: super(_Wrong, self).velocity(x, 1 - t, condition),
+        }[self.fault]()
+
+
+@pytest.mark.parametrize("fault", ["shape", "dtype", "infinite", "rows", "random"])
+def test_kit_finds_wrong_teachers(fault):
+    with pytest.raises(AssertionError, match="_Wrong"):
+        check_teacher(_Wrong(fault))
+
+
+@pytest.mark.parametrize("fault", ["sign", "time"])
+def test_kit_finds_teachers_in_another_convention(fault):
+    with pytest.raises(AssertionError, match="noise"):
+        check_exact_start(_Wrong(fault))
+
+
+class _WrongMap(FlowMap):
+    """A flow map with a fault."""
+
+    sample_shape = (2,)
+
+    def __init__(self, fault):
+        super().__init__()
+        self.fault = fault
+
+    def average_velocity(self, x, t, s, condition=None):
+        if self.fault == "detached":
+            return x * (t - s.detach()).unsqueeze(1)
+        if self.fault == "rows":
+            return x * t.mean()
+        return (x * t.unsqueeze(1)).float()
+
+    def forward(self, x, t, s, condition=None):
+        jump = (t - s).unsqueeze(1) * self.average_velocity(x, t, s, condition)
+        return x + jump if self.fault == "sign" else x - jump
+
+
+@pytest.mark.parametrize("fault", ["detached", "rows", "dtype", "sign"])
+def test_kit_finds_wrong_flow_maps(fault):
+    with pytest.raises(AssertionError, match="_WrongMap"):
+        check_flow_map(_WrongMap(fault))
+
+
+class _WrongObjective(Objective):
+    """An objective with a fault."""
+
+    def __init__(self, fault):
+        self.fault = fault
+        self.module = torch.nn.Linear(2, 2)
+
+    def modules(self):
+        return {"extra": self.module}
+
+    def loss(self, student, teacher, states, *, step, generator):
+        average = student.average_velocity(states.x, states.t, 0 * states.t, states.condition)
+        per_row = (average - teacher.velocity(states.x, states.t, states.condition).detach()).square().mean(1)
+        if self.fault == "shape":
+            return ObjectiveOutput(per_row)
+        loss = per_row.mean()
+        if self.fault == "random":
+            loss = loss * torch.rand(())
+        if self.fault == "module":
+            loss = loss + self.module(states.x).square().mean()
+        if self.fault == "teacher":
+            return ObjectiveOutput(
+                (average - states.x * next(iter(teacher.parameters()))).square().mean(), {"error": loss.detach()}
+            )
+        return ObjectiveOutput(loss, {"error": loss if self.fault == "metric" else loss.detach()})
+
+    def auxiliary_loss(self, name, student, teacher, states, *, step, generator):
+        samples = student(states.x, states.t, 0 * states.t, states.condition)
+        samples = samples if self.fault == "student" else samples.detach()
+        return ObjectiveOutput((self.module(samples) - states.x).square().mean())
+
+
+class _Trainable(GaussianTeacher):
+    """A teacher with a parameter."""
+
+    def __init__(self):
+        super().__init__([1.0, 0.0], 0.5)
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+
+def test_kit_passes_the_objective_without_a_fault():
+    check_objective(_WrongObjective("none"), student_of(_Trainable()), _Trainable())
+
+
+@pytest.mark.parametrize("fault", ["shape", "random", "module", "teacher", "metric", "student"])
+def test_kit_finds_wrong_objectives(fault):
+    with pytest.raises(AssertionError, match="_WrongObjective"):
+        check_objective(_WrongObjective(fault), student_of(_Trainable()), _Trainable())
+
+
+class _WrongEstimator(GeneratingVelocity):
+    """A generating velocity with a fault."""
+
+    def __init__(self, fault):
+        self.fault = fault
+
+    def derivative(self, student, x, t, s, condition, *, dx=None, dt=0.0, ds=0.0, step=0):
+        average = student.average_velocity(x, t, s, condition)
+        if self.fault == "value":
+            return average + 1, torch.zeros_like(average)
+        if self.fault == "no graph":
+            return average.detach(), torch.zeros_like(average)
+        slope = average if self.fault == "graph" else torch.full_like(average, torch.nan)
+        return average, slope
+
+
+@pytest.mark.parametrize("fault", ["value", "no graph", "graph", "infinite"])
+def test_kit_finds_wrong_estimators(fault):
+    with pytest.raises(AssertionError, match="_WrongEstimator"):
+        check_velocity_estimator(_WrongEstimator(fault), student_of(classes()), classes())
+
+
+def test_kit_leaves_what_it_checks_as_it_was():
+    student, teacher = student_of(classes()), classes()
+    before = copy.deepcopy(student.state_dict())
+    check_objective(FreeFlow(correction=correction()), student, teacher)
+    check_flow_map(student)
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert all(p.grad is None for p in student.parameters())
+    x = torch.zeros(2, 2)
+    teacher.velocity(x, torch.ones(2), Condition(torch.zeros(2, dtype=torch.long)))
