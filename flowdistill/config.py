@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import gin
+from gin.config_parser import BindingStatement, ConfigParser, IncludeStatement, ParserDelegate
 
 from flowdistill.errors import ConfigError, FlowDistillError
 from flowdistill.registry import load_plugins, unknown_name
 
 _RECIPE_PACKAGES = ("flowdistill.algorithms", "flowdistill.teachers")
+_PLACES: dict[tuple[str, str], str] = {}  # where each parameter (configurable, name) was bound
 
 
 def recipe_roots() -> list[Path]:
@@ -54,6 +56,7 @@ def parsed(files: Sequence[str | Path], bindings: Sequence[str]) -> Iterator[Non
     own = bool(files or bindings)
     if own:
         gin.clear_config()
+        _PLACES.clear()
     for root in recipe_roots():
         gin.add_config_file_search_path(str(root))
     try:
@@ -61,13 +64,37 @@ def parsed(files: Sequence[str | Path], bindings: Sequence[str]) -> Iterator[Non
             path = find_gin_file(file)
             with _located(path):
                 gin.parse_config_file(str(path))
+                _note_places(path.read_text(), str(path))
         for binding in bindings:
             with _located(f"binding {binding!r}"):
                 gin.parse_config(binding)
+                _note_places(binding, f"binding {binding!r}")
         yield
     finally:
         if own:
             gin.clear_config()
+
+
+class _Syntax(ParserDelegate):  # type: ignore[misc]
+    """Parses values without building anything."""
+
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> None:
+        pass
+
+    def macro(self, macro_name: str) -> None:
+        pass
+
+
+def _note_places(text: str, source: str) -> None:
+    """Remember the line of every binding, which gin 0.5 does not."""
+    for statement in ConfigParser(text, _Syntax()):
+        if isinstance(statement, IncludeStatement):
+            path = find_gin_file(statement.filename)
+            _note_places(path.read_text(), str(path))
+        elif isinstance(statement, BindingStatement) and statement.arg_name:
+            name = statement.selector.rpartition(".")[2]
+            line = "" if source.startswith("binding") else f", line {statement.location.line_num}"
+            _PLACES[name, statement.arg_name] = f"{source}{line}"
 
 
 @contextlib.contextmanager
@@ -89,7 +116,9 @@ def errors_located() -> Iterator[None]:
     try:
         yield
     except FlowDistillError as error:
-        raise type(error)(_with_bindings(str(error))) from error.__cause__
+        # gin raises a proxy, a class of its own that overrides __str__, of the class that was raised
+        kind = next(cls for cls in type(error).__mro__ if "__str__" not in vars(cls))
+        raise kind(_with_bindings(str(error))) from error.__cause__
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError) as error:
         raise _config_error(_text(error)) from error
 
@@ -102,7 +131,7 @@ def _config_error(message: str) -> ConfigError:
     """Gin's message as an error, with the nearest matches of an unknown name."""
     place = message.partition("\n")[2]
     if match := re.search(r"No configurable matching (?:reference '@)?'?([\w./]+)", message):
-        known = [selector.rpartition(".")[2] for selector in gin.config._REGISTRY]
+        known = [selector.rpartition(".")[2] for selector, _ in gin.config._REGISTRY.items()]
         name = re.split(r"[./]", match[1])[-1]
         return ConfigError(f"{unknown_name('name', name, known)}\n{place}")
     if match := re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", message):
@@ -116,12 +145,7 @@ def _with_bindings(message: str) -> str:
     match = re.search(r"\n +In call to configurable '(\w+)'.*", message)
     if match is None:
         return message
-    lines = [
-        f"  {name}.{parameter}: {location}"
-        for (_, selector), places in gin.config._CONFIG_PROVENANCE.items()
-        if (name := selector.rpartition(".")[2]) == match[1]
-        for parameter, location in places.items()
-    ]
+    lines = [f"  {name}.{parameter}: {place}" for (name, parameter), place in _PLACES.items() if name == match[1]]
     bound = "\nIts bindings:\n" + "\n".join(lines) if lines else ""
     return f"{match[1]}: {message[: match.start()]}{bound}"
 

@@ -9,7 +9,7 @@ import attrs
 import gin
 import torch
 import torch.nn.functional as F
-from attrs.validators import ge, le
+from attrs.validators import ge, instance_of, is_callable, le, optional
 from torch import Tensor
 
 from flowdistill.data import Dataset
@@ -83,7 +83,7 @@ class TeacherTrajectories(_FromPrior):
         steps: Euler steps from t = 1 to that time.
     """
 
-    times: TimeSampler = attrs.field(factory=Uniform)
+    times: TimeSampler = attrs.field(factory=Uniform, validator=instance_of(TimeSampler))
     steps: int = attrs.field(default=16, validator=ge(1))
 
     @torch.no_grad()
@@ -106,7 +106,7 @@ class StudentRollouts(_FromPrior):
         times: law of t.
     """
 
-    times: TimeSampler = attrs.field(factory=Uniform)
+    times: TimeSampler = attrs.field(factory=Uniform, validator=instance_of(TimeSampler))
 
     @torch.no_grad()
     def sample(self, batch_size: int, generator: torch.Generator) -> States:
@@ -133,11 +133,13 @@ class NoisedData(StateSource):
 
     needs_data = True
 
-    dataset: Dataset
-    times: TimeSampler = attrs.field(factory=Uniform)
+    dataset: Dataset = attrs.field(validator=instance_of(Dataset))
+    times: TimeSampler = attrs.field(factory=Uniform, validator=instance_of(TimeSampler))
     label_dropout: float = attrs.field(default=0.0, validator=[ge(0.0), le(1.0)])
     guidance: tuple[float, float] | None = attrs.field(default=None, converter=_guidance_range)
-    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = attrs.field(
+        default=None, validator=optional(is_callable())
+    )
 
     def setup(self, student: FlowMap, teacher: Teacher | None) -> None:
         """Check that the data are of the student's shape; ConfigError if they are not."""

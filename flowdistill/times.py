@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 import attrs
 import torch
-from attrs.validators import ge, gt, le
+from attrs.validators import ge, gt, instance_of, le
 from torch import Tensor
 
 from flowdistill.registry import register_time_sampler
@@ -98,7 +98,7 @@ class Maximum(TimeSampler):
         law: the law of both draws.
     """
 
-    law: TimeSampler = attrs.field(factory=Uniform)
+    law: TimeSampler = attrs.field(factory=Uniform, validator=instance_of(TimeSampler))
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Draw ``n`` times."""
@@ -118,7 +118,7 @@ class WithPointMass(TimeSampler):
         fraction: probability of the value, in [0, 1].
     """
 
-    law: TimeSampler = attrs.field(factory=Uniform)
+    law: TimeSampler = attrs.field(factory=Uniform, validator=instance_of(TimeSampler))
     value: float = attrs.field(default=1.0, validator=[ge(0.0), le(1.0)])
     fraction: float = attrs.field(default=0.25, validator=[ge(0.0), le(1.0)])
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import attrs
 import torch
-from attrs.validators import ge, gt, in_, optional
+from attrs.validators import ge, gt, in_, instance_of, is_callable, optional
 from torch import Tensor, nn
 
 from flowdistill import differentiation
@@ -112,8 +112,8 @@ class OnlineNetwork(NoisingVelocity):
     """
 
     lora_rank: int = attrs.field(default=0, validator=ge(0))
-    times: TimeSampler = attrs.field(factory=Uniform)
-    network: Callable[[], VelocityNetwork] | None = None
+    times: TimeSampler = attrs.field(factory=Uniform, validator=instance_of(TimeSampler))
+    network: Callable[[], VelocityNetwork] | None = attrs.field(default=None, validator=optional(is_callable()))
 
     def setup(self, student: FlowMap, teacher: Teacher | None) -> None:
         """Start the online network from the teacher; ConfigError without one."""
@@ -185,7 +185,7 @@ class Exact(NoisingVelocity):
         distribution: the teacher of the student's samples.
     """
 
-    distribution: Teacher
+    distribution: Teacher = attrs.field(validator=instance_of(Teacher))
 
     @torch.no_grad()
     def velocity(

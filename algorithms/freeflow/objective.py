@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import attrs
 import torch
-from attrs.validators import and_, ge, gt, lt
+from attrs.validators import and_, ge, gt, instance_of, lt
 from torch import Tensor, nn
 
 from flowdistill.algorithms.identities import lagrangian_residual, noising_residual, pull
@@ -52,8 +52,8 @@ class FreeFlowPrediction(Objective):
 
     citation = CITATION
 
-    durations: TimeSampler = attrs.field(factory=WithPointMass)
-    estimator: GeneratingVelocity = attrs.field(factory=FiniteDifference)
+    durations: TimeSampler = attrs.field(factory=WithPointMass, validator=instance_of(TimeSampler))
+    estimator: GeneratingVelocity = attrs.field(factory=FiniteDifference, validator=instance_of(GeneratingVelocity))
     power: float = attrs.field(default=1.0, validator=ge(0.0))
     eps: float = attrs.field(default=1e-4, validator=gt(0.0))
 
@@ -94,8 +94,8 @@ class FreeFlowCorrection(Objective):
 
     citation = CITATION
 
-    noising: NoisingVelocity = attrs.field(factory=OnlineNetwork)
-    times: TimeSampler = attrs.field(factory=lambda: LogitNormal(mean=0.8, std=1.6))
+    noising: NoisingVelocity = attrs.field(factory=OnlineNetwork, validator=instance_of(NoisingVelocity))
+    times: TimeSampler = attrs.field(factory=lambda: LogitNormal(mean=0.8, std=1.6), validator=instance_of(TimeSampler))
     guidance_interval: tuple[float, float] | None = attrs.field(
         default=None, converter=attrs.converters.optional(check_interval)
     )
@@ -174,8 +174,8 @@ class FreeFlow(Objective):
 
     citation = CITATION
 
-    prediction: FreeFlowPrediction = attrs.field(factory=FreeFlowPrediction)
-    correction: FreeFlowCorrection = attrs.field(factory=FreeFlowCorrection)
+    prediction: FreeFlowPrediction = attrs.field(factory=FreeFlowPrediction, validator=instance_of(FreeFlowPrediction))
+    correction: FreeFlowCorrection = attrs.field(factory=FreeFlowCorrection, validator=instance_of(FreeFlowCorrection))
     correction_fraction: float = attrs.field(default=0.25, validator=and_(gt(0.0), lt(1.0)))
     alpha: float = attrs.field(default=1.0, validator=ge(0.0))
     correction_start: int = attrs.field(default=0, validator=ge(0))

@@ -7,7 +7,7 @@ from typing import Literal
 
 import attrs
 import torch
-from attrs.validators import and_, ge, gt, in_, le
+from attrs.validators import and_, ge, gt, in_, instance_of, le
 from torch import Tensor
 
 from flowdistill.algorithms.identities import eulerian_residual, pull, velocity_residual
@@ -36,9 +36,11 @@ CITATION = """\
 class _MeanFlow(Objective):
     citation = CITATION
 
-    ends: ContinuousLaw = attrs.field(factory=lambda: LogitNormal(mean=-0.4, std=1.0))
+    ends: ContinuousLaw = attrs.field(
+        factory=lambda: LogitNormal(mean=-0.4, std=1.0), validator=instance_of(ContinuousLaw)
+    )
     equal: float = attrs.field(default=0.75, validator=and_(ge(0.0), le(1.0)))
-    estimator: GeneratingVelocity = attrs.field(factory=Jvp)
+    estimator: GeneratingVelocity = attrs.field(factory=Jvp, validator=instance_of(GeneratingVelocity))
     power: float = attrs.field(default=1.0, validator=ge(0.0))
     eps: float = attrs.field(default=0.01, validator=gt(0.0))
     reduction: Literal["mean", "sum"] = attrs.field(default="sum", validator=in_(("mean", "sum")))

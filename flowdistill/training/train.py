@@ -84,8 +84,10 @@ def train(
         workdir = Path("runs") / ("-".join(Path(files[-1]).with_suffix("").parts[-2:]) if files else "train")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.random.fork_rng(), config.parsed(files, gin_bindings):
-        torch.manual_seed(config.value("train.seed", 0))  # networks are built as gin calls _setup
         with config.errors_located():
+            seed = config.value("train.seed", 0)
+            _check("seed", seed, int)
+            torch.manual_seed(seed)  # networks are built as gin calls _setup
             run = _setup(workdir=Path(workdir), device=torch.device(default if device is None else device))
             config.check_all_used()
         _claim(run.loop.workdir, resume, gin.operative_config_str())
@@ -105,9 +107,15 @@ class _Run:
 
 
 def _check(name: str, value: object, kind: type | tuple[type, ...]) -> None:
-    if not isinstance(value, kind):
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         wanted = kind.__name__ if isinstance(kind, type) else " or ".join(k.__name__ for k in kind)
-        raise ConfigError(f"train.{name} must be of type {wanted}, not {value!r}")
+        raise ConfigError(f"train.{name} must be of type {wanted}, not {_short(value)}")
+
+
+def _short(value: object) -> str:
+    """A value as a message shows it: modules in full would fill the screen."""
+    text = repr(value)
+    return text if len(text) < 80 and "\n" not in text else f"a {type(value).__name__}"
 
 
 @gin.configurable("train", denylist=["workdir", "device"])  # type: ignore[untyped-decorator]
@@ -175,6 +183,10 @@ def _setup(
     _check("objective", objective, Objective)
     _check("teacher", teacher, (Teacher, NoneType))
     _check("states", states, (StateSource, NoneType))
+    _check("gradient_clip", gradient_clip, (int, float, NoneType))
+    for name, builder in (("optimizer", optimizer), ("auxiliary_optimizer", auxiliary_optimizer or optimizer)):
+        if not callable(builder):
+            raise ConfigError(f"train.{name} must build an optimiser, as @AdamW does, not {_short(builder)}")
     _check("schedule", schedule, (Schedule, NoneType))
     _check("ema", ema, (Averaging, NoneType))
     _check("evaluation", evaluation, (Evaluation, NoneType))
@@ -222,8 +234,10 @@ def _setup(
 def build_flow_map(flow_map: FlowMap | Callable[[Teacher | None], FlowMap], teacher: Teacher | None) -> FlowMap:
     """The student that ``train.flow_map`` describes; ConfigError if it does not fit the teacher."""
     if not isinstance(flow_map, FlowMap) and not callable(flow_map):
-        raise ConfigError(f"train.flow_map must be a flow map or build one, not {flow_map!r}")
+        raise ConfigError(f"train.flow_map must be a flow map or build one, not {_short(flow_map)}")
     student = flow_map if isinstance(flow_map, FlowMap) else flow_map(teacher)
+    if not isinstance(student, FlowMap):
+        raise ConfigError(f"train.flow_map must build a flow map, not {_short(student)}")
     for name in ("sample_shape", "num_classes"):
         ours = getattr(student, name)
         if teacher is not None and ours != getattr(teacher, name):

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from flowdistill.errors import ConfigError
 from flowdistill.registry import register_teacher
 from flowdistill.teachers.gaussian.mixture import GaussianMixtureTeacher
 
@@ -22,6 +23,8 @@ class Ring(GaussianMixtureTeacher):
     """
 
     def __init__(self, modes: int = 8, radius: float = 1.0, std: float = 0.08, labelled: bool = False) -> None:
+        if modes < 1:
+            raise ConfigError(f"modes must be at least 1, not {modes}")
         angles = torch.arange(modes) * (2 * math.pi / modes)
         means = radius * torch.stack([angles.cos(), angles.sin()], 1)
         super().__init__(means, std**2, labels=list(range(modes)) if labelled else None)
@@ -65,6 +68,8 @@ class Pinwheel(GaussianMixtureTeacher):
     """
 
     def __init__(self, arms: int = 5) -> None:
+        if arms < 1:
+            raise ConfigError(f"arms must be at least 1, not {arms}")
         per_arm = 8
         radius = torch.linspace(0.5, 2.4, per_arm).repeat(arms)
         arm = torch.arange(arms).repeat_interleave(per_arm)

@@ -1,0 +1,170 @@
+"""Gin files: what is wrong with them is said once, clearly, with the place."""
+
+import pytest
+from runs import RING, write
+
+import flowdistill
+from flowdistill import CheckpointError, ConfigError, config
+from flowdistill.registry import Registry
+
+
+def fail(tmp_path, text="", bindings=(), **changes):
+    """The message with which a run refuses to start; nothing of a run is left behind."""
+    file = write(tmp_path / "bad.gin", RING + text, **changes)
+    with pytest.raises(ConfigError) as error:
+        flowdistill.train(gin_file=file, gin_bindings=list(bindings), workdir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("binding", "wanted"),
+    [
+        ("train.objective = @freflow()", ["unknown name 'freflow'", "did you mean freeflow", "bad.gin", "line 20"]),
+        ("train.stepps = 3", ["unknown parameter of train 'stepps'", "steps", "bad.gin", "line 20"]),
+        ("trian.steps = 3", ["unknown name 'trian'", "train", "bad.gin", "line 20"]),
+        ("freeflow.alpha = 'much'", ["freeflow", "alpha", "bad.gin", "line 20"]),
+        ("freeflow.alpha = -1.0", ["alpha", ">= 0", "bad.gin", "line 20"]),
+        ("freeflow.correction_fraction = 1.0", ["correction_fraction", "< 1", "line 20"]),
+        ("finite_difference.scheme = 'forward'", ["scheme", "forward", "backward"]),
+        ("train.steps = = 3", ["bad.gin", "line 20"]),
+        ("train.steps = (3", ["bad.gin"]),
+        ("train.steps = 0", ["train.steps must be positive"]),
+        ("train.steps = 1.5", ["train.steps must be of type int", "1.5"]),
+        ("train.steps = True", ["train.steps must be of type int", "True"]),
+        ("train.batch_size = '4'", ["train.batch_size must be of type int"]),
+        ("train.seed = 'x'", ["train.seed must be of type int"]),
+        ("train.gradient_clip = 'x'", ["train.gradient_clip"]),
+        ("train.precision = 'fp8'", ["train.precision must be", "fp8"]),
+        ("train.objective = 3", ["train.objective must be of type Objective"]),
+        ("train.teacher = @mlp()", ["train.teacher must be of type Teacher"]),
+        ("train.teacher = None", ["needs a teacher"]),
+        ("train.flow_map = 3", ["train.flow_map"]),
+        ("train.flow_map = @freeflow", ["freeflow", "takes 1 positional argument"]),
+        ("train.optimizer = 3", ["train.optimizer"]),
+        ("train.states = @ring()", ["train.states must be of type StateSource"]),
+        ("train.objective = @meanflow()", ["MeanFlow needs data", "noised_data"]),
+        ("mlp.dim = 3", ["shape"]),
+        ("mlp.num_classes = 4", ["num_classes"]),
+        ("ring.modes = 0", ["modes"]),
+        ("freeflow.prediction = 3", ["prediction"]),
+        ("freeflow_correction.times = 0.5", ["times"]),
+        ("online_network.network = 3", ["network"]),
+    ],
+)
+def test_bad_bindings(binding, wanted, tmp_path):
+    if binding.startswith("finite_difference"):
+        binding = f"freeflow_prediction.estimator = @finite_difference()\n{binding}"
+    message = fail(tmp_path, f"{binding}\n")
+    for part in wanted:
+        assert part in message, message
+    assert message.count("\n") < 12
+
+
+def test_bad_bindings_of_the_command_line_are_located(tmp_path):
+    message = fail(tmp_path, bindings=["train.steps = @nothing()"])
+    assert "unknown name 'nothing'" in message
+
+
+def test_a_binding_that_nothing_uses(tmp_path):
+    message = fail(tmp_path, "heun.steps = 3\nlogit_normal.mean = 1.0\nmine = 4\n")
+    assert "heun.steps, logit_normal.mean" in message
+    assert "mine" in message
+
+
+def test_missing_required_bindings(tmp_path):
+    file = tmp_path / "empty.gin"
+    file.write_text("train.steps = 3\n")
+    with pytest.raises(ConfigError, match="objective"):
+        flowdistill.train(gin_file=file, workdir=tmp_path / "run")
+
+
+def test_missing_files_list_near_recipes(tmp_path):
+    with pytest.raises(ConfigError, match=r"did you mean freeflow/digits\.gin"):
+        flowdistill.train(gin_file="freeflow/digit.gin", workdir=tmp_path / "run")
+    file = tmp_path / "includes.gin"
+    file.write_text("include 'nowhere.gin'\n")
+    with pytest.raises(ConfigError, match="nowhere"):
+        flowdistill.train(gin_file=file, workdir=tmp_path / "run")
+
+
+def test_packaged_recipes_can_be_included(tmp_path):
+    file = tmp_path / "mine.gin"
+    file.write_text("include 'freeflow/ring.gin'\ntrain.steps = 2\ntrain.evaluation = None\ntrain.sample_every = 0\n")
+    with pytest.raises(ConfigError, match=r"nothing uses evaluation\.metrics"):
+        flowdistill.train(gin_file=file, workdir=tmp_path / "run")
+    file.write_text("include 'freeflow/ring.gin'\ntrain.steps = 2\nevaluation.num_samples = 10\n")
+    assert flowdistill.train(gin_file=file, workdir=tmp_path / "run").steps == 2
+
+
+def test_a_configuration_parsed_by_the_caller_holds(tmp_path):
+    import gin
+
+    try:
+        gin.parse_config(RING)
+        assert flowdistill.train(workdir=tmp_path / "run").steps == 12
+        assert gin.query_parameter("train.steps") == 12
+    finally:
+        gin.clear_config()
+
+
+def test_scoped_bindings_count_as_used(tmp_path):
+    text = "online/mlp.depth = 2\nonline_network.network = @online/mlp\n"
+    file = write(tmp_path / "scoped.gin", RING + text)
+    assert flowdistill.train(gin_file=file, workdir=tmp_path / "run").steps == 12
+
+
+@pytest.mark.parametrize("recipe", config.recipes())
+def test_every_recipe_starts(recipe, tmp_path):
+    """Each packaged recipe takes two steps, with every one of its bindings used."""
+    text = config.find_gin_file(recipe).read_text()
+    bindings = ["train.steps = 2", "train.batch_size = 8", "train.sample_every = 0"]
+    if "@evaluation()" in text:
+        bindings += ["evaluation.num_samples = 20", "evaluation.teacher_steps = (1,)"]
+    if "freeflow.correction_start" in text:
+        bindings += ["freeflow.correction_start = 1"]
+    result = flowdistill.train(gin_file=recipe, gin_bindings=bindings, workdir=tmp_path / "run")
+    assert result.steps == 2
+
+
+def test_registering_a_name_twice_names_both_places():
+    shapes = Registry("test shape")
+
+    @shapes.register("square")
+    class Square:
+        pass
+
+    with pytest.raises(ConfigError, match=r"registered twice: .*Square.*test_config.*Circle"):
+
+        @shapes.register("square")
+        class Circle:
+            pass
+
+    with pytest.raises(ConfigError, match="did you mean square"):
+        shapes.get("sqare")
+    with pytest.raises(ConfigError, match="unexpected keyword argument 'side'"):
+        shapes.build("square", side=2)
+
+
+def test_a_broken_plugin_is_reported_and_skipped(monkeypatch):
+    from flowdistill import registry
+
+    class Broken:
+        value = "broken:plugin"
+
+        def load(self):
+            raise ImportError("no such thing")
+
+    monkeypatch.setattr(registry, "entry_points", lambda group: [Broken()])
+    with pytest.warns(RuntimeWarning, match=r"broken:plugin skipped.*no such thing"):
+        registry.load_plugins.__wrapped__()
+
+
+def test_runs_that_cannot_be_read(tmp_path):
+    with pytest.raises(CheckpointError, match="neither a run directory nor a checkpoint"):
+        flowdistill.load_flow_map(tmp_path)
+    (tmp_path / "config.gin").write_text("")
+    with pytest.raises(CheckpointError, match="no checkpoint yet"):
+        flowdistill.sample(tmp_path)
+    with pytest.raises(ConfigError, match=r"did you mean .*ring"):
+        flowdistill.load_teacher("rings")
