@@ -141,13 +141,16 @@ def _config_error(message: str) -> ConfigError:
 
 
 def _with_bindings(message: str) -> str:
-    """The message of a configurable's failure, with the places of the bindings that set it."""
+    """The message of a configurable's failure, with the places of the bindings to look at."""
     match = re.search(r"\n +In call to configurable '(\w+)'.*", message)
     if match is None:
         return message
-    lines = [f"  {name}.{parameter}: {place}" for (name, parameter), place in _PLACES.items() if name == match[1]]
-    bound = "\nIts bindings:\n" + "\n".join(lines) if lines else ""
-    return f"{match[1]}: {message[: match.start()]}{bound}"
+    reason, name = message[: match.start()], match[1]
+    reason = re.sub(r"^\(\"(.*?)\", Attribute\(.*\)$", r"\1", reason)  # some attrs validators raise a tuple
+    places = {parameter: place for (owner, parameter), place in _PLACES.items() if owner == name}
+    named = [parameter for parameter in places if re.search(rf"\b{parameter}\b", reason)]
+    lines = [f"\n  {name}.{parameter}: {places[parameter]}" for parameter in named or places]
+    return ("" if reason.startswith(f"{name}.") else f"{name}: ") + reason + "".join(lines)
 
 
 def value(parameter: str, default: Any = None) -> Any:

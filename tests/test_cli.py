@@ -1,0 +1,130 @@
+"""The command line, in processes of its own: what it prints, what it leaves, and its exit codes."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from runs import command, write
+
+from flowdistill.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    write(folder / "ring.gin")
+    done = command("train", "--gin_file", "ring.gin", "--workdir", "run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("report.md")
+    return folder
+
+
+def fails(folder, *arguments, code=2, **kwargs):
+    """The message of a command that fails with one, and no traceback."""
+    done = command(*arguments, cwd=folder, **kwargs)
+    assert done.returncode == code, (done.returncode, done.stderr)
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_sample_and_evaluate(folder):
+    assert command("sample", "run", "--num_samples", 20, cwd=folder).stdout == "samples.png\n"
+    assert (folder / "samples.png").read_bytes()[:4] == b"\x89PNG"
+    assert command("sample", "run", "--num_samples", 5, "--out", "x.npz", cwd=folder).returncode == 0
+    assert np.load(folder / "x.npz")["arr_0"].shape == (5, 2)
+    done = command("evaluate", "run", "--metrics", "w2", "sliced_w2", "--num_samples", 50, cwd=folder)
+    assert re.fullmatch(r"w2: [\d.]+\nsliced_w2: [\d.]+\n", done.stdout)
+
+
+def test_default_run_directory_and_overrides(folder):
+    done = command("train", "--gin_file", "ring.gin", "--gin.train.steps=2", "--gin.train.seed=7", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "train.seed = 7" in (folder / "runs" / "ring" / "config.gin").read_text()
+    records = (folder / "runs" / "ring" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(records[-1])["step"] == 2
+
+
+def test_list_show_cite(folder):
+    listed = command("list", cwd=folder).stdout
+    for name in ("freeflow", "meanflow", "digits_teacher", "ring", "finite_difference", "freeflow/digits.gin"):
+        assert name in listed
+    assert command("list", "solvers", cwd=folder).stdout.split() == ["dopri5", "euler", "heun"]
+    shown = command("show", "objectives", "freeflow", cwd=folder).stdout
+    assert "alpha" in shown
+    assert "2511.19428" in shown
+    assert "train.teacher = @ring()" in command("show", "recipes", "freeflow/ring.gin", cwd=folder).stdout
+    for source in ("run", "freeflow/ring.gin"):
+        assert "@article{tong2025freeflow" in command("cite", source, cwd=folder).stdout
+    assert re.fullmatch(r"flowdistill \d+\.\d+\.\d+\n", command("--version", cwd=folder).stdout)
+
+
+def test_mistakes_end_with_one_message_and_exit_code_2(folder, capsys, monkeypatch):
+    """Within this process, to save the start of one for each; the first also in a process of its own."""
+    monkeypatch.chdir(folder)
+
+    def refused(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    assert "freeflow/ring.gin" in fails(folder, "train", "--gin_file", "freeflow/rong.gin")
+    assert "line 1" in refused("train", "--gin_file", write(folder / "typo.gin", "train.stepps = 3"))
+    assert "did you mean" in refused("train", "--gin_file", "ring.gin", "--gin.train.objectve=1", "--workdir", "x")
+    assert "lacks =VALUE" in refused("train", "--gin_file", "ring.gin", "--gin.train.steps")
+    assert "belongs to train" in refused("sample", "run", "--gin.train.steps=3")
+    assert "neither a run" in refused("sample", "nowhere")
+    assert "did you mean" in refused("evaluate", "run", "--metrics", "w3")
+    assert "did you mean freeflow" in refused("show", "objectives", "freflow")
+    assert "did you mean solvers" in refused("list", "solver")
+    assert "must end in" in refused("sample", "run", "--out", "x.bmp")
+    assert "takes no labels" in refused("sample", "run", "--labels", "3")
+    assert "guidance" in refused("sample", "run", "--guidance", "2")
+    assert "anchored" in refused("sample", "run", "--steps", "2")
+    assert "at least 1" in refused("sample", "run", "--num_samples", "0")
+    assert "another configuration" in refused(
+        "train", "--gin_file", "ring.gin", "--gin.train.seed=3", "--workdir", "run"
+    )
+    assert "device" in refused("train", "--gin_file", "ring.gin", "--device", "quantum", "--workdir", "x")
+    assert "usage" in refused("tarin")
+    assert not (folder / "x").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_with_exit_code_1(folder):
+    message = fails(folder, "train", "--gin_file", "ring.gin", "--gin.AdamW.lr=1e30", "--workdir", "diverged", code=1)
+    assert "NaN or infinite at step" in message
+
+
+def test_output_that_cannot_be_written_ends_with_exit_code_1(folder):
+    (folder / "file").write_text("")
+    assert "file" in fails(folder, "train", "--gin_file", "ring.gin", "--workdir", "file/run", code=1)
+
+
+def test_a_terminal_sees_a_live_bar(folder):
+    """On a pseudo-terminal the bar shows steps, loss, speed and time left."""
+    primary, secondary = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flowdistill", "train", "--gin_file", "ring.gin", "--workdir", "bar"],
+        cwd=folder,
+        stderr=secondary,
+        stdout=secondary,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm-256color", "COLUMNS": "100"},
+    )
+    os.close(secondary)
+    output = b""
+    while True:
+        try:
+            chunk = os.read(primary, 65536)
+        except OSError:
+            break
+        if not chunk:
+            break
+        output += chunk
+    assert process.wait() == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output.decode())
+    assert re.search(r"bar .*12/12 loss [\d.]+ [\d.]+ steps/s \d:\d\d:\d\d", text)
