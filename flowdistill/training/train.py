@@ -73,8 +73,8 @@ def train(
     Example:
         >>> result = train(
         ...     gin_file="freeflow/ring.gin",
-        ...     gin_bindings=["train.steps = 2", "train.evaluation = None"],
-        ...     workdir=tmp_path,
+        ...     gin_bindings=["train.steps = 2", "evaluation.num_samples = 20"],
+        ...     workdir="runs/ring",
         ... )
         >>> result.flow_map.sample(torch.randn(4, 2)).shape
         torch.Size([4, 2])
