@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -49,9 +51,9 @@ class Evaluation:
 def compare(student: FlowMap | None, teacher: Teacher | None, evaluation: Evaluation) -> dict[str, dict[str, float]]:
     """The figures of teacher and student, a row each, by the row's name.
 
-    Columns are the evaluations of a sample, the metrics against the reference and, for ``fid`` and ``w2``, the same
-    distance to the teacher's samples at its most steps, drawn from other noise. The row ``noise floor`` is a second
-    such set of teacher samples, the best that a student can look.
+    Columns are the network evaluations spent on a sample, as counted, the metrics against the reference and, for
+    ``fid`` and ``w2``, the same distance to the teacher's samples at its most steps, drawn from other noise. The row
+    ``noise floor`` is a second such set of teacher samples, the best that a student can look.
     """
     n, device = evaluation.num_samples, _device(student, teacher)
     reference = reference_set(evaluation.features, teacher, n, evaluation.seed)
@@ -64,28 +66,34 @@ def compare(student: FlowMap | None, teacher: Teacher | None, evaluation: Evalua
         samples = torch.cat([sampler(noise[i : i + 500], condition[i : i + 500]) for i in range(0, n, 500)])
         return samples.cpu(), None if condition.labels is None else condition.labels.cpu()
 
-    samplers: dict[str, tuple[int, Callable[[Tensor, Condition], Tensor], str]] = {}
+    samplers: dict[str, tuple[Callable[[Tensor, Condition], Tensor], str]] = {}
+    most = ""
     if teacher is not None:
         for steps in evaluation.teacher_steps:
-            samplers[f"teacher, {steps} steps"] = (steps, _euler(teacher, steps), "evaluation")
-        most = evaluation.teacher_steps[-1]
-        samplers["noise floor"] = (most, _euler(teacher, most), "evaluation, again")
+            most = f"teacher, {_number(steps, 'step')}"
+            samplers[most] = _euler(teacher, steps), "evaluation"
+        samplers["noise floor"] = samplers[most][0], "evaluation, again"
     if student is not None:
-        samplers["student, 1 step"] = (1, lambda z, c: student.sample(z, 1, c), "evaluation, student")
+        samplers["student, 1 step"] = (lambda z, c: student.sample(z, 1, c)), "evaluation, student"
+    distances = [metric for metric in ("fid", "w2") if metric in evaluation.metrics]
     rows: dict[str, dict[str, float]] = {}
     best = None
-    for name, (steps, sampler, stream) in samplers.items():
+    for name, (sampler, stream) in samplers.items():
+        before = _evaluations(student, teacher)
         samples, labels = draw(sampler, stream)
+        evaluations = (_evaluations(student, teacher) - before) / n
         generated = sample_set(samples, labels, evaluation.features)
-        rows[name] = {"steps": steps, **measure(evaluation.metrics, generated, reference)}
-        if teacher is not None:
-            if name == f"teacher, {evaluation.teacher_steps[-1]} steps":
-                best = generated
-            elif best is not None:
-                distances = [metric for metric in ("fid", "w2") if metric in evaluation.metrics]
-                to_teacher = measure(distances, generated, best)
-                rows[name] |= {f"{metric}_to_teacher": value for metric, value in to_teacher.items()}
+        rows[name] = {"evaluations": evaluations, **measure(evaluation.metrics, generated, reference)}
+        if best is not None:
+            to_teacher = measure(distances, generated, best)
+            rows[name] |= {f"{metric}_to_teacher": value for metric, value in to_teacher.items()}
+        if name == most:
+            best = generated
     return rows
+
+
+def _evaluations(*models: FlowMap | Teacher | None) -> int:
+    return sum(model.evaluations for model in models if model is not None)
 
 
 def _euler(teacher: Teacher, steps: int) -> Callable[[Tensor, Condition], Tensor]:
@@ -133,7 +141,7 @@ def save_samples(student: FlowMap, path: Path, seed: int) -> None:
 def write_report(
     workdir: Path, student: FlowMap, teacher: Teacher | None, evaluation: Evaluation | None
 ) -> dict[str, float]:
-    """Write ``report.md`` and its pictures; returns the student's figures.
+    """Write ``report.md``, its pictures, and its table as ``figures.json``; returns the student's figures.
 
     A run without a teacher has trained one: what is measured then is the result, sampled in several steps.
     """
@@ -157,16 +165,18 @@ def write_report(
         figures = list(rows.values())[-1]
         lines += [*table(rows), ""]
         lines += [
-            f"{evaluation.num_samples} samples a row; evaluations are those of one sample, where guidance counts as "
-            "one. The noise floor is a second set of samples of the teacher.",
+            f"{evaluation.num_samples} samples a row. Evaluations are those of a network for one sample: two a step "
+            "under classifier-free guidance. The noise floor is a second set of samples of the teacher.",
             "",
         ]
+        record = {"num_samples": evaluation.num_samples, "seed": seed, "machine": machine(), "rows": rows}
+        (workdir / "figures.json").write_text(json.dumps(record, indent=1) + "\n")
     lines += ["![curves](plots/curves.png)", ""]
     if records:
         last = records[-1]
         lines.append(
             f"{last['step']} steps; evaluations in training, per sample: "
-            f"{last['student_evaluations']:.0f} of the student, {last['teacher_evaluations']:.0f} of the teacher. "
+            f"{last['student_evaluations']:.0f} of the student, {last['teacher_evaluations']:.0f} of the teacher."
         )
     lines += [f"{machine()}. Configuration: [config.gin](config.gin).", ""]
     (workdir / "report.md").write_text("\n".join(lines))
@@ -179,8 +189,7 @@ def _compare_pictures(student: FlowMap | None, teacher: Teacher, guidance: float
     noise = torch.randn((n, *teacher.sample_shape), generator=step_generator(seed, 0, "pictures"))
     device = _device(student, teacher)
     noise, condition = noise.to(device), _condition(teacher, n, guidance, device)
-    panels = {f"teacher, {k} steps": _euler(teacher, k)(noise, condition).cpu() for k in (64, 1)}
-    panels["teacher, 1 step"] = panels.pop("teacher, 1 steps")
+    panels = {f"teacher, {_number(k, 'step')}": _euler(teacher, k)(noise, condition).cpu() for k in (64, 1)}
     if student is not None:
         panels["student, 1 step"] = student.sample(noise, 1, condition).cpu()
     if points and teacher.sample_shape == (2,):
@@ -205,8 +214,18 @@ def table(rows: dict[str, dict[str, float]]) -> list[str]:
 
 def machine() -> str:
     """The machine and the versions behind a figure, in words."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return (
-        f"{device}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"{device}, {_number(os.cpu_count() or 1, 'core')}, {_number(torch.get_num_threads(), 'thread')}, "
         f"Python {platform.python_version()}, torch {torch.__version__}"
     )
+
+
+def _number(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else []
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,156 @@
+"""FreeFlow on the digits and on the ring, over seeds, beside the teacher and the noise floor.
+
+    python benchmarks/freeflow.py digits|ring|choices [--jobs 2] [--steps N]
+
+Every run is a process of its own with cores / jobs threads, in runs/benchmarks/; finished ones are not repeated, so an
+interrupted benchmark goes on where it stopped. The table, mean ± standard deviation over the seeds, is printed and
+written to benchmarks/results/. The recipes were tuned on seed 0, which is not among the seeds here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+import flowdistill
+from flowdistill.config import find_gin_file
+from flowdistill.evaluation import mode_coverage
+
+SEEDS = (1, 2, 3)
+RESULTS = Path(__file__).parent / "results"
+RUNS = Path("runs/benchmarks")
+
+
+@attrs.frozen
+class Variant:
+    """A row of a table: a recipe with some bindings changed, and those that the change leaves without use removed."""
+
+    name: str
+    recipe: str
+    changes: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+
+
+PREDICTION_ONLY = ("train.objective = @freeflow_prediction()",)
+NO_CORRECTION = ("freeflow.", "freeflow_correction.")
+NO_DIFFERENCE = ("finite_difference.",)
+JVP = "freeflow_prediction.estimator = @jvp()"
+CENTRAL = "finite_difference.scheme = 'central'"
+
+SUITES = {
+    "digits": [
+        Variant("FreeFlow, 1 step", "freeflow/digits.gin"),
+        Variant("prediction alone, 1 step", "freeflow/digits.gin", PREDICTION_ONLY, NO_CORRECTION),
+    ],
+    "ring": [Variant("FreeFlow prediction, 1 step", "freeflow/ring.gin")],
+    "choices": [
+        *(
+            Variant(f"ring, {scheme}, k = {k}", "freeflow/ring.gin", (*change, f"freeflow_prediction.power = {k}"), out)
+            for k in (0.0, 0.5, 1.0)
+            for scheme, change, out in (
+                ("backward", (), ()),
+                ("central", (CENTRAL,), ()),
+                ("JVP", (JVP,), NO_DIFFERENCE),
+            )
+        ),
+        *(
+            Variant(f"digits, {scheme}, k = 0.5", "freeflow/digits.gin", (*PREDICTION_ONLY, *change), out)
+            for scheme, change, out in (
+                ("backward", (), NO_CORRECTION),
+                ("central", (CENTRAL,), NO_CORRECTION),
+                ("JVP", (JVP,), (*NO_CORRECTION, *NO_DIFFERENCE)),
+            )
+        ),
+    ],
+}
+Figures = dict[str, dict[str, float]]
+
+
+def run(variant: Variant, seed: int, threads: int, steps: int | None) -> dict[str, Any]:
+    """Train one variant with one seed, unless that has been done; its figures.json."""
+    name = "".join(c if c.isalnum() else "_" for c in variant.name)
+    workdir = RUNS / (name if steps is None else f"{name}_{steps}_steps") / f"seed_{seed}"
+    if not (workdir / "figures.json").is_file():
+        changes = [*variant.changes, f"train.seed = {seed}", f"evaluation.seed = {seed}"]
+        changes += [] if steps is None else [f"train.steps = {steps}"]
+        recipe = find_gin_file(variant.recipe).read_text().splitlines()
+        kept = [line for line in recipe if not variant.without or not line.startswith(variant.without)]
+        workdir.parent.mkdir(parents=True, exist_ok=True)
+        gin_file = workdir.parent / f"seed_{seed}.gin"
+        gin_file.write_text("\n".join([*kept, *changes]) + "\n")
+        command = ["train", "--gin_file", str(gin_file), "--workdir", str(workdir)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        subprocess.run([sys.executable, "-m", "flowdistill", *command], env=environment, check=True)
+    figures: dict[str, Any] = json.loads((workdir / "figures.json").read_text())
+    if variant.recipe == "freeflow/ring.gin":
+        figures["rows"]["student, 1 step"] |= ring_modes(workdir, seed)
+    return figures
+
+
+def ring_modes(workdir: Path, seed: int) -> dict[str, float]:
+    """Modes that the student finds, of 8, and the fraction of its samples within three deviations of a mode."""
+    ring: Any = flowdistill.load_teacher("ring")
+    samples = flowdistill.sample(workdir, 2000, seed=seed)
+    found, near = mode_coverage(samples, ring.means, radius=3 * 0.08)
+    return {"modes": 8 * found, "near_a_mode": near}
+
+
+def table(variants: list[Variant], results: dict[str, list[Figures]]) -> list[str]:
+    """Rows of the teachers, then one for each variant; mean ± standard deviation over the seeds."""
+    rows: list[tuple[str, list[dict[str, float]]]] = []
+    for recipe in dict.fromkeys(variant.recipe for variant in variants):
+        first = next(variant for variant in variants if variant.recipe == recipe)
+        prefix = f"{recipe.split('/')[1].removesuffix('.gin')}, " if len({v.recipe for v in variants}) > 1 else ""
+        names = [name for name in results[first.name][0] if name != "student, 1 step"]
+        rows += [(prefix + name, [figures[name] for figures in results[first.name]]) for name in names]
+        rows += [
+            (variant.name, [figures["student, 1 step"] for figures in results[variant.name]])
+            for variant in variants
+            if variant.recipe == recipe
+        ]
+    columns = list(dict.fromkeys(column for _, seeds in rows for figures in seeds for column in figures))
+    titles = [column.replace("_", " ") for column in columns]
+    lines = [f"| | {' | '.join(titles)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, seeds in rows:
+        cells = [_cell([figures[c] for figures in seeds]) if c in seeds[0] else "" for c in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(values: list[float]) -> str:
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    mean = f"{statistics.mean(values):.3g}"
+    return f"{mean} ± {spread:.2g}" if spread else mean
+
+
+def main() -> None:
+    """Run a suite and write its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--steps", type=int, help="training steps in place of the recipes': a quick look, not written")
+    options = parser.parse_args()
+    variants, threads = SUITES[options.suite], max(1, (os.cpu_count() or 1) // options.jobs)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        jobs = {v.name: [pool.submit(run, v, seed, threads, options.steps) for seed in SEEDS] for v in variants}
+        done = {name: [job.result() for job in seeds] for name, seeds in jobs.items()}
+    one = next(iter(done.values()))[0]
+    lines = table(variants, {name: [figures["rows"] for figures in seeds] for name, seeds in done.items()})
+    lines += ["", f"Seeds {', '.join(map(str, SEEDS))}; {one['num_samples']} samples a row. {one['machine']}."]
+    print("\n".join(lines))
+    if options.steps is None:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"freeflow_{options.suite}.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
