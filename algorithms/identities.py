@@ -1,17 +1,14 @@
-r"""The identities that define a flow map, as residuals that vanish at the teacher's own map.
+"""The identities that define a flow map, as residuals that vanish at the teacher's own map.
 
 Each function evaluates a student F on a batch and returns F with a graph together with a detached residual R of the
 same shape, for which descent along -R moves F towards the solution. `pull` turns the pair into a loss with that
 gradient.
 
-=========== ================================================ =============================================
-identity    statement, X(x, t, s) = x - (t - s) F            residual
-=========== ================================================ =============================================
-Lagrangian  dX(x, t, s)/ds = u(X(x, t, s), s)                F - (t - s) dF/ds - u(X, s)
-Eulerian    F = u(x, t) - (t - s) D_t F                      F - u + (t - s) D_t F
-velocity    F(x, t, t) = u(x, t)                             F - u
-noising     velocity of the noised student is the teacher's  v_N(x_r, r) - u(x_r, r)
-=========== ================================================ =============================================
+    identity    statement, X(x, t, s) = x - (t - s) F            residual
+    Lagrangian  dX(x, t, s)/ds = u(X(x, t, s), s)                F - (t - s) dF/ds - u(X, s)
+    Eulerian    F = u(x, t) - (t - s) D_t F                      F - u + (t - s) D_t F
+    velocity    F(x, t, t) = u(x, t)                             F - u
+    noising     velocity of the noised student is the teacher's  v_N(x_r, r) - u(x_r, r)
 """
 
 from __future__ import annotations
@@ -110,9 +107,9 @@ def pull(
     eps: float = 0.0,
     reduction: Literal["mean", "sum"] = "mean",
 ) -> ObjectiveOutput:
-    r"""The weighted regression of F onto sg(F - R), averaged over the batch.
+    """The weighted regression of F onto sg(F - R), averaged over the batch.
 
-    .. math:: \ell = w\, |F - \mathrm{sg}(F - R)|^2, \quad w = (|R|^2 + \epsilon)^{-\text{power}},
+        loss = w |F - sg(F - R)|^2,   w = (|R|^2 + eps)^-power,
 
     where the squared norm is the mean or the sum over the elements of a sample. The gradient with respect to F is
     2 w R (over the number of elements for the mean); the metric ``error`` is the unweighted squared norm.

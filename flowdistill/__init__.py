@@ -1,6 +1,7 @@
 """Distil flow and diffusion models into one-step generators, without data."""
 
 import flowdistill._checkout  # noqa: F401, before anything looks for algorithms or teachers
+from flowdistill import testing
 from flowdistill.errors import (
     CheckpointError,
     CheckpointWriteError,
@@ -100,5 +101,6 @@ __all__ = [
     "register_time_sampler",
     "register_velocity_estimator",
     "sample",
+    "testing",
     "train",
 ]

@@ -1,4 +1,4 @@
-r"""The seam through which objectives reach a student and its time derivatives.
+"""The seam through which objectives reach a student and its time derivatives.
 
 A derivative is taken along a direction (dx, dt, ds) of the arguments of F(x, t, s), where dt and ds are the same
 numbers for the whole batch:

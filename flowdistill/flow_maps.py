@@ -18,9 +18,9 @@ Conditioning = Literal["two_time", "anchored", "instantaneous"]
 
 @register_flow_map("network")
 class NetworkFlowMap(FlowMap):
-    r"""A velocity network made into a flow map by new embeddings of the duration and the guidance scale.
+    """A velocity network made into a flow map by new embeddings of the duration and the guidance scale.
 
-    .. math:: F(x, t, s) = \text{network}(x, t; e_\text{duration}(t - s) + e_\text{guidance}(\gamma))
+        F(x, t, s) = network(x, t; e_duration(t - s) + e_guidance(gamma))
 
     The network's own time slot sees t, and the new embeddings, added to the vector that conditions its blocks, start
     at zero. So a network that is a velocity field starts as F(x, t, s) = u(x, t), which is exact on the diagonal.
@@ -100,6 +100,14 @@ def from_teacher(
 
     Raises:
         ConfigError: a teacher without a network, and no network given.
+
+    Examples:
+        >>> from flowdistill import load_teacher
+        >>> teacher = load_teacher("digits_teacher")
+        >>> student = from_teacher(teacher, "anchored")
+        >>> z, one, zero = teacher.sample_prior(4), torch.ones(4), torch.zeros(4)
+        >>> torch.allclose(student.average_velocity(z, one, zero), teacher.velocity(z, one), atol=1e-5)
+        True
     """
     own = getattr(teacher, "network", None)
     if own is not None:

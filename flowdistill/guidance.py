@@ -14,9 +14,9 @@ from flowdistill.registry import register_teacher
 
 @register_teacher("guided")
 class GuidedTeacher(Teacher):
-    r"""A teacher whose velocity is extrapolated away from a weaker one.
+    """A teacher whose velocity is extrapolated away from a weaker one.
 
-    .. math:: u^\gamma(x, t) = u(x, t) + (\gamma - 1) (u(x, t) - u_\text{weak}(x, t))
+        u_gamma(x, t) = u(x, t) + (gamma - 1) (u(x, t) - u_weak(x, t))
 
     The weak velocity is the same teacher's with the null label (classifier-free guidance, Ho and Salimans 2022,
     arXiv 2207.12598) or another network's with the same label (autoguidance, Karras et al. 2024,
@@ -30,6 +30,13 @@ class GuidedTeacher(Teacher):
 
     Raises:
         ConfigError: classifier-free guidance of an unconditional teacher, or an interval outside [0, 1].
+
+    Examples:
+        >>> from flowdistill import Condition, load_teacher
+        >>> teacher = GuidedTeacher(load_teacher("digits_teacher"), scale=1.5, interval=(0.1, 0.9))
+        >>> noise = teacher.sample_prior(2)
+        >>> teacher.velocity(noise, torch.ones(2), Condition(torch.tensor([3, 7]))).shape, teacher.evaluations
+        (torch.Size([2, 1, 8, 8]), 4)
     """
 
     def __init__(

@@ -66,7 +66,7 @@ def unknown_name(kind: str, name: str, known: list[str]) -> ConfigError:
 class Registry:
     """Classes (or functions that build objects) of one kind, by name.
 
-    Example:
+    Examples:
         >>> shapes = Registry("shape")
         >>> @shapes.register("square")
         ... class Square:

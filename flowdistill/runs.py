@@ -17,7 +17,7 @@ from flowdistill.interfaces import Condition, FlowMap, Teacher
 from flowdistill.registry import METRICS, TEACHERS, unknown_name
 from flowdistill.training.checkpoints import checkpoint_paths, load_module, verify_checkpoint
 from flowdistill.training.randomness import step_generator
-from flowdistill.training.train import build_flow_map
+from flowdistill.training.trainer import build_flow_map
 
 
 def find_checkpoint(run: str | Path) -> tuple[Path, Path]:
@@ -69,7 +69,7 @@ def load_teacher(name_or_path: str | Path, **kwargs: Any) -> Teacher:
     Raises:
         ConfigError: neither a name (the nearest are listed) nor a path.
 
-    Example:
+    Examples:
         >>> load_teacher("ring").velocity(torch.zeros(3, 2), torch.ones(3)).shape
         torch.Size([3, 2])
     """

@@ -66,7 +66,17 @@ class _FromPrior(StateSource):
 @register_state_source("prior")
 @attrs.define(kw_only=True, eq=False, slots=False)
 class Prior(_FromPrior):
-    """Noise at t = 1 with uniform labels: the only states that FreeFlow needs."""
+    """Noise at t = 1 with uniform labels: the only states that FreeFlow needs.
+
+    Examples:
+        >>> from flowdistill import load_teacher
+        >>> from flowdistill.flow_maps import from_teacher
+        >>> teacher, source = load_teacher("digits_teacher"), Prior(guidance=(1.0, 2.0))
+        >>> source.setup(from_teacher(teacher), teacher)
+        >>> states = source.sample(5, torch.Generator())
+        >>> states.x.shape, states.condition.guidance.shape
+        (torch.Size([5, 1, 8, 8]), torch.Size([5]))
+    """
 
     def sample(self, batch_size: int, generator: torch.Generator) -> States:
         """Draw noises, labels and guidance scales."""

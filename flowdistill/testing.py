@@ -1,7 +1,7 @@
 """The conformance kit: what every teacher, flow map, objective and velocity estimator must satisfy.
 
 Each check raises AssertionError with a sentence that says what is wrong. Run them on your own classes, in the spirit of
-scikit-learn's ``check_estimator``::
+scikit-learn's ``check_estimator``:
 
     def test_my_teacher():
         flowdistill.testing.check_teacher(MyTeacher())
@@ -29,7 +29,7 @@ from flowdistill.interfaces import (
 )
 from flowdistill.states import Prior
 
-__all__ = ["check_flow_map", "check_objective", "check_teacher", "check_velocity_estimator"]
+__all__ = ["check_exact_start", "check_flow_map", "check_objective", "check_teacher", "check_velocity_estimator"]
 
 
 def _generator(seed: int = 0) -> torch.Generator:
@@ -65,8 +65,7 @@ def check_teacher(teacher: Teacher) -> None:
 
     Shapes and dtype; finite velocities on all of [0, 1], both ends included; rows independent of each other; the same
     answer twice; evaluation mode whatever is asked; counted evaluations; labels that are obeyed row by row and may be
-    null; reproducible prior. Also that the field is a velocity in this library's sign: at t = 1 the state is pure
-    noise, so E[u(n, 1) | n] = n - E[x_0] and u(n, 1) - n is the same for all n.
+    null; reproducible prior. Whether the sign and the direction of time are this library's is for `check_exact_start`.
     """
     name = type(teacher).__name__
     _check(isinstance(teacher, Teacher), f"{name} must derive from flowdistill.Teacher")

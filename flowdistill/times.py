@@ -50,7 +50,7 @@ class ContinuousLaw(TimeSampler):
 class Uniform(ContinuousLaw):
     """The uniform law on [low, high], a part of [0, 1].
 
-    Example:
+    Examples:
         >>> Uniform(low=0.2).sample(1000, torch.Generator()).min() >= 0.2
         tensor(True)
     """

@@ -149,12 +149,11 @@ class OnlineNetwork(NoisingVelocity):
 @register_velocity_estimator("minibatch")
 @attrs.define(kw_only=True)
 class Minibatch(NoisingVelocity):
-    r"""The exact noising velocity of the batch of student samples itself, for small problems and tests.
+    """The exact noising velocity of the batch of student samples itself, for small problems and tests.
 
     For the empirical distribution of samples x_k the posterior of the clean sample is a softmax,
 
-    .. math:: v_N(x, r) = \frac{x - \sum_k p_k x_k}{r}, \quad
-        p_k \propto \exp\left(-\frac{|x - (1-r) x_k|^2}{2 r^2}\right),
+        v_N(x, r) = (x - sum_k p_k x_k) / r,   p_k ~ exp(-|x - (1 - r) x_k|^2 / (2 r^2)),
 
     over the samples of the same label. It approaches the student's velocity as the batch grows, quickly only in few
     dimensions and at high noise.

@@ -13,9 +13,9 @@ from flowdistill.registry import register_objective
 @register_objective("flow_matching")
 @attrs.define(kw_only=True)
 class FlowMatching(Objective):
-    r"""Regression of the velocity onto the conditional one, :math:`|F(x_t, t, t) - (n - x_0)|^2`.
+    """Regression of the velocity onto the conditional one, |F(x_t, t, t) - (n - x_0)|^2.
 
-    Its minimiser is the marginal velocity :math:`u(x, t) = E[n - x_0 | x_t = x]`. The run it leaves loads as a teacher.
+    Its minimiser is the marginal velocity u(x, t) = E[n - x_0 | x_t = x]. The run it leaves loads as a teacher.
     """
 
     needs_data = True

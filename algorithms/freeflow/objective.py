@@ -37,11 +37,13 @@ CITATION = """\
 @register_objective("freeflow_prediction")
 @attrs.define(kw_only=True)
 class FreeFlowPrediction(Objective):
-    r"""The student's generating velocity is the teacher's velocity along the student's own path.
+    """The student's generating velocity is the teacher's velocity along the student's own path.
 
-    For noise z and a duration delta the student reaches :math:`X = z - \delta F(z, 1, 1 - \delta)`, moving at
-    :math:`v_G = F + \delta\, \partial_\delta F`. The residual :math:`v_G - u(X, 1 - \delta)` vanishes for all delta
-    only at the teacher's flow map.
+    For noise z and a duration delta the student reaches X = z - delta F(z, 1, 1 - delta). The residual
+
+        v_G - u(X, 1 - delta),   v_G = -dX/d delta = F + delta dF/d delta
+
+    vanishes for all z and delta only at the teacher's flow map.
 
     Attributes:
         durations: law of delta. For states that start at t < 1 it is the fraction of the way to t = 0.
@@ -79,11 +81,13 @@ class FreeFlowPrediction(Objective):
 @register_objective("freeflow_correction")
 @attrs.define(kw_only=True)
 class FreeFlowCorrection(Objective):
-    r"""The noising velocity of the student's distribution is the teacher's velocity.
+    """The noising velocity of the student's distribution is the teacher's velocity.
 
-    One-step samples :math:`x = z - F(z, 1, 0)` are noised to :math:`x_r`; the gradient
-    :math:`v_N(x_r, r) - u(x_r, r)` reaches F, so that descent moves samples along the difference of the teacher's and
-    the student's scores.
+    One-step samples x = z - F(z, 1, 0) are noised to x_r = (1 - r) x + r n. The residual
+
+        v_N(x_r, r) - u(x_r, r)
+
+    is the gradient that reaches F, so that descent moves samples along the teacher's score minus the student's.
 
     Attributes:
         noising: the estimator of v_N.
@@ -154,11 +158,11 @@ def _samples(student: FlowMap, states: States) -> Tensor:
 @register_objective("freeflow")
 @attrs.define(kw_only=True)
 class FreeFlow(Objective):
-    r"""Prediction and correction together.
+    """Prediction and correction together.
 
     Of each batch a fraction goes to the correction, whose loss is scaled by
 
-    .. math:: \lambda = \alpha\, \mathbb{E}\|v_G - u\| / (\mathbb{E}\|v_N - u\| + \epsilon).
+        lambda = alpha E|v_G - u| / (E|v_N - u| + eps).
 
     The prediction is weighted by its own power law, the correction is not: with a power of 1 the correction's share of
     the gradient falls with the square of the prediction's residual as training converges.
@@ -170,6 +174,20 @@ class FreeFlow(Objective):
         alpha: ratio of the scaled correction residual to the prediction's.
         correction_start: training step of the first correction; until then the whole batch is prediction.
         online_warmup: steps before ``correction_start`` from which v_N is already trained.
+
+    Examples:
+        >>> from flowdistill import load_teacher
+        >>> from flowdistill.flow_maps import from_teacher
+        >>> from flowdistill.states import Prior
+        >>> teacher, source, objective = load_teacher("digits_teacher"), Prior(), FreeFlow(alpha=0.5)
+        >>> student = from_teacher(teacher, "anchored")
+        >>> source.setup(student, teacher), objective.setup(student, teacher)
+        (None, None)
+        >>> generator = torch.Generator()
+        >>> output = objective.loss(student, teacher, source.sample(8, generator), step=0, generator=generator)
+        >>> output.loss.backward()
+        >>> sorted(output.metrics)
+        ['correction_error', 'error', 'lambda']
     """
 
     citation = CITATION

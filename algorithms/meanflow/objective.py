@@ -80,7 +80,7 @@ class _MeanFlow(Objective):
 @register_objective("meanflow")
 @attrs.define(kw_only=True)
 class MeanFlow(_MeanFlow):
-    r"""The Eulerian identity with the conditional velocity n - x_0 in target and tangent: training from data.
+    """The Eulerian identity with the conditional velocity n - x_0 in target and tangent: training from data.
 
     The residual vanishes at the flow map only on average over (x_0, n), so a ``power`` above 0 is biased where samples
     have few dimensions: use 0 there.

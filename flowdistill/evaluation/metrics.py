@@ -19,14 +19,14 @@ def _check(minimum: int, *sets: Tensor) -> None:
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    r"""The Frechet distance of the Gaussians fitted to two sets of features (N, D), by torch-fidelity in float64.
+    """The Frechet distance of the Gaussians fitted to two sets of features (N, D), by torch-fidelity in float64.
 
-    .. math:: |\mu_a - \mu_b|^2 + \mathrm{tr}(\Sigma_a + \Sigma_b - 2 (\Sigma_a \Sigma_b)^{1/2})
+        |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))
 
     It is biased upwards by about D^2 / (2N) in whitened features: compare sets of equal sizes, and look at the noise
     floor. With Inception features it is FID (Heusel et al. 2017, arXiv 1706.08500).
 
-    Example:
+    Examples:
         >>> x = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
         >>> round(frechet_distance(x, x + 3.0), 6)
         18.0

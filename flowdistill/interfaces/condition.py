@@ -23,7 +23,7 @@ class Condition:
             the teacher's own.
         extra: further tensors whose first dimension is the batch, by name.
 
-    Example:
+    Examples:
         >>> c = Condition(labels=torch.tensor([3, 7]))
         >>> c[:1].labels, c.drop().labels
         (tensor([3]), tensor([-1, -1]))

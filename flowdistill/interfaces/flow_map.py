@@ -15,7 +15,7 @@ from flowdistill.paths import expand_time
 
 
 class FlowMap(nn.Module, ABC):
-    r"""A flow map :math:`X(x, t, s) = x - (t - s) F(x, t, s)` for s <= t, with F the average velocity over [s, t].
+    """A flow map X(x, t, s) = x - (t - s) F(x, t, s) for s <= t, with F the average velocity over [s, t].
 
     On the diagonal F(x, t, t) is the instantaneous velocity u(x, t).
 

@@ -15,7 +15,7 @@ from flowdistill.interfaces.condition import Condition
 
 
 class Teacher(nn.Module, ABC):
-    r"""A marginal velocity field :math:`u(x, t) = dx/dt` of the linear path, t = 1 noise, t = 0 data.
+    """A marginal velocity field u(x, t) = dx/dt of the linear path, t = 1 noise, t = 0 data.
 
     Subclasses set ``sample_shape`` and, if class-conditional, ``num_classes``, and implement
     `velocity` on all of t in [0, 1]. A teacher stays in evaluation mode; gradients flow only to an
@@ -25,7 +25,7 @@ class Teacher(nn.Module, ABC):
         sample_shape: shape of one sample, without the batch.
         num_classes: number of classes; None for an unconditional teacher.
 
-    Example:
+    Examples:
         >>> class Straight(Teacher):  # all data at the origin: x_t = t n, u = x / t at t > 0
         ...     sample_shape = (2,)
         ...     def velocity(self, x, t, condition=None):

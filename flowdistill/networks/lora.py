@@ -38,7 +38,7 @@ def add_lora(module: _M, rank: int) -> _M:
 
     The function that the module computes is unchanged at first.
 
-    Example:
+    Examples:
         >>> net = add_lora(nn.Sequential(nn.Linear(4, 4), nn.SiLU()), rank=2)
         >>> [name for name, p in net.named_parameters() if p.requires_grad]
         ['0.down.weight', '0.up.weight']

@@ -36,7 +36,7 @@ class MLP(VelocityNetwork):
         depth: residual blocks.
         num_classes: number of classes; None for an unconditional network.
 
-    Example:
+    Examples:
         >>> MLP(dim=2, hidden_size=32).velocity(torch.randn(5, 2), torch.rand(5)).shape
         torch.Size([5, 2])
     """

@@ -109,7 +109,7 @@ class SiT(VelocityNetwork):
     Raises:
         ConfigError: sizes that do not divide as they must.
 
-    Example:
+    Examples:
         >>> net = SiT(input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=10)
         >>> net.velocity(torch.randn(3, 1, 8, 8), torch.rand(3), torch.tensor([1, 2, -1])).shape
         torch.Size([3, 1, 8, 8])

@@ -4,7 +4,7 @@ from flowdistill.training.checkpoints import load_module, load_tensors
 from flowdistill.training.ema import Averaging, Ema, PowerEma
 from flowdistill.training.optimization import Schedule
 from flowdistill.training.randomness import step_generator
-from flowdistill.training.train import TrainResult, train
+from flowdistill.training.trainer import TrainResult, train
 
 __all__ = [
     "Averaging",

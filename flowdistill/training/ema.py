@@ -43,10 +43,12 @@ class Ema(Averaging):
 @gin.register("power_ema", module="training")
 @attrs.frozen(kw_only=True)
 class PowerEma(Averaging):
-    r"""The power-function average of Karras et al. 2024 (EDM2, arXiv 2312.02696), whose memory grows with training.
+    """The power-function average of Karras et al. 2024 (EDM2, arXiv 2312.02696), whose memory grows with training.
 
-    The decay at update n is :math:`(1 - 1/(n+1))^{\gamma + 1}`, with gamma such that the profile's standard deviation
-    is ``relative_width`` of the run: :math:`\sigma_\text{rel}^2 = (\gamma + 1) / ((\gamma + 2)^2 (\gamma + 3))`.
+    The decay at update n is (1 - 1/(n + 1))^(gamma + 1), with gamma such that the profile's standard deviation is
+    ``relative_width`` of the run:
+
+        relative_width^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3))
 
     Attributes:
         relative_width: sigma_rel, in (0, 0.28); EDM2 uses 0.05 to 0.2.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -30,7 +31,7 @@ OptimizerBuilder: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Opt
 
 @attrs.frozen(kw_only=True)
 class LoopSettings:
-    """The numbers of a loop; `flowdistill.training.train` documents each."""
+    """The numbers of a loop; `flowdistill.training.trainer` documents each."""
 
     steps: int
     batch_size: int
@@ -90,7 +91,8 @@ class Loop:
         }
         self._average = None if averaging is None else AveragedModel(student, averaging)
         self._sums: dict[str, Tensor] = {}
-        self._summed = 0
+        self._counts: Counter[str] = Counter()
+        self._recorded = 0
         self._first_bad = torch.full((), -1, device=self.device)
         self._started = time.monotonic()
 
@@ -121,8 +123,9 @@ class Loop:
 
     def _add(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
-            value = value.detach().float() / self.settings.accumulation
+            value = value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] += 1
 
     def train_step(self) -> None:
         """One update of the student, then one of each auxiliary network on the same states."""
@@ -143,14 +146,13 @@ class Loop:
             self._backward(output)
         norm = self._student.update(factor, settings.gradient_clip)
         self._watch(norm)
-        self._add({"gradient_norm": norm * settings.accumulation})
+        self._add({"gradient_norm": norm})
         if self._average is not None:
             self._average.update(self.step)
         for name, auxiliary in self._auxiliary.items():
             if self._train_auxiliary(name, batches):
                 auxiliary.update(factor, settings.gradient_clip)
         self.step += 1
-        self._summed += 1
 
     def _train_auxiliary(self, name: str, batches: list[States]) -> bool:
         trained = False
@@ -177,10 +179,10 @@ class Loop:
         """
         self.check_finite()
         now = time.monotonic()
-        record = {name: float(value) / self._summed for name, value in self._sums.items()}
-        record["steps_per_second"] = self._summed / max(now - self._started, 1e-9)
+        record = {name: float(value) / self._counts[name] for name, value in self._sums.items()}
+        record["steps_per_second"] = (self.step - self._recorded) / max(now - self._started, 1e-9)
         record |= {name: float(count) for name, count in self.counters.items()}
-        self._sums, self._summed, self._started = {}, 0, now
+        self._sums, self._counts, self._recorded, self._started = {}, Counter(), self.step, now
         return record
 
     @property
@@ -229,5 +231,5 @@ class Loop:
         states = load_optimizers(checkpoint / "optimizers.pt")
         for name, optimizer in self._optimizers().items():
             optimizer.load_state_dict(states[name])
-        self.step = meta["step"]
+        self.step = self._recorded = meta["step"]
         self._base_counters = meta["counters"]

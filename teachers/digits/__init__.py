@@ -15,7 +15,7 @@ from flowdistill.registry import register_teacher
 class DigitsTeacher(NetworkTeacher):
     """A small class-conditional SiT on scikit-learn's digits: (1, 8, 8) in [-1, 1], 10 classes, with a null label.
 
-    Example:
+    Examples:
         >>> import torch
         >>> teacher = DigitsTeacher()
         >>> teacher.velocity(teacher.sample_prior(3), torch.ones(3)).shape

@@ -1,11 +1,10 @@
-r"""The Gaussian teacher and its exact flow map.
+"""The Gaussian teacher and its exact flow map.
 
-For data N(mu, C), rotated to the eigenvectors of C with eigenvalues S, and :math:`\sigma_t^2 = (1-t)^2 S + t^2`,
-:math:`z = x - (1-t) \mu`:
+For data N(mu, C), rotated to the eigenvectors of C with eigenvalues S, and
+sigma_t^2 = (1 - t)^2 S + t^2, z = x - (1 - t) mu:
 
-.. math::
-    u(x, t) &= -\mu + \frac{t - (1-t) S}{\sigma_t^2} z \\
-    F(x, t, s) &= -\mu + \frac{(t+s) - S (2-t-s)}{\sigma_t (\sigma_t + \sigma_s)} z
+    u(x, t)    = -mu + (t - (1 - t) S) z / sigma_t^2
+    F(x, t, s) = -mu + ((t + s) - S (2 - t - s)) z / (sigma_t (sigma_t + sigma_s))
 
 The second form divides by no t - s, so that it loses no digits as s approaches t, where it is the first.
 """
@@ -65,7 +64,7 @@ class GaussianTeacher(Teacher):
     Raises:
         ConfigError: shapes that do not fit, or a covariance that is none.
 
-    Example:
+    Examples:
         >>> teacher = GaussianTeacher(mean=[1.0, 0.0], covariance=0.25)
         >>> teacher.velocity(torch.zeros(1, 2), torch.ones(1))  # at t = 1 it is x - mean
         tensor([[-1.,  0.]])
@@ -107,18 +106,17 @@ class GaussianTeacher(Teacher):
 
 @register_flow_map("exact_gaussian")
 class GaussianFlowMap(FlowMap):
-    r"""The exact flow map of a `GaussianTeacher`, guided or not.
+    """The exact flow map of a `GaussianTeacher`, guided or not.
 
-    Guidance by gamma between classes of one covariance moves the mean, :math:`\mu_\gamma = \mu_\varnothing + \gamma
-    (\mu_y - \mu_\varnothing)`, so the guided map is exact as well; at the edges of a guidance interval two maps are
-    composed.
+    Guidance by gamma between classes of one covariance moves the mean, mu_gamma = mu_null + gamma (mu_y - mu_null), so
+    the guided map is exact as well; at the edges of a guidance interval two maps are composed.
 
     ``mean``, ``class_means`` and ``log_variances`` are parameters: the map is a student that starts at the truth.
 
     Args:
         teacher: a `GaussianTeacher`, or a `GuidedTeacher` of one without a guide.
 
-    Example:
+    Examples:
         >>> teacher = GaussianTeacher(mean=[0.0], covariance=4.0)
         >>> GaussianFlowMap(teacher).sample(torch.tensor([[1.0]])).item()  # N(0, 1) to N(0, 4)
         2.0

@@ -1,8 +1,8 @@
-r"""Gaussian mixtures.
+"""Gaussian mixtures.
 
-With :math:`v_k = (1-t)^2 S_k + t^2` along the axes of component k and responsibilities gamma_k,
+With v_k = (1 - t)^2 S_k + t^2 along the axes of component k and responsibilities gamma_k,
 
-.. math:: u(x, t) = \sum_k \gamma_k(x, t) \left[-\mu_k + \frac{t - (1-t) S_k}{v_k} (x - (1-t) \mu_k)\right].
+    u(x, t) = sum_k gamma_k(x, t) [-mu_k + (t - (1 - t) S_k) / v_k (x - (1 - t) mu_k)].
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class GaussianMixtureTeacher(Teacher):
     Raises:
         ConfigError: shapes that do not fit, weights that are not positive, or labels with gaps.
 
-    Example:
+    Examples:
         >>> teacher = GaussianMixtureTeacher(means=[[-1.0], [1.0]], covariance=0.01, labels=[0, 1])
         >>> x, t = torch.zeros(2, 1), torch.ones(2)
         >>> teacher.velocity(x, t, Condition(torch.tensor([0, 1]))).squeeze(1)

@@ -70,7 +70,7 @@ def train(
         CheckpointError: the checkpoint to resume from is damaged; nothing of it is overwritten.
         NonFiniteError: a loss became NaN or infinite.
 
-    Example:
+    Examples:
         >>> result = train(
         ...     gin_file="freeflow/ring.gin",
         ...     gin_bindings=["train.steps = 2", "evaluation.num_samples = 20"],
