@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python -m
+DEMO ?= runs/demo
 
 # A plain `pip install torch` fetches gigabytes of CUDA packages, so a machine without a GPU takes the CPU build.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -12,8 +13,8 @@ TORCH_FALLBACK ?= torch==2.13.0
 .PHONY: demo test test-all lint docs benchmarks clean
 
 demo: $(VENV)/installed
-	$(RUN) flowdistill train --gin_file freeflow/digits.gin --workdir runs/demo $(DEMO_FLAGS)
-	@echo "open runs/demo/report.md"
+	$(RUN) flowdistill train --gin_file freeflow/digits.gin --workdir $(DEMO) $(DEMO_FLAGS)
+	@echo "open $(DEMO)/report.md"
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(RUN) pytest -m "not slow"
@@ -28,6 +29,13 @@ lint: $(VENV)/developer
 
 docs: $(VENV)/developer
 	$(RUN) mkdocs build --strict
+
+benchmarks: $(VENV)/installed
+	$(VENV)/bin/python benchmarks/step_cost.py
+	$(VENV)/bin/python benchmarks/digits_teacher.py
+	$(VENV)/bin/python benchmarks/freeflow.py digits --jobs 2
+	$(VENV)/bin/python benchmarks/freeflow.py ring --jobs 2
+	$(VENV)/bin/python benchmarks/freeflow.py choices --jobs 2
 
 clean:
 	rm -rf $(VENV) runs site build dist

@@ -1,6 +1,7 @@
 """What the layout promises: links, the rule of the house, one package."""
 
 import ast
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -79,6 +80,26 @@ def test_modules_have_one_identity(tmp_path):
     for cwd in (ROOT, tmp_path):
         done = python(code, cwd)
         assert done.returncode == 0, done.stderr
+
+
+def test_checkout_without_links(tmp_path):
+    """Where the file system has no symbolic links, git writes small files in their place."""
+    for folder in ("algorithms", "teachers", "flowdistill"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("algorithms", "teachers"):
+        (tmp_path / "flowdistill" / name).unlink()
+        (tmp_path / "flowdistill" / name).write_text(f"../{name}")
+    code = (
+        "import flowdistill; "
+        "f = flowdistill.OBJECTIVES.get('freeflow'); "
+        "assert f.__module__ == 'flowdistill.algorithms.freeflow.objective'; "
+        "flowdistill.load_teacher('digits_teacher'); "
+        "from flowdistill.config import find_gin_file, recipes; "
+        "print(find_gin_file('freeflow/ring.gin').resolve()); assert len(recipes()) >= 4"
+    )
+    done = python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path.resolve() / "algorithms" / "freeflow" / "ring.gin")
 
 
 def test_folders_of_the_checkout_are_not_packages_of_their_own():
