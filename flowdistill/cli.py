@@ -27,8 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.path.insert(0, os.getcwd())  # a gin file may import the user's own modules
     try:
         options.command(options)
+        sys.stdout.flush()
     except FlowDistillError as error:
         sys.exit(_fail(error, error.exit_code))
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         sys.exit(_fail(error, 1))
     except KeyboardInterrupt:

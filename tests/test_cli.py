@@ -105,6 +105,15 @@ def test_output_that_cannot_be_written_ends_with_exit_code_1(folder):
     assert "file" in fails(folder, "train", "--gin_file", "ring.gin", "--workdir", "file/run", code=1)
 
 
+def test_a_reader_that_stops_early_is_no_error():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flowdistill", "list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()  # as head does
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
+
+
 def test_a_terminal_sees_a_live_bar(folder):
     """On a pseudo-terminal the bar shows steps, loss, speed and time left."""
     primary, secondary = pty.openpty()
