@@ -35,7 +35,8 @@ benchmarks: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/digits_teacher.py
 	$(VENV)/bin/python benchmarks/freeflow.py digits --jobs 2
 	$(VENV)/bin/python benchmarks/freeflow.py ring --jobs 2
-	$(VENV)/bin/python benchmarks/freeflow.py choices --jobs 2
+	$(VENV)/bin/python benchmarks/freeflow.py digits_choices --jobs 2
+	$(VENV)/bin/python benchmarks/freeflow.py ring_choices --jobs 2
 
 clean:
 	rm -rf $(VENV) runs site build dist

@@ -1,15 +1,17 @@
 """FreeFlow on the digits and on the ring, over seeds, beside the teacher and the noise floor.
 
-    python benchmarks/freeflow.py digits|ring|choices [--jobs 2] [--steps N]
+    python benchmarks/freeflow.py digits|ring|digits_choices|ring_choices [--jobs 2] [--steps N]
 
-Every run is a process of its own with cores / jobs threads, in runs/benchmarks/; finished ones are not repeated, so an
-interrupted benchmark goes on where it stopped. The table, mean ± standard deviation over the seeds, is printed and
-written to benchmarks/results/. The recipes were tuned on seed 0, which is not among the seeds here.
+Every run is a process of its own with cores / jobs threads, in runs/benchmarks/ under the hash of its configuration;
+finished ones are not repeated, so an interrupted benchmark goes on where it stopped. The table, mean ± standard
+deviation over the seeds, is printed and written to benchmarks/results/. The recipes were tuned on seed 0, which is not
+among the seeds here.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -40,35 +42,38 @@ class Variant:
     without: tuple[str, ...] = ()
 
 
-PREDICTION_ONLY = ("train.objective = @freeflow_prediction()",)
-NO_CORRECTION = ("freeflow.", "freeflow_correction.")
-NO_DIFFERENCE = ("finite_difference.",)
-JVP = "freeflow_prediction.estimator = @jvp()"
+PREDICTION_ALONE = ("train.objective = @freeflow_prediction()",)
+CORRECTION = ("freeflow.", "freeflow_correction.")
 CENTRAL = "finite_difference.scheme = 'central'"
+JVP = "freeflow_prediction.estimator = @jvp()"
 
 SUITES = {
     "digits": [
         Variant("FreeFlow, 1 step", "freeflow/digits.gin"),
-        Variant("prediction alone, 1 step", "freeflow/digits.gin", PREDICTION_ONLY, NO_CORRECTION),
+        Variant("prediction alone, 1 step", "freeflow/digits.gin", PREDICTION_ALONE, CORRECTION),
     ],
     "ring": [Variant("FreeFlow prediction, 1 step", "freeflow/ring.gin")],
-    "choices": [
+    "digits_choices": [
+        Variant("backward difference, k = 0.5", "freeflow/digits.gin", PREDICTION_ALONE, CORRECTION),
+        Variant("central difference, k = 0.5", "freeflow/digits.gin", (*PREDICTION_ALONE, CENTRAL), CORRECTION),
+        Variant("JVP, k = 0.5", "freeflow/digits.gin", (*PREDICTION_ALONE, JVP), (*CORRECTION, "finite_difference.")),
         *(
-            Variant(f"ring, {scheme}, k = {k}", "freeflow/ring.gin", (*change, f"freeflow_prediction.power = {k}"), out)
-            for k in (0.0, 0.5, 1.0)
-            for scheme, change, out in (
-                ("backward", (), ()),
-                ("central", (CENTRAL,), ()),
-                ("JVP", (JVP,), NO_DIFFERENCE),
+            Variant(
+                f"backward difference, k = {k}",
+                "freeflow/digits.gin",
+                (*PREDICTION_ALONE, f"freeflow_prediction.power = {k}"),
+                CORRECTION,
             )
+            for k in (0.0, 1.0)
         ),
+    ],
+    "ring_choices": [
+        Variant("backward difference, k = 0", "freeflow/ring.gin"),
+        Variant("central difference, k = 0", "freeflow/ring.gin", (CENTRAL,)),
+        Variant("JVP, k = 0", "freeflow/ring.gin", (JVP,), ("finite_difference.",)),
         *(
-            Variant(f"digits, {scheme}, k = 0.5", "freeflow/digits.gin", (*PREDICTION_ONLY, *change), out)
-            for scheme, change, out in (
-                ("backward", (), NO_CORRECTION),
-                ("central", (CENTRAL,), NO_CORRECTION),
-                ("JVP", (JVP,), (*NO_CORRECTION, *NO_DIFFERENCE)),
-            )
+            Variant(f"backward difference, k = {k}", "freeflow/ring.gin", (f"freeflow_prediction.power = {k}",))
+            for k in (0.5, 1.0)
         ),
     ],
 }
@@ -77,16 +82,16 @@ Figures = dict[str, dict[str, float]]
 
 def run(variant: Variant, seed: int, threads: int, steps: int | None) -> dict[str, Any]:
     """Train one variant with one seed, unless that has been done; its figures.json."""
-    name = "".join(c if c.isalnum() else "_" for c in variant.name)
-    workdir = RUNS / (name if steps is None else f"{name}_{steps}_steps") / f"seed_{seed}"
+    changes = [*variant.changes, f"train.seed = {seed}", f"evaluation.seed = {seed}"]
+    changes += [] if steps is None else [f"train.steps = {steps}"]
+    recipe = find_gin_file(variant.recipe).read_text().splitlines()
+    kept = [line for line in recipe if not variant.without or not line.startswith(variant.without)]
+    configuration = "\n".join([*kept, *changes]) + "\n"
+    workdir = RUNS / hashlib.sha256(configuration.encode()).hexdigest()[:16]
     if not (workdir / "figures.json").is_file():
-        changes = [*variant.changes, f"train.seed = {seed}", f"evaluation.seed = {seed}"]
-        changes += [] if steps is None else [f"train.steps = {steps}"]
-        recipe = find_gin_file(variant.recipe).read_text().splitlines()
-        kept = [line for line in recipe if not variant.without or not line.startswith(variant.without)]
         workdir.parent.mkdir(parents=True, exist_ok=True)
-        gin_file = workdir.parent / f"seed_{seed}.gin"
-        gin_file.write_text("\n".join([*kept, *changes]) + "\n")
+        gin_file = workdir.with_suffix(".gin")
+        gin_file.write_text(configuration)
         command = ["train", "--gin_file", str(gin_file), "--workdir", str(workdir)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         subprocess.run([sys.executable, "-m", "flowdistill", *command], env=environment, check=True)
@@ -104,23 +109,15 @@ def ring_modes(workdir: Path, seed: int) -> dict[str, float]:
     return {"modes": 8 * found, "near_a_mode": near}
 
 
-def table(variants: list[Variant], results: dict[str, list[Figures]]) -> list[str]:
-    """Rows of the teachers, then one for each variant; mean ± standard deviation over the seeds."""
-    rows: list[tuple[str, list[dict[str, float]]]] = []
-    for recipe in dict.fromkeys(variant.recipe for variant in variants):
-        first = next(variant for variant in variants if variant.recipe == recipe)
-        prefix = f"{recipe.split('/')[1].removesuffix('.gin')}, " if len({v.recipe for v in variants}) > 1 else ""
-        names = [name for name in results[first.name][0] if name != "student, 1 step"]
-        rows += [(prefix + name, [figures[name] for figures in results[first.name]]) for name in names]
-        rows += [
-            (variant.name, [figures["student, 1 step"] for figures in results[variant.name]])
-            for variant in variants
-            if variant.recipe == recipe
-        ]
-    columns = list(dict.fromkeys(column for _, seeds in rows for figures in seeds for column in figures))
+def table(results: dict[str, list[Figures]]) -> list[str]:
+    """The rows of the teacher, then one for each variant; mean ± standard deviation over the seeds."""
+    first = next(iter(results.values()))
+    rows = {name: [figures[name] for figures in first] for name in first[0] if name != "student, 1 step"}
+    rows |= {name: [figures["student, 1 step"] for figures in seeds] for name, seeds in results.items()}
+    columns = list(dict.fromkeys(column for seeds in rows.values() for column in seeds[0]))
     titles = [column.replace("_", " ") for column in columns]
     lines = [f"| | {' | '.join(titles)} |", "|---" * (len(columns) + 1) + "|"]
-    for name, seeds in rows:
+    for name, seeds in rows.items():
         cells = [_cell([figures[c] for figures in seeds]) if c in seeds[0] else "" for c in columns]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
@@ -144,7 +141,7 @@ def main() -> None:
         jobs = {v.name: [pool.submit(run, v, seed, threads, options.steps) for seed in SEEDS] for v in variants}
         done = {name: [job.result() for job in seeds] for name, seeds in jobs.items()}
     one = next(iter(done.values()))[0]
-    lines = table(variants, {name: [figures["rows"] for figures in seeds] for name, seeds in done.items()})
+    lines = table({name: [figures["rows"] for figures in seeds] for name, seeds in done.items()})
     lines += ["", f"Seeds {', '.join(map(str, SEEDS))}; {one['num_samples']} samples a row. {one['machine']}."]
     print("\n".join(lines))
     if options.steps is None:
