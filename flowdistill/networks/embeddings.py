@@ -23,8 +23,7 @@ class ScalarEmbedding(nn.Module):
     """Sinusoids of a scalar (a time, a duration, a guidance scale) through a two-layer perceptron.
 
     The scalar is used as it is: times lie in [0, 1] and are not multiplied by 1000, which would multiply the network's
-        time
-    derivative as well.
+    time derivative as well.
 
     Args:
         size: of the embedding.
