@@ -49,12 +49,15 @@ def find_gin_file(name: str | Path) -> Path:
 def parsed(files: Sequence[str | Path], bindings: Sequence[str]) -> Iterator[None]:
     """The configuration of gin files and then of bindings, inside a with statement.
 
-    Without files and bindings, what the caller has parsed with gin holds. Gin's own errors become `ConfigError`, with
-    the file and the line, both here and for whatever is built inside the statement.
+    Without files and bindings, what the caller has parsed with gin holds; with them it is set aside until the statement
+    ends, so that a part which is being built may read the configuration of another run. Gin's own errors become
+    `ConfigError`, with the file and the line.
     """
     load_plugins()
     own = bool(files or bindings)
+    saved: list[Any] = []
     if own:
+        saved = [part.copy() for part in _gin_state()]
         gin.clear_config()
         _PLACES.clear()
     for root in recipe_roots():
@@ -73,6 +76,14 @@ def parsed(files: Sequence[str | Path], bindings: Sequence[str]) -> Iterator[Non
     finally:
         if own:
             gin.clear_config()
+            _PLACES.clear()
+            for part, before in zip(_gin_state(), saved, strict=True):
+                part.update(before)
+
+
+def _gin_state() -> tuple[Any, ...]:
+    """What gin.clear_config clears, and the places of the bindings."""
+    return gin.config._CONFIG, gin.config._OPERATIVE_CONFIG, gin.config._SINGLETONS, gin.config._IMPORTS, _PLACES
 
 
 class _Syntax(ParserDelegate):  # type: ignore[misc]

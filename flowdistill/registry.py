@@ -30,6 +30,7 @@ _BUILT_IN = (
     "flowdistill.flow_maps",
     "flowdistill.guidance",
     "flowdistill.networks",
+    "flowdistill.runs",
     "flowdistill.solvers",
     "flowdistill.states",
     "flowdistill.times",

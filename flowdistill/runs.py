@@ -14,7 +14,7 @@ from flowdistill.errors import CheckpointError, ConfigError
 from flowdistill.evaluation.measure import measure, reference_set, sample_set
 from flowdistill.flow_maps import FlowMapTeacher
 from flowdistill.interfaces import Condition, FlowMap, Teacher
-from flowdistill.registry import METRICS, TEACHERS, unknown_name
+from flowdistill.registry import METRICS, TEACHERS, register_teacher, unknown_name
 from flowdistill.training.checkpoints import checkpoint_paths, load_module, verify_checkpoint
 from flowdistill.training.randomness import step_generator
 from flowdistill.training.trainer import build_flow_map
@@ -79,7 +79,22 @@ def load_teacher(name_or_path: str | Path, **kwargs: Any) -> Teacher:
         return teacher.eval().requires_grad_(False)
     if not Path(name_or_path).exists():
         raise unknown_name("teacher", str(name_or_path), names)
-    return FlowMapTeacher(load_flow_map(name_or_path))
+    return from_run(name_or_path)
+
+
+@register_teacher("from_run")
+def from_run(path: str | Path) -> Teacher:
+    """The flow map of a run as a teacher: ``train.teacher = @from_run()`` and ``from_run.path = 'runs/my_teacher'``.
+
+    Args:
+        path: a run directory, or a checkpoint in it, of an objective such as ``flow_matching``; not of one whose
+            student is anchored at t = 1.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+        ConfigError: the student is anchored.
+    """
+    return FlowMapTeacher(load_flow_map(path))
 
 
 def make_condition(
@@ -102,7 +117,6 @@ def make_condition(
     return Condition(chosen.long(), scale)
 
 
-@torch.no_grad()
 def sample(
     run: str | Path,
     num_samples: int = 64,
@@ -128,16 +142,30 @@ def sample(
         CheckpointError: the run cannot be read.
         ConfigError: arguments that do not fit the student.
     """
+    return _draw(load_flow_map(run), num_samples, steps, labels, guidance, seed, batch_size)[0]
+
+
+@torch.no_grad()
+def _draw(
+    flow_map: FlowMap,
+    num_samples: int,
+    steps: int,
+    labels: int | Sequence[int] | Tensor | None,
+    guidance: float | None,
+    seed: int,
+    batch_size: int | None,
+) -> tuple[Tensor, Condition]:
+    """Samples of a flow map, and what they were conditioned on."""
     if num_samples < 1 or (batch_size is not None and batch_size < 1):
         raise ConfigError("num_samples and batch_size must be at least 1")
-    flow_map = load_flow_map(run)
     if guidance is not None and getattr(flow_map, "guidance", None) is None:
         raise ConfigError("this student was not trained with guidance scales: leave guidance out")
     condition = make_condition(flow_map.num_classes, num_samples, labels, guidance)
     dtype = next(flow_map.parameters()).dtype
     noise = torch.randn((num_samples, *flow_map.sample_shape), generator=step_generator(seed, 0, "sample"), dtype=dtype)
-    parts = [slice(i, i + (batch_size or num_samples)) for i in range(0, num_samples, batch_size or num_samples)]
-    return torch.cat([flow_map.sample(noise[part], steps, condition[part]) for part in parts])
+    size = batch_size or num_samples
+    parts = [slice(i, i + size) for i in range(0, num_samples, size)]
+    return torch.cat([flow_map.sample(noise[part], steps, condition[part]) for part in parts]), condition
 
 
 def evaluate(
@@ -173,8 +201,6 @@ def evaluate(
         evaluation, teacher = config.value("train.evaluation"), config.value("train.teacher")
     if features is None and evaluation is not None:
         features = evaluation.features
-    samples = sample(run, num_samples, steps=steps, guidance=guidance, seed=seed, batch_size=min(num_samples, 500))
-    flow_map_classes = None if teacher is None else teacher.num_classes
-    labels = make_condition(flow_map_classes, num_samples, None, None).labels
-    generated = sample_set(samples, labels, features)
+    samples, condition = _draw(load_flow_map(run), num_samples, steps, None, guidance, seed, batch_size=500)
+    generated = sample_set(samples, condition.labels, features)
     return measure(metrics, generated, reference_set(features, teacher, num_samples, seed))

@@ -42,7 +42,7 @@ def _check(condition: bool, message: str) -> None:
 
 
 def _same(a: Tensor, b: Tensor, message: str, tolerance: float = 1e-4) -> None:
-    error = float((a - b).abs().max() / (1 + b.abs().max()))
+    error = float(((a - b).abs().max() / (1 + b.abs().max())).detach())
     _check(error <= tolerance, f"{message} (relative difference {error:.1e})")
 
 
