@@ -54,3 +54,12 @@ def test_a_custom_objective_from_a_users_file(tmp_path):
     (tmp_path / "check.py").write_text(check[1])
     checked = subprocess.run([sys.executable, "check.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert checked.returncode == 0, checked.stderr
+
+
+def test_a_documented_teacher_passes_the_conformance_kit(tmp_path):
+    code = re.search(
+        r"```python\n(import torch\n.*?check_teacher.*?)```", (ROOT / "docs/getting_started.md").read_text(), re.DOTALL
+    )
+    (tmp_path / "two_points.py").write_text(code[1])
+    done = subprocess.run([sys.executable, "two_points.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
