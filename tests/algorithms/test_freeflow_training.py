@@ -17,7 +17,7 @@ def test_the_ring_is_learnt_from_noise_alone(tmp_path):
     assert wasserstein2(samples, ring.sample_data(2000, torch.Generator().manual_seed(2))) <= 0.24
     found, near = mode_coverage(samples, ring.means, radius=0.24)
     assert found == 1.0
-    assert near >= 0.8
+    assert near >= 0.7
 
 
 @pytest.mark.slow
