@@ -50,7 +50,7 @@ def image_grid(images: Tensor, path: Path, columns: int = 10) -> None:
 def side_by_side(panels: Mapping[str, Tensor], path: Path, columns: int = 10) -> None:
     """Write sets of images that belong together row by row, each as a grid under its title."""
     rows = math.ceil(len(next(iter(panels.values()))) / columns)
-    figure = _figure(3.6 * len(panels), 3.6 * rows / columns + 0.4)
+    figure = _figure(3.6 * len(panels), 3.6 * rows / columns + 0.33)
     for axes, (title, images) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         _show(axes, images, columns)
         axes.set_title(title)

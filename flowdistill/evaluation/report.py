@@ -175,8 +175,8 @@ def write_report(
     if records:
         last = records[-1]
         lines.append(
-            f"{last['step']} steps; evaluations in training, per sample: "
-            f"{last['student_evaluations']:.0f} of the student, {last['teacher_evaluations']:.0f} of the teacher."
+            f"{last['step']} steps. Networks evaluated in training, each time on one sample: the student "
+            f"{last['student_evaluations']:.0f} times, the teacher {last['teacher_evaluations']:.0f} times."
         )
     lines += [f"{machine()}. Configuration: [config.gin](config.gin).", ""]
     (workdir / "report.md").write_text("\n".join(lines))
