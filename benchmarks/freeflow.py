@@ -4,8 +4,7 @@
 
 Every run is a process of its own with cores / jobs threads, in runs/benchmarks/ under the hash of its configuration;
 finished ones are not repeated, so an interrupted benchmark goes on where it stopped. The table, mean ± standard
-deviation over the seeds, is printed and written to benchmarks/results/. The recipes were tuned on seed 0, which is not
-among the seeds here.
+deviation over the seeds, is printed and written to benchmarks/results/. The recipes were tuned on other seeds.
 """
 
 from __future__ import annotations
