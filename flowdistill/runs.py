@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -105,16 +106,16 @@ def make_condition(
     Raises:
         ConfigError: labels of an unconditional model, of the wrong number, or out of range.
     """
-    scale = None if guidance is None else torch.full((n,), float(guidance))
+    condition = Condition.in_turn(num_classes, n, guidance)
+    if labels is None:
+        return condition
     if num_classes is None:
-        if labels is not None:
-            raise ConfigError("the model is unconditional and takes no labels")
-        return Condition(guidance=scale)
-    chosen = torch.arange(n) % num_classes if labels is None else torch.as_tensor(labels)
+        raise ConfigError("the model is unconditional and takes no labels")
+    chosen = torch.as_tensor(labels)
     chosen = chosen.expand(n) if chosen.ndim == 0 else chosen
     if chosen.shape != (n,) or bool(((chosen < 0) | (chosen >= num_classes)).any()):
         raise ConfigError(f"labels must be {n} integers (or one) in [0, {num_classes})")
-    return Condition(chosen.long(), scale)
+    return attrs.evolve(condition, labels=chosen.long())
 
 
 def sample(

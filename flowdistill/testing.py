@@ -46,10 +46,6 @@ def _same(a: Tensor, b: Tensor, message: str, tolerance: float = 1e-4) -> None:
     _check(error <= tolerance, f"{message} (relative difference {error:.1e})")
 
 
-def _condition(model: Teacher | FlowMap, n: int) -> Condition:
-    return Condition(None if model.num_classes is None else torch.arange(n) % model.num_classes)
-
-
 def _check_declarations(model: Teacher | FlowMap) -> None:
     name = type(model).__name__
     shape = getattr(model, "sample_shape", None)
@@ -75,7 +71,7 @@ def check_teacher(teacher: Teacher) -> None:
     _check(tuple(x.shape) == (n, *teacher.sample_shape), f"{name}.sample_prior gives shape {tuple(x.shape)}")
     again = teacher.sample_prior(n, _generator())
     _check(torch.equal(x, again), f"{name}.sample_prior ignores its generator")
-    condition = _condition(teacher, n).to(x.device)
+    condition = Condition.in_turn(teacher.num_classes, n).to(x.device)
     for time in (0.0, 0.1, 0.5, 0.9, 1.0):
         t = x.new_full((n,), time)
         before = teacher.evaluations
@@ -121,7 +117,7 @@ def check_flow_map(flow_map: FlowMap) -> None:
     flow_map = copy.deepcopy(flow_map).double()
     n = 6
     x = torch.randn((n, *flow_map.sample_shape), generator=_generator(), dtype=torch.float64)
-    condition = _condition(flow_map, n)
+    condition = Condition.in_turn(flow_map.num_classes, n)
     one = torch.ones(n, dtype=torch.float64)
     t = one if flow_map.anchored else torch.linspace(0.4, 1.0, n, dtype=torch.float64)
     s = t * torch.linspace(0.1, 0.9, n, dtype=torch.float64)

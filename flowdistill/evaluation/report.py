@@ -62,7 +62,7 @@ def compare(student: FlowMap | None, teacher: Teacher | None, evaluation: Evalua
 
     def draw(sampler: Callable[[Tensor, Condition], Tensor], stream: str) -> tuple[Tensor, Tensor | None]:
         noise = torch.randn((n, *model.sample_shape), generator=step_generator(evaluation.seed, 0, stream)).to(device)
-        condition = _condition(model, n, evaluation.guidance, device)
+        condition = Condition.in_turn(model.num_classes, n, evaluation.guidance).to(device)
         samples = torch.cat([sampler(noise[i : i + 500], condition[i : i + 500]) for i in range(0, n, 500)])
         return samples.cpu(), None if condition.labels is None else condition.labels.cpu()
 
@@ -111,11 +111,6 @@ def _device(*models: torch.nn.Module | None) -> torch.device:
     return torch.device("cpu")
 
 
-def _condition(model: FlowMap | Teacher, n: int, guidance: float | None, device: torch.device) -> Condition:
-    labels = None if model.num_classes is None else torch.arange(n) % model.num_classes
-    return Condition(labels, None if guidance is None else torch.full((n,), guidance)).to(device)
-
-
 def save_picture(samples: Tensor, path: Path) -> bool:
     """A picture of images (a grid) or of points in the plane (a scatter plot); False for anything else."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +130,7 @@ def save_samples(student: FlowMap, path: Path, seed: int) -> None:
     device = _device(student)
     noise = torch.randn((n, *student.sample_shape), generator=step_generator(seed, 0, "pictures")).to(device)
     steps = 64 if getattr(student, "instantaneous", False) else 1
-    save_picture(student.sample(noise, steps, _condition(student, n, None, device)).cpu(), path)
+    save_picture(student.sample(noise, steps, Condition.in_turn(student.num_classes, n).to(device)).cpu(), path)
 
 
 def write_report(
@@ -188,7 +183,7 @@ def _compare_pictures(student: FlowMap | None, teacher: Teacher, guidance: float
     n = 2000 if points else 40
     noise = torch.randn((n, *teacher.sample_shape), generator=step_generator(seed, 0, "pictures"))
     device = _device(student, teacher)
-    noise, condition = noise.to(device), _condition(teacher, n, guidance, device)
+    noise, condition = noise.to(device), Condition.in_turn(teacher.num_classes, n, guidance).to(device)
     panels = {f"teacher, {_number(k, 'step')}": _euler(teacher, k)(noise, condition).cpu() for k in (64, 1)}
     if student is not None:
         panels["student, 1 step"] = student.sample(noise, 1, condition).cpu()

@@ -33,6 +33,12 @@ class Condition:
     guidance: Tensor | None = None
     extra: Mapping[str, Tensor] = attrs.field(factory=dict)
 
+    @classmethod
+    def in_turn(cls, num_classes: int | None, n: int, guidance: float | None = None) -> Condition:
+        """The condition of ``n`` samples: all classes in turn, where there are any, and one guidance scale."""
+        labels = None if num_classes is None else torch.arange(n) % num_classes
+        return cls(labels, None if guidance is None else torch.full((n,), float(guidance)))
+
     def _tensors(self) -> list[Tensor]:
         return [v for v in (self.labels, self.guidance, *self.extra.values()) if v is not None]
 
