@@ -55,6 +55,14 @@ def test_what_a_run_leaves(tmp_path):
     assert [record["step"] for record in records] == [2, 4, 6, 8, 10, 12]
     assert records[-1]["teacher_evaluations"] == 12 * 16
     assert list((run / "tensorboard").glob("events*"))
+    rows = json.loads((run / "figures.json").read_text())["rows"]
+    assert {name: row["evaluations"] for name, row in rows.items()} == {
+        "teacher, 1 step": 1,
+        "teacher, 4 steps": 4,
+        "noise floor": 4,
+        "student, 1 step": 1,
+    }
+    assert rows["student, 1 step"]["w2"] == result.metrics["w2"]
     report = (run / "report.md").read_text()
     assert "student, 1 step" in report
     assert "noise floor" in report
@@ -120,6 +128,20 @@ def test_a_killed_process_continues_bit_for_bit(tmp_path):
     assert command("train", "--gin_file", config, "--workdir", "killed", cwd=tmp_path).returncode == 0
     assert command("train", "--gin_file", config, "--workdir", "whole", cwd=tmp_path).returncode == 0
     assert same(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_metrics_are_averaged_over_the_steps_that_have_them(tmp_path):
+    """The correction starts at the last of four steps: its metrics are that step's, the loss is the mean of four."""
+    bindings = ["freeflow.correction_start = 3", "train.steps = 4"]
+    records = {}
+    for every in (1, 4):
+        config = write(tmp_path / f"{every}.gin", log_every=every)
+        run = flowdistill.train(gin_file=config, gin_bindings=bindings, workdir=tmp_path / str(every)).workdir
+        records[every] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (together,) = records[4]
+    assert ["lambda" in record for record in records[1]] == [False, False, False, True]
+    assert together["lambda"] == pytest.approx(records[1][-1]["lambda"])
+    assert together["loss"] == pytest.approx(sum(record["loss"] for record in records[1]) / 4)
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
