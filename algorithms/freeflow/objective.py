@@ -162,8 +162,10 @@ class FreeFlow(Objective):
 
     Of each batch a fraction goes to the correction, whose loss is scaled by
 
-        lambda = alpha E|v_G - u| / (E|v_N - u| + eps).
+        lambda = alpha E|v_G - u| / E|v_N - u|,
 
+    and is at most 10^4 alpha: where the velocities are equal, as at the start of an online network that copies the
+    teacher, their difference is rounding errors that must not be scaled up to the size of the prediction's.
     The prediction is weighted by its own power law, the correction is not: with a power of 1 the correction's share of
     the gradient falls with the square of the prediction's residual as training converges.
 
@@ -229,7 +231,8 @@ class FreeFlow(Objective):
         correction = self.correction.loss(student, teacher, for_correction, step=step, generator=generator)
         assert prediction.residual_norm is not None
         assert correction.residual_norm is not None
-        scale = self.alpha * prediction.residual_norm / (correction.residual_norm + 1e-8)
+        floor = (1e-4 * prediction.residual_norm).clamp_min(torch.finfo(prediction.residual_norm.dtype).tiny)
+        scale = self.alpha * prediction.residual_norm / torch.maximum(correction.residual_norm, floor)
         metrics = {
             "error": prediction.metrics["error"],
             "correction_error": correction.metrics["error"],

@@ -121,6 +121,19 @@ def test_joint_loss_is_prediction_plus_lambda_correction(alpha):
     torch.testing.assert_close(gradient(output.loss, student), total, rtol=1e-6, atol=1e-12)
 
 
+def test_lambda_is_bounded_where_the_velocities_are_equal():
+    """v_N = u up to rounding: the correction's share stays a rounding error."""
+    teacher = gaussian([1.0, 0.0])
+    student, states = perturbed(teacher, 0.3), prior_states(teacher)
+    objective = joint(alpha=0.5)
+    objective.correction.noising = Exact(distribution=gaussian([1.0 + 1e-12, 0.0]))
+    output = objective.loss(student, teacher, states, step=0, generator=generator())
+    assert output.metrics["lambda"] <= 0.5e4 * 1.000001
+    rows = round(objective.correction_fraction * len(states))
+    alone = objective.prediction.loss(student, teacher, states[rows:], step=0, generator=generator())
+    torch.testing.assert_close(gradient(output.loss, student), gradient(alone.loss, student), rtol=1e-5, atol=1e-7)
+
+
 def test_lambda_is_not_differentiated():
     teacher = gaussian([1.0, 0.0])
     student = perturbed(teacher, 0.3)
