@@ -13,6 +13,7 @@ from flowdistill.errors import (
 from flowdistill.interfaces import (
     NULL_LABEL,
     Condition,
+    Decoder,
     FlowMap,
     GeneratingVelocity,
     NoisingVelocity,
@@ -25,6 +26,7 @@ from flowdistill.interfaces import (
 )
 from flowdistill.registry import (
     DATASETS,
+    DECODERS,
     FLOW_MAPS,
     METRICS,
     NETWORKS,
@@ -35,6 +37,7 @@ from flowdistill.registry import (
     TIME_SAMPLERS,
     VELOCITY_ESTIMATORS,
     register_dataset,
+    register_decoder,
     register_flow_map,
     register_metric,
     register_network,
@@ -64,7 +67,9 @@ __all__ = [
     "Condition",
     "ConfigError",
     "DATASETS",
+    "DECODERS",
     "DataError",
+    "Decoder",
     "FLOW_MAPS",
     "FlowDistillError",
     "FlowMap",
@@ -91,6 +96,7 @@ __all__ = [
     "load_flow_map",
     "load_teacher",
     "register_dataset",
+    "register_decoder",
     "register_flow_map",
     "register_metric",
     "register_network",

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from flowdistill.errors import ConfigError
-from flowdistill.interfaces import Condition, FlowMap, Teacher
+from flowdistill.interfaces import Condition, Decoder, FlowMap, Teacher
 from flowdistill.networks import ScalarEmbedding, VelocityNetwork
 from flowdistill.registry import register_flow_map
 
-Conditioning = Literal["two_time", "anchored", "instantaneous"]
+Conditioning = Literal["two_time", "anchored", "decoupled", "instantaneous"]
 
 
 @register_flow_map("network")
@@ -25,12 +25,18 @@ class NetworkFlowMap(FlowMap):
     The network's own time slot sees t, and the new embeddings, added to the vector that conditions its blocks, start
     at zero. So a network that is a velocity field starts as F(x, t, s) = u(x, t), which is exact on the diagonal.
 
+    Decoupled conditioning (Lee et al. 2025, Decoupled MeanFlow, arXiv 2510.24474) has no embedding of the duration: the early
+    blocks see t and the late ones s, so that a velocity field is a flow map with F(x, t, t) = u(x, t) as it stands.
+
     Args:
         network: the backbone.
-        conditioning: "two_time" for all s <= t; "anchored" for t = 1 alone, as FreeFlow trains it; "instantaneous" for
-            a plain velocity field, which ignores s.
+        conditioning: "two_time" for all s <= t; "anchored" for t = 1 alone, as FreeFlow trains it; "decoupled" for all
+            s <= t without new parameters; "instantaneous" for a plain velocity field, which ignores s.
         guidance: makes the map take guidance scales, and is the scale of samples that name none; None is a map
             without guidance input.
+        early_blocks: blocks that see t under "decoupled"; None is the network's own choice: two thirds of a
+            transformer, the encoder of a U-Net.
+        decoder: turns samples into images.
     """
 
     def __init__(
@@ -38,16 +44,24 @@ class NetworkFlowMap(FlowMap):
         network: VelocityNetwork,
         conditioning: Conditioning = "two_time",
         guidance: float | None = None,
+        early_blocks: int | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
         super().__init__()
-        if conditioning not in ("two_time", "anchored", "instantaneous"):
-            raise ConfigError(f"conditioning must be 'two_time', 'anchored' or 'instantaneous', not {conditioning!r}")
-        self.network, self.guidance = network, guidance
+        if conditioning not in get_args(Conditioning):
+            raise ConfigError(f"conditioning must be one of {get_args(Conditioning)}, not {conditioning!r}")
+        if early_blocks is not None and conditioning != "decoupled":
+            raise ConfigError("early_blocks belongs to conditioning = 'decoupled'")
+        self.network, self.guidance, self.decoder = network, guidance, decoder
         self.sample_shape, self.num_classes = network.sample_shape, network.num_classes
         self.anchored = conditioning == "anchored"
         size = network.embedding_size
         self.instantaneous = conditioning == "instantaneous"
-        self.duration_embedding = None if self.instantaneous else ScalarEmbedding(size, zero_init=True)
+        self.decoupled = conditioning == "decoupled"
+        if early_blocks is not None:
+            network.early_blocks = early_blocks
+        has_duration = conditioning in ("two_time", "anchored")
+        self.duration_embedding = ScalarEmbedding(size, zero_init=True) if has_duration else None
         self.guidance_embedding = None if guidance is None else ScalarEmbedding(size, zero_init=True)
 
     def average_velocity(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None) -> Tensor:
@@ -61,7 +75,7 @@ class NetworkFlowMap(FlowMap):
             guided = self.guidance_embedding(scale)
             embedding = guided if embedding is None else embedding + guided
         labels = None if condition is None else condition.labels
-        return self.network.velocity(x, t, labels, embedding)
+        return self.network.velocity(x, t, labels, embedding, s if self.decoupled else None)
 
 
 class _ResidualNetwork(VelocityNetwork):
@@ -74,9 +88,16 @@ class _ResidualNetwork(VelocityNetwork):
         self.sample_shape, self.num_classes = network.sample_shape, network.num_classes
         self.embedding_size = network.embedding_size
 
-    def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None = None, embedding: Tensor | None = None) -> Tensor:
+    def velocity(
+        self,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor | None = None,
+        embedding: Tensor | None = None,
+        late_time: Tensor | None = None,
+    ) -> Tensor:
         base = self.teacher.velocity(x, t, Condition(labels))
-        return base + self.network.velocity(x, t, labels, embedding)
+        return base + self.network.velocity(x, t, labels, embedding, late_time)
 
 
 @register_flow_map("from_teacher")
@@ -85,8 +106,9 @@ def from_teacher(
     conditioning: Conditioning = "two_time",
     guidance: float | None = None,
     network: VelocityNetwork | None = None,
+    early_blocks: int | None = None,
 ) -> NetworkFlowMap:
-    """A student that starts as its teacher: F(x, t, s) = u(x, t), without guidance.
+    """A student that starts as its teacher: F(x, t, t) = u(x, t), without guidance; in evaluation mode.
 
     In a gin file it is named without parentheses, ``train.flow_map = @from_teacher``; the trainer calls it with the
     teacher.
@@ -97,6 +119,7 @@ def from_teacher(
         guidance: see `NetworkFlowMap`.
         network: for a teacher without a network, such as an exact one, a fresh network whose output starts at zero; the
             student is the teacher plus this network.
+        early_blocks: see `NetworkFlowMap`.
 
     Raises:
         ConfigError: a teacher without a network, and no network given.
@@ -122,7 +145,8 @@ def from_teacher(
         )
     else:
         network = _ResidualNetwork(teacher, network)
-    return NetworkFlowMap(network, conditioning, guidance).to(teacher.device)
+    student = NetworkFlowMap(network, conditioning, guidance, early_blocks, teacher.decoder)
+    return student.to(teacher.device).eval()
 
 
 class NetworkTeacher(Teacher):
@@ -130,10 +154,12 @@ class NetworkTeacher(Teacher):
 
     Args:
         network: the network; its parameters are frozen.
+        decoder: turns samples into images.
     """
 
-    def __init__(self, network: VelocityNetwork) -> None:
+    def __init__(self, network: VelocityNetwork, decoder: Decoder | None = None) -> None:
         super().__init__()
+        self.decoder = decoder
         self.network = network.eval().requires_grad_(False)
         self.sample_shape, self.num_classes = network.sample_shape, network.num_classes
 
@@ -154,6 +180,7 @@ class FlowMapTeacher(Teacher):
         if flow_map.anchored:
             raise ConfigError("an anchored flow map has no velocity at t < 1 and cannot be a teacher")
         self.flow_map = flow_map.eval().requires_grad_(False)
+        self.decoder = flow_map.decoder
         self.sample_shape, self.num_classes = flow_map.sample_shape, flow_map.num_classes
 
     @property

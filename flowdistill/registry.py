@@ -14,7 +14,7 @@ import importlib
 import inspect
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ _T = TypeVar("_T", bound=Callable[..., Any])
 
 _BUILT_IN = (
     "flowdistill.data",
+    "flowdistill.decoders",
     "flowdistill.evaluation",
     "flowdistill.flow_maps",
     "flowdistill.guidance",
@@ -80,9 +81,15 @@ class Registry:
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._entries: dict[str, Callable[..., Any]] = {}
+        self._variants: dict[str, str] = {}
 
-    def register(self, name: str) -> Callable[[_T], _T]:
+    def register(self, name: str, variants: Iterable[str] = ()) -> Callable[[_T], _T]:
         """Decorator that registers a class under ``name``, for gin too; the class itself is unchanged.
+
+        Args:
+            name: an identifier.
+            variants: further names for `build`, such as published sizes; each builds the class with itself as the
+                argument ``variant``.
 
         Raises:
             ConfigError: the name is taken; the message names both places.
@@ -94,6 +101,7 @@ class Registry:
                 raise ConfigError(f"{self.kind} {name!r} is registered twice: {places}")
             gin.register(name, module=f"{self.kind.replace(' ', '_')}s")(entry)
             self._entries[name] = entry
+            self._variants |= dict.fromkeys(variants, name)
             return entry
 
         return decorator
@@ -101,13 +109,16 @@ class Registry:
     def get(self, name: str) -> Callable[..., Any]:
         """The class registered under ``name``; ConfigError with the nearest matches if there is none."""
         load_plugins()
+        name = self._variants.get(name, name)
         if name not in self._entries:
-            raise unknown_name(self.kind, name, list(self._entries))
+            raise unknown_name(self.kind, name, self.all_names())
         return self._entries[name]
 
     def build(self, name: str, **kwargs: Any) -> Any:
         """An instance of the class registered under ``name``."""
         entry = self.get(name)
+        if name in self._variants:
+            kwargs = {"variant": name, **kwargs}
         try:
             inspect.signature(entry).bind(**kwargs)
         except TypeError as error:
@@ -118,6 +129,28 @@ class Registry:
         """All registered names, sorted."""
         load_plugins()
         return sorted(self._entries)
+
+    def all_names(self) -> list[str]:
+        """All registered names and their variants."""
+        return [*self.names(), *self._variants]
+
+    def __contains__(self, name: str) -> bool:
+        """Whether `build` knows a name."""
+        load_plugins()
+        return name in self._entries or name in self._variants
+
+    def variants(self, name: str) -> list[str]:
+        """The variants of the class registered under ``name``, as they were given."""
+        load_plugins()
+        return [variant for variant, owner in self._variants.items() if owner == name]
+
+    def name_of(self, entry: object) -> str:
+        """The name under which a class is registered; ConfigError if it is not."""
+        load_plugins()
+        for name, registered in self._entries.items():
+            if registered is entry:
+                return name
+        raise ConfigError(f"{entry!r} is not a registered {self.kind}")
 
 
 def _place(entry: Callable[..., Any]) -> str:
@@ -139,12 +172,13 @@ NETWORKS = Registry("network")
 DATASETS = Registry("dataset")
 METRICS = Registry("metric")
 SOLVERS = Registry("solver")
+DECODERS = Registry("decoder")
 
 REGISTRIES = {
     registry.kind.replace(" ", "_") + "s": registry
     for registry in (
         TEACHERS, FLOW_MAPS, OBJECTIVES, VELOCITY_ESTIMATORS, STATE_SOURCES,
-        TIME_SAMPLERS, NETWORKS, DATASETS, METRICS, SOLVERS,
+        TIME_SAMPLERS, NETWORKS, DATASETS, METRICS, SOLVERS, DECODERS,
     )
 }  # fmt: skip
 """All registries by the plural of their kind, as the command line names them."""
@@ -159,3 +193,4 @@ register_network = NETWORKS.register
 register_dataset = DATASETS.register
 register_metric = METRICS.register
 register_solver = SOLVERS.register
+register_decoder = DECODERS.register

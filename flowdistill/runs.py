@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import attrs
+import gin
 import torch
 from torch import Tensor
 
@@ -15,7 +16,8 @@ from flowdistill.errors import CheckpointError, ConfigError
 from flowdistill.evaluation.measure import measure, reference_set, sample_set
 from flowdistill.flow_maps import FlowMapTeacher
 from flowdistill.interfaces import Condition, FlowMap, Teacher
-from flowdistill.registry import METRICS, TEACHERS, register_teacher, unknown_name
+from flowdistill.pretrained import is_model, load_file, load_model, locate, save_model
+from flowdistill.registry import METRICS, TEACHERS, unknown_name
 from flowdistill.training.checkpoints import checkpoint_paths, load_module, verify_checkpoint
 from flowdistill.training.randomness import step_generator
 from flowdistill.training.trainer import build_flow_map
@@ -61,41 +63,72 @@ def load_flow_map(run: str | Path) -> FlowMap:
 
 
 def load_teacher(name_or_path: str | Path, **kwargs: Any) -> Teacher:
-    """A registered teacher by its name, or the flow map of a run as a teacher.
+    """A registered teacher by its name, or one from a file.
+
+    In a gin file it is ``train.teacher = @load_teacher()`` with bindings such as
+    ``load_teacher.name_or_path = 'sit-xl/2-256'`` and ``load_teacher.checkpoint = 'SiT-XL-2-256x256.pt'``.
 
     Args:
-        name_or_path: a name that ``flowdistill list teachers`` shows, a run directory, or a checkpoint.
+        name_or_path: a name that ``flowdistill list teachers`` shows; a published architecture, such as ``sit-xl/2-256``,
+            ``sit-xl/2-repa-256`` or ``edm2-s-512``, whose weights are the argument ``checkpoint``; a run directory or a
+            checkpoint in it, of an objective such as ``flow_matching``; a model folder, as ``flowdistill convert`` writes
+            it; a checkpoint file of the authors of SiT, REPA or EDM2; or ``hf://owner/repository`` of a model folder on
+            HuggingFace.
         **kwargs: arguments of a registered teacher.
 
     Raises:
         ConfigError: neither a name (the nearest are listed) nor a path.
+        CheckpointError: the weights are missing, damaged, or of another architecture.
 
     Examples:
         >>> load_teacher("ring").velocity(torch.zeros(3, 2), torch.ones(3)).shape
         torch.Size([3, 2])
     """
-    names = TEACHERS.names()
-    if str(name_or_path) in names:
-        teacher: Teacher = TEACHERS.build(str(name_or_path), **kwargs)
-        return teacher.eval().requires_grad_(False)
-    if not Path(name_or_path).exists():
-        raise unknown_name("teacher", str(name_or_path), names)
-    return from_run(name_or_path)
+    name, path = str(name_or_path), Path(name_or_path)
+    if name in TEACHERS:
+        teacher: Teacher = TEACHERS.build(name, **kwargs)
+    elif not path.exists() and not name.startswith("hf://"):
+        raise unknown_name("teacher", name, TEACHERS.all_names())
+    else:
+        path = locate(name_or_path)
+        if path.is_file():
+            teacher = load_file(path, **kwargs)
+        elif kwargs:
+            raise ConfigError(f"{path} takes no arguments, not {', '.join(kwargs)}")
+        else:
+            teacher = load_model(path) if is_model(path) else FlowMapTeacher(load_flow_map(path))
+    return teacher.eval().requires_grad_(False)
 
 
-@register_teacher("from_run")
-def from_run(path: str | Path) -> Teacher:
-    """The flow map of a run as a teacher: ``train.teacher = @from_run()`` and ``from_run.path = 'runs/my_teacher'``.
+gin.register("load_teacher", module="teachers")(load_teacher)
+
+
+def convert(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    teacher: str | None = None,
+    dtype: Literal["float32", "float16"] = "float32",
+    **kwargs: Any,
+) -> Path:
+    """Write a teacher as a model folder: safetensors and a JSON configuration, which load without anything else.
 
     Args:
-        path: a run directory, or a checkpoint in it, of an objective such as ``flow_matching``; not of one whose
-            student is anchored at t = 1.
+        source: a checkpoint file of others, or a run whose student is a plain velocity field.
+        folder: where to; it must not exist, or be empty.
+        teacher: the architecture of a checkpoint file, such as ``sit-xl/2-256``; None is what the file itself says.
+        dtype: in which weights are stored; they are always loaded as float32.
+        **kwargs: further arguments of the teacher that reads the file.
+
+    Returns:
+        The folder.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
-        ConfigError: the student is anchored.
+        CheckpointError: the source cannot be read, or the folder not be written.
+        ConfigError: the source is not a velocity network alone, or the folder is taken.
     """
-    return FlowMapTeacher(load_flow_map(path))
+    loaded = load_teacher(source, **kwargs) if teacher is None else load_teacher(teacher, checkpoint=source, **kwargs)
+    return save_model(loaded, folder, dtype)
 
 
 def make_condition(

@@ -1,5 +1,6 @@
 """Data sets. Only data-based objectives ever build one."""
 
-from flowdistill.data.datasets import Dataset, Digits, ExactSamples
+from flowdistill.data.datasets import Dataset, Digits, ExactSamples, ImageDataset
+from flowdistill.data.mnist import Mnist
 
-__all__ = ["Dataset", "Digits", "ExactSamples"]
+__all__ = ["Dataset", "Digits", "ExactSamples", "ImageDataset", "Mnist"]

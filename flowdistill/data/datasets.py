@@ -28,22 +28,17 @@ class Dataset(ABC):
         """Draw independent samples ``(B, *sample_shape)`` and labels (B,) or None, on the generator's device."""
 
 
-@register_dataset("digits")
-class Digits(Dataset):
-    """The 1797 handwritten digits of 8x8 pixels that scikit-learn carries, in [-1, 1], with their 10 classes.
+class ImageDataset(Dataset):
+    """Images and their classes, held in memory.
 
-    They are the test part of the UCI data set "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak 1998).
+    Args:
+        images: (N, C, H, W), float32 in [-1, 1].
+        labels: classes (N,), int64.
     """
 
-    sample_shape = (1, 8, 8)
-    num_classes = 10
-
-    def __init__(self) -> None:
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        self.images = torch.from_numpy(digits.images).float()[:, None] / 8 - 1
-        self.labels = torch.from_numpy(digits.target).long()
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+        self.sample_shape = tuple(images.shape[1:])
 
     def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw images and labels with replacement."""
@@ -51,6 +46,22 @@ class Digits(Dataset):
             self.images, self.labels = self.images.to(generator.device), self.labels.to(generator.device)
         rows = torch.randint(len(self.images), (batch_size,), generator=generator, device=generator.device)
         return self.images[rows], self.labels[rows]
+
+
+@register_dataset("digits")
+class Digits(ImageDataset):
+    """The 1797 handwritten digits of 8x8 pixels that scikit-learn carries, in [-1, 1], with their 10 classes.
+
+    They are the test part of the UCI data set "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak 1998).
+    """
+
+    num_classes = 10
+
+    def __init__(self) -> None:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        super().__init__(torch.from_numpy(digits.images).float()[:, None] / 8 - 1, torch.from_numpy(digits.target).long())
 
 
 @register_dataset("exact_samples")

@@ -1,6 +1,7 @@
-"""The five abstractions of the library and the two records that they exchange."""
+"""The abstractions of the library and the records that they exchange."""
 
 from flowdistill.interfaces.condition import NULL_LABEL, Condition
+from flowdistill.interfaces.decoder import Decoder
 from flowdistill.interfaces.flow_map import FlowMap
 from flowdistill.interfaces.objective import Objective, ObjectiveOutput
 from flowdistill.interfaces.state_source import States, StateSource
@@ -14,6 +15,7 @@ from flowdistill.interfaces.velocity_estimator import (
 __all__ = [
     "NULL_LABEL",
     "Condition",
+    "Decoder",
     "FlowMap",
     "GeneratingVelocity",
     "NoisingVelocity",

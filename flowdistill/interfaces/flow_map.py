@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flowdistill.errors import ConfigError
 from flowdistill.interfaces._counting import counted
 from flowdistill.interfaces.condition import Condition
+from flowdistill.interfaces.decoder import Decoder
 from flowdistill.paths import expand_time
 
 
@@ -22,11 +23,13 @@ class FlowMap(nn.Module, ABC):
     Attributes:
         sample_shape: shape of one sample, without the batch.
         num_classes: number of classes; None for an unconditional map.
+        decoder: turns samples into images; None where the samples themselves are shown.
         anchored: True where only t = 1 is meaningful (the map starts at the prior), as in FreeFlow.
     """
 
     sample_shape: tuple[int, ...]
     num_classes: int | None = None
+    decoder: Decoder | None = None
     anchored: bool = False
     _evaluations: int = 0
 

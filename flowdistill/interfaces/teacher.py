@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from flowdistill.interfaces._counting import counted
 from flowdistill.interfaces.condition import Condition
+from flowdistill.interfaces.decoder import Decoder
 
 
 class Teacher(nn.Module, ABC):
@@ -24,6 +25,7 @@ class Teacher(nn.Module, ABC):
     Attributes:
         sample_shape: shape of one sample, without the batch.
         num_classes: number of classes; None for an unconditional teacher.
+        decoder: turns samples into images; None where the samples themselves are shown.
 
     Examples:
         >>> class Straight(Teacher):  # all data at the origin: x_t = t n, u = x / t at t > 0
@@ -37,6 +39,7 @@ class Teacher(nn.Module, ABC):
 
     sample_shape: tuple[int, ...]
     num_classes: int | None = None
+    decoder: Decoder | None = None
     _evaluations: int = 0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -51,6 +54,10 @@ class Teacher(nn.Module, ABC):
     def forward(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
         """The same as `velocity`."""
         return self.velocity(x, t, condition)
+
+    def held(self, t: Tensor) -> Teacher:
+        """This teacher with what it decides by the time, such as whether to guide, decided by t (B,) once and for all."""
+        return self
 
     @property
     def evaluations(self) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,14 +17,39 @@ class VelocityNetwork(nn.Module, ABC):
         sample_shape: shape of one sample, without the batch.
         num_classes: number of classes; None for an unconditional network.
         embedding_size: size of the vector that conditions every block.
+        early_blocks: how many of the blocks see t when ``late_time`` is given.
+        arguments: what the network was built with, by name, defaults included; from it the network can be built again.
     """
 
     sample_shape: tuple[int, ...]
     num_classes: int | None
     embedding_size: int
+    early_blocks: int
+    arguments: dict[str, Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        init = cls.__init__
+
+        @functools.wraps(init)
+        def recording(self: VelocityNetwork, *args: Any, **kwargs: Any) -> None:
+            init(self, *args, **kwargs)
+            if type(self) is cls:
+                bound = inspect.signature(init).bind(self, *args, **kwargs)
+                bound.apply_defaults()
+                self.arguments = dict(list(bound.arguments.items())[1:])
+
+        cls.__init__ = recording  # type: ignore[method-assign]
 
     @abstractmethod
-    def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None = None, embedding: Tensor | None = None) -> Tensor:
+    def velocity(
+        self,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor | None = None,
+        embedding: Tensor | None = None,
+        late_time: Tensor | None = None,
+    ) -> Tensor:
         """The velocity u(x, t), of the shape of x ``(B, *sample_shape)``.
 
         Args:
@@ -30,4 +58,5 @@ class VelocityNetwork(nn.Module, ABC):
             labels: classes (B,), with NULL_LABEL for none; None is the null label for all.
             embedding: (B, embedding_size), added to the vector that conditions every block; by it students learn of
                 durations and guidance scales.
+            late_time: times (B,) that the blocks after the first ``early_blocks`` see in place of t; None is t.
         """

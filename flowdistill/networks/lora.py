@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
+from flowdistill.errors import ConfigError
 from flowdistill.networks.linear import Linear
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -38,11 +39,16 @@ def add_lora(module: _M, rank: int) -> _M:
 
     The function that the module computes is unchanged at first.
 
+    Raises:
+        ConfigError: the module has no linear layer, as a U-Net of convolutions.
+
     Examples:
         >>> net = add_lora(nn.Sequential(nn.Linear(4, 4), nn.SiLU()), rank=2)
         >>> [name for name, p in net.named_parameters() if p.requires_grad]
         ['0.down.weight', '0.up.weight']
     """
+    if not any(isinstance(child, nn.Linear) for child in module.modules()):
+        raise ConfigError(f"{type(module).__name__} has no linear layers to update: train the whole copy (lora_rank = 0)")
     module.requires_grad_(False)
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):

@@ -44,6 +44,7 @@ class MLP(VelocityNetwork):
     def __init__(self, dim: int = 2, hidden_size: int = 128, depth: int = 3, num_classes: int | None = None) -> None:
         super().__init__()
         self.sample_shape, self.num_classes, self.embedding_size = (dim,), num_classes, hidden_size
+        self.early_blocks = round(depth * 2 / 3)
         self.input = Linear(dim, hidden_size)
         self.time_embedding = ScalarEmbedding(hidden_size)
         self.label_embedding = None if num_classes is None else LabelEmbedding(num_classes, hidden_size)
@@ -52,17 +53,28 @@ class MLP(VelocityNetwork):
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 
-    def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None = None, embedding: Tensor | None = None) -> Tensor:
+    def velocity(
+        self,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor | None = None,
+        embedding: Tensor | None = None,
+        late_time: Tensor | None = None,
+    ) -> Tensor:
         """The output at (x, t)."""
-        c = self.time_embedding(t)
-        if self.label_embedding is not None:
-            if labels is None:
-                labels = torch.full((len(x),), self.label_embedding.num_classes, device=x.device)
-            c = c + self.label_embedding(labels)
-        if embedding is not None:
-            c = c + embedding
-        c, hidden = F.silu(c), self.input(x)
-        for block in self.blocks:
-            hidden = block(hidden, c)
+        early = late = self._condition(t, labels, embedding)
+        if late_time is not None:
+            late = self._condition(late_time, labels, embedding)
+        hidden = self.input(x)
+        for i, block in enumerate(self.blocks):
+            hidden = block(hidden, early if i < self.early_blocks else late)
         result: Tensor = self.output(F.silu(hidden))
         return result
+
+    def _condition(self, t: Tensor, labels: Tensor | None, embedding: Tensor | None) -> Tensor:
+        c: Tensor = self.time_embedding(t)
+        if self.label_embedding is not None:
+            if labels is None:
+                labels = torch.full((len(t),), self.label_embedding.num_classes, device=t.device)
+            c = c + self.label_embedding(labels)
+        return F.silu(c if embedding is None else c + embedding)

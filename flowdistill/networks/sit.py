@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,14 @@ from flowdistill.networks.base import VelocityNetwork
 from flowdistill.networks.embeddings import LabelEmbedding, ScalarEmbedding, position_table
 from flowdistill.networks.linear import Linear
 from flowdistill.registry import register_network
+
+SIZES = {
+    "s": {"depth": 12, "hidden_size": 384, "num_heads": 6},
+    "b": {"depth": 12, "hidden_size": 768, "num_heads": 12},
+    "l": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
+    "xl": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
+}
+"""The published sizes, as arguments of `SiT`; patches are of 2, 4 or 8."""
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -92,7 +102,8 @@ class SiT(VelocityNetwork):
     """SiT on square images or latents (C, input_size, input_size).
 
     `forward` is the authors' function of their own time (t = 1 is data) and sign (data - noise), under their state-dict
-    names; `velocity` is this library's. A fresh network outputs exactly 0.
+    names; `velocity` is this library's. REPA (Yu et al. 2024, arXiv 2410.06940) trains the same network with the time and the
+    sign of this library, without ``learn_sigma``. A fresh network outputs exactly 0.
 
     Args:
         input_size: height and width of the input.
@@ -105,6 +116,7 @@ class SiT(VelocityNetwork):
         num_classes: number of classes.
         learn_sigma: output twice the channels, of which the second half is dropped, as in the published weights.
         qk_norm: normalise queries and keys of each head.
+        noise_time: the time of the noise in `forward`, 0 (SiT) or 1 (REPA).
 
     Raises:
         ConfigError: sizes that do not divide as they must.
@@ -127,6 +139,7 @@ class SiT(VelocityNetwork):
         num_classes: int = 1000,
         learn_sigma: bool = True,
         qk_norm: bool = False,
+        noise_time: Literal[0, 1] = 0,
     ) -> None:
         super().__init__()
         if input_size % patch_size:
@@ -136,7 +149,8 @@ class SiT(VelocityNetwork):
         self.sample_shape = (in_channels, input_size, input_size)
         self.num_classes = num_classes
         self.embedding_size = hidden_size
-        self.patch_size, self.learn_sigma = patch_size, learn_sigma
+        self.patch_size, self.learn_sigma, self.noise_time = patch_size, learn_sigma, noise_time
+        self.early_blocks = round(depth * 2 / 3)
         self.x_embedder = _PatchEmbedding(patch_size, in_channels, hidden_size)
         self.t_embedder = ScalarEmbedding(hidden_size)
         self.y_embedder = LabelEmbedding(num_classes, hidden_size)
@@ -168,14 +182,24 @@ class SiT(VelocityNetwork):
         self.pos_embed.requires_grad_(False)
         return self
 
-    def _output(self, x: Tensor, t: Tensor, labels: Tensor, embedding: Tensor | None) -> Tensor:
+    def _output(
+        self,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor,
+        embedding: Tensor | None = None,
+        late_time: Tensor | None = None,
+    ) -> Tensor:
         tokens = self.x_embedder(x) + self.pos_embed
-        c = self.t_embedder(t) + self.y_embedder(labels)
+        constant = self.y_embedder(labels)
         if embedding is not None:
-            c = c + embedding
-        for block in self.blocks:
-            tokens = block(tokens, c)
-        patches = self.final_layer(tokens, c)
+            constant = constant + embedding
+        early = late = self.t_embedder(t) + constant
+        if late_time is not None:
+            late = self.t_embedder(late_time) + constant
+        for i, block in enumerate(self.blocks):
+            tokens = block(tokens, early if i < self.early_blocks else late)
+        patches = self.final_layer(tokens, late)
         grid, p = x.shape[-1] // self.patch_size, self.patch_size
         image: Tensor = patches.reshape(len(x), grid, grid, p, p, -1).permute(0, 5, 1, 3, 2, 4)
         image = image.reshape(len(x), -1, *x.shape[-2:])
@@ -183,10 +207,22 @@ class SiT(VelocityNetwork):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The authors' velocity: x (B, C, H, W) at their time t (B,), labels y (B,) with num_classes for none."""
-        return self._output(x, t, y, None)
+        return self._output(x, t, y)
 
-    def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None = None, embedding: Tensor | None = None) -> Tensor:
-        """u(x, t) = -forward(x, 1 - t), with ``embedding`` added to the conditioning vector."""
+    def velocity(
+        self,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor | None = None,
+        embedding: Tensor | None = None,
+        late_time: Tensor | None = None,
+    ) -> Tensor:
+        """u(x, t) = -forward(x, 1 - t), or forward(x, t) where the authors' noise is at 1.
+
+        ``embedding`` is added to the vector that conditions the blocks.
+        """
         if labels is None:
             labels = torch.full((len(x),), self.num_classes or 0, device=x.device)
-        return -self._output(x, 1 - t, labels, embedding)
+        if self.noise_time == 1:
+            return self._output(x, t, labels, embedding, late_time)
+        return -self._output(x, 1 - t, labels, embedding, None if late_time is None else 1 - late_time)

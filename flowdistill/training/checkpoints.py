@@ -126,7 +126,21 @@ def load_module(module: nn.Module, path: Path) -> None:
     Raises:
         CheckpointError: the file is damaged, or of another architecture; lists the first tensors that differ.
     """
-    tensors = load_tensors(path)
+    fill_module(module, load_tensors(path), path)
+
+
+def fill_module(module: nn.Module, tensors: Mapping[str, Tensor], source: Path, assign: bool = False) -> None:
+    """Put tensors into a module that has just these names and shapes.
+
+    Args:
+        module: the module.
+        tensors: by name.
+        source: the file they come from, for messages.
+        assign: use the tensors themselves, as for a module that was built on the meta device.
+
+    Raises:
+        CheckpointError: they are of another architecture; lists the first tensors that differ.
+    """
     own = {name: tuple(v.shape) for name, v in module.state_dict().items()}
     theirs = {name: tuple(v.shape) for name, v in tensors.items()}
     if own != theirs:
@@ -136,8 +150,8 @@ def load_module(module: nn.Module, path: Path) -> None:
             for name in names[:5]
         ]
         more = f"\n... and {len(names) - 5} more" if len(names) > 5 else ""
-        raise CheckpointError(f"{path} is of another architecture:\n" + "\n".join(lines) + more)
-    module.load_state_dict(tensors)
+        raise CheckpointError(f"{source} is of another architecture:\n" + "\n".join(lines) + more)
+    module.load_state_dict(tensors, assign=assign)
 
 
 def load_optimizers(path: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from flowdistill.training.checkpoints import (
 )
 from flowdistill.training.ema import AveragedModel, Averaging
 from flowdistill.training.optimization import Schedule
-from flowdistill.training.randomness import step_generator
+from flowdistill.training.randomness import step_generator, stream_seed
 
 OptimizerBuilder: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -45,7 +45,7 @@ class _Trained:
     """A module with its optimiser: the student, or an auxiliary network."""
 
     def __init__(self, module: nn.Module, builder: OptimizerBuilder) -> None:
-        self.module = module
+        self.module = module.train()
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = builder(self.parameters)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -98,8 +98,8 @@ class Loop:
 
     @property
     def result(self) -> FlowMap:
-        """The averaged student, or the student itself where no average is kept."""
-        return self.student if self._average is None else self._average.module
+        """The averaged student, or the student itself where no average is kept, in evaluation mode."""
+        return (self.student if self._average is None else self._average.module).eval()
 
     def _random(self, stream: str, micro: int) -> torch.Generator:
         number = self.step * self.settings.accumulation + micro
@@ -130,6 +130,9 @@ class Loop:
     def train_step(self) -> None:
         """One update of the student, then one of each auxiliary network on the same states."""
         settings = self.settings
+        if not self.student.training:  # as after pictures of its samples
+            self.student.train()
+        torch.manual_seed(stream_seed(settings.seed, self.step, "global"))  # which dropout draws from
         factor = self.schedule.factor(self.step, settings.steps)
         batches: list[States] = []
         for micro in range(settings.accumulation):

@@ -266,7 +266,7 @@ def _run(run: _Run) -> TrainResult:
             if run.sample_every and (last or loop.step % run.sample_every == 0):
                 picture = workdir / "samples" / f"step_{loop.step:08d}.png"
                 save_samples(loop.result, picture, loop.settings.seed)
-        result = loop.result.eval().requires_grad_(False)
+        result = loop.result.requires_grad_(False)
         if run.evaluation is not None:
             log.say(f"measuring {run.evaluation.num_samples} samples of each model")
         figures = write_report(workdir, result, loop.teacher, run.evaluation)

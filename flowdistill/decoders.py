@@ -1,0 +1,126 @@
+"""Decoders: pixels as they are, and the autoencoder of Stable Diffusion."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import attrs
+import torch
+from attrs.validators import gt, in_, optional
+from torch import Tensor
+
+from flowdistill.errors import ConfigError
+from flowdistill.interfaces import Decoder
+from flowdistill.registry import register_decoder
+
+Rounding = Literal["nearest", "down"]
+
+
+def quantize(images: Tensor, rounding: Rounding) -> Tensor:
+    """Images in [-1, 1] as bytes: 127.5 (x + 1), cut to [0, 255], to the nearest integer or the next one below.
+
+    SiT and the pixel models of EDM2 round to the nearest, REPA and the latent models of EDM2 down; the Frechet distance
+    feels the difference.
+
+    Examples:
+        >>> quantize(torch.tensor([-2.0, -1.0, 0.0, 0.9999]), "nearest").tolist()
+        [0, 0, 128, 255]
+        >>> quantize(torch.tensor([-2.0, -1.0, 0.0, 0.9999]), "down").tolist()
+        [0, 0, 127, 254]
+    """
+    scaled = 127.5 * images + (128.0 if rounding == "nearest" else 127.5)
+    return scaled.clamp(0, 255).to(torch.uint8)
+
+
+@register_decoder("pixels")
+@attrs.frozen(kw_only=True)
+class Pixels(Decoder):
+    """Samples that are images already, up to their unit and a margin.
+
+    Attributes:
+        scale: what samples are multiplied by to lie in [-1, 1].
+        crop: height and width of the part in the middle that is the image; None is all of it.
+        rounding: see `quantize`.
+    """
+
+    scale: float = attrs.field(default=1.0, validator=gt(0.0))
+    crop: int | None = attrs.field(default=None, validator=optional(gt(0)))
+    rounding: Rounding = attrs.field(default="nearest", validator=in_(("nearest", "down")))
+
+    def decode(self, samples: Tensor) -> Tensor:
+        """The samples in [-1, 1], without their margin."""
+        images = samples.float() * self.scale
+        if self.crop is None:
+            return images
+        margin = (images.shape[-1] - self.crop) // 2
+        return images[..., margin : margin + self.crop, margin : margin + self.crop]
+
+    def to_uint8(self, images: Tensor) -> Tensor:
+        """See `Decoder.to_uint8`."""
+        return quantize(images, self.rounding)
+
+
+@register_decoder("stable_diffusion_vae")
+@attrs.frozen(kw_only=True)
+class StableDiffusionVae(Decoder):
+    """Samples that are affinely scaled latents of Stable Diffusion's autoencoder, through diffusers.
+
+    Attributes:
+        vae: the autoencoder's folder or its HuggingFace repository, such as ``stabilityai/sd-vae-ft-ema``; None knows the
+            latents' scale but decodes nothing.
+        scale: of each channel (or one for all): samples are raw latents times scale plus bias.
+        bias: of each channel, or one for all.
+        pixel_range: the values of black and white in the autoencoder's output: (-1, 1) as it was trained, or (0, 1) as
+            EDM2 uses it.
+        rounding: see `quantize`.
+    """
+
+    vae: str | None = attrs.field(default=None, converter=lambda value: None if value is None else str(value))
+    scale: float | Sequence[float] = 0.18215
+    bias: float | Sequence[float] = 0.0
+    pixel_range: tuple[float, float] = attrs.field(default=(-1.0, 1.0), converter=tuple)
+    rounding: Rounding = attrs.field(default="nearest", validator=in_(("nearest", "down")))
+
+    @property
+    def ready(self) -> bool:
+        """Whether an autoencoder was given."""
+        return self.vae is not None
+
+    def latents(self, samples: Tensor) -> Tensor:
+        """The raw latents that the autoencoder expects, (samples - bias) / scale."""
+        scale, bias = (torch.as_tensor(v, dtype=samples.dtype, device=samples.device) for v in (self.scale, self.bias))
+        return (samples - bias.reshape(-1, 1, 1)) / scale.reshape(-1, 1, 1)
+
+    @torch.no_grad()
+    def decode(self, samples: Tensor) -> Tensor:
+        """Images of the latents, one sample at a time, since the autoencoder needs much memory.
+
+        Raises:
+            ConfigError: no autoencoder was given, it cannot be loaded, or diffusers is not installed.
+        """
+        if self.vae is None:
+            raise ConfigError("latents need an autoencoder: load the teacher with vae='stabilityai/sd-vae-ft-ema'")
+        vae = _load_vae(self.vae).to(samples.device)
+        decoded = torch.cat([vae.decode(latent).sample for latent in self.latents(samples.float()).split(1)])
+        black, white = self.pixel_range
+        return (2 * decoded - (white + black)) / (white - black)
+
+    def to_uint8(self, images: Tensor) -> Tensor:
+        """See `Decoder.to_uint8`."""
+        return quantize(images, self.rounding)
+
+
+@functools.cache
+def _load_vae(name: str) -> Any:
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError:
+        raise ConfigError("decoding latents needs diffusers: pip install 'flowdistill[vae]'") from None
+    try:
+        vae = AutoencoderKL.from_pretrained(name, local_files_only=Path(name).exists())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the autoencoder {name} cannot be loaded: {error}") from None
+    return vae.eval().requires_grad_(False)

@@ -1,0 +1,155 @@
+"""Teachers in files: this library's own format, checkpoints of others, and where they are found.
+
+A model folder holds ``model.safetensors`` and ``config.json``, which names a registered network with its arguments and
+a decoder. `load_model` needs nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import attrs
+import safetensors.torch
+import torch
+
+from flowdistill.errors import CheckpointError, CheckpointWriteError, ConfigError
+from flowdistill.flow_maps import FlowMapTeacher, NetworkFlowMap, NetworkTeacher
+from flowdistill.interfaces import Decoder, Teacher
+from flowdistill.networks import VelocityNetwork
+from flowdistill.registry import DECODERS, NETWORKS, TEACHERS
+from flowdistill.training.checkpoints import fill_module, load_tensors
+
+_FORMAT = 1
+
+
+def save_model(teacher: Teacher, folder: str | Path, dtype: Literal["float32", "float16"] = "float32") -> Path:
+    """Write a teacher's network as a model folder.
+
+    Args:
+        teacher: a teacher that is a network: from a checkpoint, or the run of an objective such as ``flow_matching``.
+        folder: where to; it must not exist, or be empty.
+        dtype: in which weights are stored; they are always loaded as float32.
+
+    Raises:
+        ConfigError: the teacher is not a network alone, or the folder is taken.
+        CheckpointWriteError: the disk refused; nothing half-written is left.
+    """
+    network, folder = _network_of(teacher), Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is taken: choose another place")
+    decoder = teacher.decoder
+    config = {
+        "format": _FORMAT,
+        "network": NETWORKS.name_of(type(network)),
+        "arguments": network.arguments,
+        "decoder": None if decoder is None else DECODERS.name_of(type(decoder)),
+        "decoder_arguments": {} if decoder is None else attrs.asdict(decoder),  # type: ignore[arg-type]
+    }
+    tensors = {name: v.to(getattr(torch, dtype)).contiguous().cpu() for name, v in network.state_dict().items()}
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        safetensors.torch.save_file(tensors, partial / "model.safetensors")
+        (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except (OSError, safetensors.SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointWriteError(f"cannot write {folder}: {error}; nothing was left there") from error
+    return folder
+
+
+def _network_of(teacher: Teacher) -> VelocityNetwork:
+    plain = isinstance(teacher, NetworkTeacher)
+    if isinstance(teacher, FlowMapTeacher) and isinstance(teacher.flow_map, NetworkFlowMap):
+        plain = teacher.flow_map.instantaneous and teacher.flow_map.guidance is None
+    network = getattr(teacher, "network", None)
+    if not plain or not isinstance(network, VelocityNetwork):
+        raise ConfigError(
+            f"{type(teacher).__name__} is not a velocity network alone: only such teachers become model folders"
+        )
+    return network
+
+
+def load_model(folder: str | Path) -> NetworkTeacher:
+    """The teacher of a model folder.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the weights are of another architecture.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        if config["format"] != _FORMAT:
+            raise CheckpointError(f"{folder} has format {config['format']}, this version reads {_FORMAT}")
+        parts = {key: config[key] for key in ("network", "arguments", "decoder", "decoder_arguments")}
+        with torch.device("meta"):  # whose weights cost neither time nor memory
+            network: Any = NETWORKS.build(parts["network"], **parts["arguments"])
+        decoder: Decoder | None = None
+        if parts["decoder"] is not None:
+            decoder = DECODERS.build(parts["decoder"], **parts["decoder_arguments"])
+    except OSError as error:
+        raise CheckpointError(f"{folder} is not a model folder: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+        raise CheckpointError(f"{folder}/config.json does not describe a model: {error}") from None
+    path = folder / "model.safetensors"
+    tensors = {name: v.float() if v.is_floating_point() else v for name, v in load_tensors(path).items()}
+    fill_module(network, tensors, path, assign=True)
+    return NetworkTeacher(network, decoder)
+
+
+def is_model(path: Path) -> bool:
+    """Whether a path is a model folder."""
+    return (path / "config.json").is_file() and (path / "model.safetensors").is_file()
+
+
+def locate(checkpoint: str | Path) -> Path:
+    """The local path of a checkpoint, which may lie in a HuggingFace repository.
+
+    Args:
+        checkpoint: a path; or ``owner/repository``, ``hf://owner/repository`` for a model folder, or
+            ``hf://owner/repository/file`` for a file.
+
+    Raises:
+        CheckpointError: there is no such path, or it cannot be fetched.
+        ConfigError: huggingface_hub is not installed.
+    """
+    path, text = Path(checkpoint), str(checkpoint)
+    if path.exists():
+        return path
+    match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:/(.+))?", text) or re.fullmatch(r"([\w-]+/[\w-]+)()", text)
+    if match is None:
+        raise CheckpointError(f"there is no file {checkpoint}")
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError:
+        raise ConfigError(f"fetching {checkpoint} needs huggingface_hub: pip install 'flowdistill[hub]'") from None
+    try:
+        if match[2]:
+            return Path(hf_hub_download(match[1], match[2]))
+        hf_hub_download(match[1], "config.json")
+        return Path(hf_hub_download(match[1], "model.safetensors")).parent
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise CheckpointError(f"there is no file {checkpoint}, and the hub does not give it: {error}") from None
+
+
+def load_file(path: str | Path, **kwargs: Any) -> Teacher:
+    """The teacher of somebody else's checkpoint file, by the registered class that reads files with such a suffix.
+
+    Raises:
+        ConfigError: no registered teacher reads such files.
+    """
+    suffix = Path(path).suffix
+    readers = {name: TEACHERS.get(name) for name in TEACHERS.names()}
+    for reader in readers.values():
+        if suffix in getattr(reader, "suffixes", ()):
+            teacher: Teacher = reader(path, **kwargs)
+            return teacher
+    known = sorted({suffix for reader in readers.values() for suffix in getattr(reader, "suffixes", ())})
+    raise ConfigError(f"{path} has no suffix of a known checkpoint ({', '.join(known)})")
