@@ -94,7 +94,7 @@ def read_release(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             if type(release) is not dict or "ema" not in release:
                 raise ValueError("it has no network under the key 'ema'")
             state = _state(release["ema"], "Precond")
-            return _constructor_arguments(state), _float32(dict(_tensors(data, state)))
+            return _constructor_arguments(state), _float32(dict(_tensors(data, state, "", set())))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     except CheckpointError:
@@ -185,6 +185,7 @@ def _state(module: Any, class_name: str | None = None) -> dict[str, Any]:
         case _Made(
             "torch_utils.persistence._reconstruct_persistent_obj",
             ({"version": version, "class_name": str(name), "state": dict(state)},),
+            None,
         ):
             if version != 6:
                 raise ValueError("it is of another version than 6 of the format")
@@ -203,9 +204,8 @@ def _constructor_arguments(state: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def _tensors(data: Any, state: dict[str, Any], prefix: str = "", seen: set[int] | None = None) -> Iterator[Any]:
+def _tensors(data: Any, state: dict[str, Any], prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
     """The names and tensors of a module and of those in it, of which none may occur twice."""
-    seen = set() if seen is None else seen
     names: set[str] = set()
     for kind in ("_parameters", "_buffers", "_modules"):
         group = _checked(state.get(kind), dict)
@@ -231,6 +231,7 @@ def _tensor(data: Any, value: Any, name: str, seen: set[int]) -> Tensor:
         case _Made(
             "torch._utils._rebuild_tensor_v2",
             (_Made("torch.storage._load_from_bytes", (range() as file,)), int(offset), tuple(size), tuple(stride), *_),
+            None,
         ):
             pass
         case _:
@@ -276,8 +277,10 @@ def _float32(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, gain in tensors.items():
         of_block = name.endswith(".emb_gain")
         if gain.dtype == torch.float16 and (of_block or name == "unet.out_gain"):
-            weight = tensors[name.removesuffix("emb_gain") + "emb_linear.weight" if of_block else "unet.out_conv.weight"]
-            root = math.sqrt(weight[0].numel())
+            weight = f"{name.removesuffix('emb_gain')}emb_linear.weight" if of_block else "unet.out_conv.weight"
+            if weight not in tensors:
+                raise ValueError(f"{name} has no {weight} to go with")
+            root = math.sqrt(tensors[weight][0].numel())
             gain = (gain / root).float() * root
         tensors[name] = gain.float()
     return tensors
