@@ -49,6 +49,7 @@ from flowdistill.registry import (
     register_velocity_estimator,
 )
 from flowdistill.runs import (
+    convert,
     evaluate,
     load_flow_map,
     load_teacher,
@@ -92,6 +93,7 @@ __all__ = [
     "TrainResult",
     "VELOCITY_ESTIMATORS",
     "VelocityEstimator",
+    "convert",
     "evaluate",
     "load_flow_map",
     "load_teacher",

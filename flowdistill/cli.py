@@ -1,4 +1,4 @@
-"""The command line: ``flowdistill train | sample | evaluate | list | show | cite``."""
+"""The command line: ``flowdistill train | sample | evaluate | convert | list | show | cite``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import inspect
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -82,6 +83,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.set_defaults(command=_evaluate)
 
+    convert = commands.add_parser("convert", help="write a checkpoint of others, or a run, as a model folder")
+    convert.add_argument("source", metavar="SRC", help="a checkpoint file, or a run whose student is a velocity field")
+    convert.add_argument("folder", metavar="DST", type=Path, help="for model.safetensors and config.json")
+    convert.add_argument("--teacher", help="what the file is, such as sit-xl/2-256; by default what it says itself")
+    convert.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="of the stored weights")
+    convert.set_defaults(command=_convert)
+
     listing = commands.add_parser("list", help="list what is registered, and the packaged recipes")
     listing.add_argument("kind", nargs="?", help="objectives, teachers, ..., or recipes; by default all")
     listing.set_defaults(command=_list)
@@ -113,8 +121,8 @@ def _train(options: argparse.Namespace) -> None:
 def _sample(options: argparse.Namespace) -> None:
     import numpy as np
 
-    from flowdistill.evaluation.report import save_picture
-    from flowdistill.runs import sample
+    from flowdistill.evaluation.report import images_of, save_picture
+    from flowdistill.runs import load_flow_map, sample
 
     if options.out.suffix not in (".png", ".npz"):
         raise ConfigError(f"--out must end in .png or .npz, not {options.out.name!r}")
@@ -130,8 +138,8 @@ def _sample(options: argparse.Namespace) -> None:
     )
     if options.out.suffix == ".npz":
         np.savez(options.out, samples.numpy())
-    else:
-        save_picture(samples, options.out)
+    elif not save_picture(images_of(samples, load_flow_map(options.run)), options.out):
+        raise ConfigError(f"samples of shape {tuple(samples.shape[1:])} are no picture: write them to a .npz file")
     print(options.out)
 
 
@@ -150,6 +158,12 @@ def _evaluate(options: argparse.Namespace) -> None:
         print(f"{name}: {value:.4g}")
 
 
+def _convert(options: argparse.Namespace) -> None:
+    from flowdistill.runs import convert
+
+    print(convert(options.source, options.folder, teacher=options.teacher, dtype=options.dtype))
+
+
 def _list(options: argparse.Namespace) -> None:
     from flowdistill.config import recipes
     from flowdistill.registry import REGISTRIES, unknown_name
@@ -159,7 +173,11 @@ def _list(options: argparse.Namespace) -> None:
         for kind, names in kinds.items():
             print(f"{kind}: {', '.join(names)}")
     elif options.kind in kinds:
-        print("\n".join(kinds[options.kind]))
+        for name in kinds[options.kind]:
+            print(name)
+            variants = REGISTRIES[options.kind].variants(name) if options.kind in REGISTRIES else []
+            if variants:
+                print(textwrap.fill(", ".join(variants), 100, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False))
     else:
         raise unknown_name("kind", options.kind, list(kinds))
 

@@ -235,6 +235,7 @@ def evaluate(
         evaluation, teacher = config.value("train.evaluation"), config.value("train.teacher")
     if features is None and evaluation is not None:
         features = evaluation.features
-    samples, condition = _draw(load_flow_map(run), num_samples, steps, None, guidance, seed, batch_size=500)
-    generated = sample_set(samples, condition.labels, features)
+    flow_map = load_flow_map(run)
+    samples, condition = _draw(flow_map, num_samples, steps, None, guidance, seed, batch_size=500)
+    generated = sample_set(samples, condition.labels, features, flow_map.decoder)
     return measure(metrics, generated, reference_set(features, teacher, num_samples, seed))

@@ -5,8 +5,9 @@ import flowdistill
 from flowdistill import Condition, ConfigError
 from flowdistill.flow_maps import FlowMapTeacher, NetworkFlowMap, NetworkTeacher, from_teacher
 from flowdistill.guidance import GuidedTeacher
-from flowdistill.networks import MLP, SiT
+from flowdistill.networks import EDM2, MLP, SiT
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
+from flowdistill.testing import check_flow_map
 
 
 @pytest.fixture
@@ -19,16 +20,70 @@ def times(n, gap):
     return t, t * (1 - gap)
 
 
-@pytest.mark.parametrize("conditioning", ["two_time", "anchored", "instantaneous"])
+def network_teacher(family):
+    torch.manual_seed(0)
+    if family == "edm2":
+        network = EDM2(8, 2, 10, 8, (1, 2), num_blocks=1, attn_resolutions=(4,), channels_per_head=8)
+    else:
+        network = SiT(8, 2, 2, hidden_size=16, depth=4, num_heads=2, num_classes=10)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return NetworkTeacher(network)
+
+
+CONDITIONINGS = ["two_time", "anchored", "decoupled", "instantaneous"]
+
+
+@pytest.mark.parametrize("family", ["sit", "edm2"])
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
 @pytest.mark.parametrize("guidance", [None, 1.5])
-def test_student_of_a_network_starts_as_its_teacher(digits, conditioning, guidance):
-    student = from_teacher(digits, conditioning, guidance)
-    x, condition = digits.sample_prior(6), Condition(torch.arange(6))
-    for gap in (0.0, 0.7):
+def test_student_of_a_network_starts_as_its_teacher(family, conditioning, guidance):
+    teacher = network_teacher(family)
+    student = from_teacher(teacher, conditioning, guidance)
+    x, condition = teacher.sample_prior(6), Condition(torch.arange(6))
+    for gap in (0.0,) if conditioning == "decoupled" else (0.0, 0.7):
         t, s = times(6, gap)
         t = torch.ones(6) if conditioning == "anchored" else t
         got = student.average_velocity(x, t, s, condition)
-        torch.testing.assert_close(got, digits.velocity(x, t, condition), rtol=0, atol=1e-6)
+        torch.testing.assert_close(got, teacher.velocity(x, t, condition), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["sit", "edm2"])
+def test_decoupled_early_blocks_see_t_and_late_ones_s(family):
+    teacher = network_teacher(family)
+    student = from_teacher(teacher, "decoupled")
+    assert len(list(student.parameters())) == len(list(teacher.parameters()))
+    x, t, s = teacher.sample_prior(6), torch.full((6,), 0.9), torch.full((6,), 0.2)
+    network = student.network
+    if family == "sit":
+        early, late = network.blocks[network.early_blocks - 1], network.blocks[-1]
+    else:
+        early, late = network.unet.enc["4x4_block0"], network.unet.dec["4x4_in0"]
+    seen = {}
+    for name, block in (("early", early), ("late", late)):
+        block.register_forward_hook(lambda _, __, out, name=name: seen.setdefault(name, []).append(out))
+    outputs = [student.average_velocity(x, t, end) for end in (t, s)]
+    assert torch.equal(*seen["early"])
+    assert not torch.allclose(*seen["late"])
+    assert not torch.allclose(*outputs)
+    all_early = from_teacher(teacher, "decoupled", early_blocks=1000)
+    if family == "edm2":  # every block of the U-Net is early then, and nothing else sees a time
+        assert torch.equal(all_early.average_velocity(x, t, s), teacher.velocity(x, t))
+    with pytest.raises(ConfigError, match="early_blocks"):
+        from_teacher(teacher, "two_time", early_blocks=2)
+
+
+@pytest.mark.parametrize("family", ["sit", "edm2"])
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_students_of_networks_pass_the_conformance_kit(family, conditioning):
+    student = from_teacher(network_teacher(family), conditioning, guidance=1.5)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "embedding" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    check_flow_map(student)
 
 
 def test_student_of_an_exact_teacher_starts_as_its_teacher():

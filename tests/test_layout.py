@@ -124,5 +124,5 @@ def test_wheel_holds_one_package_with_everything_in_it(wheel):
             if folder == "flowdistill" and path not in files(folder) and path.suffix == ".gin":
                 continue
             assert prefix + path.relative_to(base).as_posix() in names
-    assert "flowdistill/teachers/digits/digits.safetensors" in names
+    assert "flowdistill/teachers/digits/model.safetensors" in names
     assert len(names) == len(set(names))

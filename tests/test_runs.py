@@ -29,9 +29,9 @@ train.sample_every = 0
 
 STUDENT = """
 train.teacher = @guided()
-guided.teacher = @from_run()
+guided.teacher = @load_teacher()
 guided.scale = 1.5
-from_run.path = 'teacher'
+load_teacher.name_or_path = 'teacher'
 train.flow_map = @from_teacher
 from_teacher.conditioning = 'anchored'
 train.objective = @freeflow()
@@ -54,7 +54,7 @@ def folder(tmp_path, monkeypatch):
 def test_a_run_is_distilled(folder):
     result = flowdistill.train(gin_file=write(folder / "student.gin", STUDENT), workdir="student")
     configuration = (folder / "student" / "config.gin").read_text()
-    assert "from_run.path = 'teacher'" in configuration
+    assert "load_teacher.name_or_path = 'teacher'" in configuration
     assert "AdamW.lr = 0.001" in configuration  # the student's, although the teacher's file sets another
     assert "flow_matching" not in configuration
     samples = flowdistill.sample("student", 6, labels=1)

@@ -15,16 +15,19 @@ from flowdistill.registry import unknown_name
 WEIGHTS = Path(__file__).parent / "weights"
 
 
-class DigitsClassifier(nn.Module):
-    """A classifier of 8x8 digits: three convolutions and two linear layers, between which lie the 64 features.
+class DigitClassifier(nn.Module):
+    """A classifier of handwritten digits: three convolutions and two linear layers, between which lie the 64 features.
 
-    Features are multiplied by ``scale``, chosen when the network was trained such that two halves of the real digits
-    are at a Frechet distance of about 2.1.
+    Features are multiplied by ``scale``, chosen when the network was trained such that two sets of real digits are at the
+    Frechet distance that its card names.
+
+    Args:
+        size: height and width of the images.
     """
 
     scale: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__()
         self.convolutions = nn.Sequential(
             nn.Conv2d(1, 32, 3, padding=1),
@@ -34,17 +37,17 @@ class DigitsClassifier(nn.Module):
             nn.Conv2d(64, 64, 3, padding=1, stride=2),
             nn.SiLU(),
         )
-        self.features = nn.Linear(256, 64)
+        self.features = nn.Linear(64 * (size // 4) ** 2, 64)
         self.head = nn.Linear(64, 10)
         self.register_buffer("scale", torch.ones(()))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B, 64) and logits (B, 10) of images (B, 1, 8, 8) in [-1, 1]."""
+        """Features (B, 64) and logits (B, 10) of images (B, 1, size, size) in [-1, 1]."""
         hidden = self.features(self.convolutions(images).flatten(1))
         return hidden * self.scale, self.head(F.silu(hidden))
 
 
-_EXTRACTORS = {"digits": DigitsClassifier}
+_EXTRACTORS = {"digits": 8, "mnist": 28}  # sizes of the images
 
 
 @functools.cache
@@ -56,11 +59,9 @@ def load_features(name: str) -> nn.Module:
     """
     if name not in _EXTRACTORS:
         raise unknown_name("feature extractor", name, list(_EXTRACTORS))
-    network = _EXTRACTORS[name]()
+    network = DigitClassifier(_EXTRACTORS[name])
     tensors = safetensors.torch.load_file(WEIGHTS / f"{name}.safetensors")
-    for stored in ("reference", "held_out"):
-        del tensors[stored]
-    network.load_state_dict(tensors)
+    network.load_state_dict({key: tensors[key] for key in network.state_dict()})
     return network.eval().requires_grad_(False)
 
 

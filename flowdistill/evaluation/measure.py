@@ -17,7 +17,7 @@ from flowdistill.evaluation.metrics import (
     sliced_wasserstein2,
     wasserstein2,
 )
-from flowdistill.interfaces import Teacher
+from flowdistill.interfaces import Decoder, Teacher
 from flowdistill.registry import METRICS, register_metric
 
 
@@ -37,13 +37,18 @@ class SampleSet:
 
 
 @torch.no_grad()
-def sample_set(samples: Tensor, labels: Tensor | None, features: str | None) -> SampleSet:
-    """Samples (N, ...) and what the feature extractor of that name says of them."""
+def sample_set(
+    samples: Tensor, labels: Tensor | None, features: str | None, decoder: Decoder | None = None
+) -> SampleSet:
+    """Samples (N, ...) and what the feature extractor of that name says of them, or of the images they decode to."""
     if not bool(torch.isfinite(samples).all()):
         raise DataError("some samples are NaN or infinite: nothing can be measured")
     if features is None:
         return SampleSet(samples.flatten(1), labels)
-    extracted, logits = load_features(features)(samples.float())
+    extractor = load_features(features)
+    images = (part.float() if decoder is None else decoder.decode(part) for part in samples.split(500))
+    parts = [extractor(part) for part in images]
+    extracted, logits = (torch.cat(list(column)) for column in zip(*parts, strict=True))
     return SampleSet(extracted, labels, logits)
 
 

@@ -82,7 +82,7 @@ def compare(student: FlowMap | None, teacher: Teacher | None, evaluation: Evalua
         before = _evaluations(student, teacher)
         samples, labels = draw(sampler, stream)
         evaluations = (_evaluations(student, teacher) - before) / n
-        generated = sample_set(samples, labels, evaluation.features)
+        generated = sample_set(samples, labels, evaluation.features, model.decoder)
         rows[name] = {"evaluations": evaluations, **measure(evaluation.metrics, generated, reference)}
         if best is not None:
             to_teacher = measure(distances, generated, best)
@@ -114,7 +114,7 @@ def _device(*models: torch.nn.Module | None) -> torch.device:
 def save_picture(samples: Tensor, path: Path) -> bool:
     """A picture of images (a grid) or of points in the plane (a scatter plot); False for anything else."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if samples.ndim == 4 and samples.shape[1] in (1, 3):
+    if is_picture(samples):
         image_grid(samples, path)
     elif samples.ndim == 2 and samples.shape[1] == 2:
         scatter_side_by_side({"samples": samples}, path)
@@ -130,7 +130,8 @@ def save_samples(student: FlowMap, path: Path, seed: int) -> None:
     device = _device(student)
     noise = torch.randn((n, *student.sample_shape), generator=step_generator(seed, 0, "pictures")).to(device)
     steps = 64 if getattr(student, "instantaneous", False) else 1
-    save_picture(student.sample(noise, steps, Condition.in_turn(student.num_classes, n).to(device)).cpu(), path)
+    samples = student.sample(noise, steps, Condition.in_turn(student.num_classes, n).to(device)).cpu()
+    save_picture(images_of(samples, student), path)
 
 
 def write_report(
@@ -187,13 +188,24 @@ def _compare_pictures(student: FlowMap | None, teacher: Teacher, guidance: float
     panels = {f"teacher, {_number(k, 'step')}": _euler(teacher, k)(noise, condition).cpu() for k in (64, 1)}
     if student is not None:
         panels["student, 1 step"] = student.sample(noise, 1, condition).cpu()
+    panels = {title: images_of(samples, teacher) for title, samples in panels.items()}
     if points and teacher.sample_shape == (2,):
         scatter_side_by_side(panels, path)
-    elif not points and teacher.sample_shape[0] in (1, 3):
+    elif all(is_picture(samples) for samples in panels.values()):
         side_by_side(panels, path)
     else:
         return False
     return True
+
+
+def images_of(samples: Tensor, model: FlowMap | Teacher) -> Tensor:
+    """The images of a model's samples, or the samples themselves where nothing decodes them."""
+    return samples if model.decoder is None or not model.decoder.ready else model.decoder.decode(samples)
+
+
+def is_picture(samples: Tensor) -> bool:
+    """Whether samples are images of one or three channels."""
+    return samples.ndim == 4 and samples.shape[1] in (1, 3)
 
 
 def table(rows: dict[str, dict[str, float]]) -> list[str]:

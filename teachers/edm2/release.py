@@ -55,14 +55,14 @@ _MAX_INSTRUCTIONS, _MAX_MARKS, _MAX_LEVELS = 500_000, 100, 8
 
 
 @dataclass(frozen=True)
-class _Name:
+class _Function:
     """Something the file wants to import."""
 
     name: str
 
 
 @dataclass(eq=False)
-class _Made:
+class _Object:
     """What the file wants to make by calling ``name``."""
 
     name: str
@@ -100,7 +100,7 @@ def read_release(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except CheckpointError:
         raise
     except Exception as error:
-        reason = str(error) if isinstance(error, ValueError) else f"it is damaged ({type(error).__name__}: {error})"
+        reason = str(error) if isinstance(error, ValueError) else f"reading it ended in {type(error).__name__}: {error}"
         printable = reason[:200].encode("unicode_escape").decode()
         raise CheckpointError(f"{path} is not a released EDM2 network: {printable}") from None
 
@@ -150,11 +150,11 @@ def _follow(data: Any, instructions: set[str], names: set[str]) -> Any:
             name = argument.replace(" ", ".") if code == "GLOBAL" else ".".join(items)
             if name not in names:
                 raise ValueError(f"it wants to import {name}")
-            stack.append(_Name(name))
+            stack.append(_Function(name))
         elif code in ("REDUCE", "NEWOBJ"):
-            stack.append(_make(_checked(items[0], _Name).name, _checked(items[1], tuple)))
+            stack.append(_make(_checked(items[0], _Function).name, _checked(items[1], tuple)))
         elif code == "BUILD":
-            _checked(stack[-1], _Made).state = items[0]
+            _checked(stack[-1], _Object).state = items[0]
         elif code == "BINPERSID":
             stack.append(items[0])
         elif code == "FRAME" and argument > len(data) - data.tell():
@@ -166,23 +166,24 @@ def _follow(data: Any, instructions: set[str], names: set[str]) -> Any:
 
 def _checked(value: Any, kind: type) -> Any:
     if type(value) is not kind:
-        raise ValueError(f"it has a {type(value).__name__} where such a file has a {kind.__name__}".replace("_", ""))
+        wrong, right = (t.__name__.strip("_").lower() for t in (type(value), kind))
+        raise ValueError(f"it has a value of type {wrong} where such a file has one of type {right}")
     return value
 
 
-def _make(name: str, arguments: tuple[Any, ...]) -> _Made | dict[str, Any]:
+def _make(name: str, arguments: tuple[Any, ...]) -> _Object | dict[str, Any]:
     """A dictionary, empty as yet, or the record of anything else."""
     if name == "numpy.dtype" and arguments[:1] not in (("f4",), ("f8",)):
         raise ValueError("it has an array that is not of floats")
-    return {} if name in _DICTS and not arguments else _Made(name, arguments)
+    return {} if name in _DICTS and not arguments else _Object(name, arguments)
 
 
 def _state(module: Any, class_name: str | None = None) -> dict[str, Any]:
     """The attributes of a module, which must be of the named class."""
     match module:
-        case _Made("torch.nn.modules.container.ModuleDict", state=dict(state)) if class_name is None:
+        case _Object("torch.nn.modules.container.ModuleDict", state=dict(state)) if class_name is None:
             return state
-        case _Made(
+        case _Object(
             "torch_utils.persistence._reconstruct_persistent_obj",
             ({"version": version, "class_name": str(name), "state": dict(state)},),
             None,
@@ -215,7 +216,7 @@ def _tensors(data: Any, state: dict[str, Any], prefix: str, seen: set[int]) -> I
         for key, value in group.items():
             name = f"{prefix}{key}"
             if key in names or not re.fullmatch(r"\w{1,64}", key, re.ASCII):
-                raise ValueError(f"{name} occurs twice, or is no name")
+                raise ValueError(f"a name occurs twice, or is none: {name}")
             names.add(key)
             if kind == "_modules" and value is not None:
                 yield from _tensors(data, _state(value), f"{name}.", seen)
@@ -225,18 +226,18 @@ def _tensors(data: Any, state: dict[str, Any], prefix: str, seen: set[int]) -> I
 
 def _tensor(data: Any, value: Any, name: str, seen: set[int]) -> Tensor:
     """A copy of a tensor or parameter: gains as they are stored, all others in float32."""
-    if isinstance(value, _Made) and value.name in _PARAMETERS and value.arguments:
+    if isinstance(value, _Object) and value.name in _PARAMETERS and value.arguments:
         value = value.arguments[0]
     match value:
-        case _Made(
+        case _Object(
             "torch._utils._rebuild_tensor_v2",
-            (_Made("torch.storage._load_from_bytes", (range() as file,)), int(offset), tuple(size), tuple(stride), *_),
+            (_Object("torch.storage._load_from_bytes", (range() as file,)), int(first), tuple(size), tuple(stride), *_),
             None,
         ):
             pass
         case _:
             raise ValueError(f"{name} is not a tensor")
-    if offset < 0 or not len(size) == len(stride) <= 8 or not all(isinstance(n, int) and n > 0 for n in size):
+    if first < 0 or not len(size) == len(stride) <= 8 or not all(isinstance(n, int) and n > 0 for n in size):
         raise ValueError(f"{name} has an impossible shape")
     if any(n > 1 and stride[i] != math.prod(size[i + 1 :]) for i, n in enumerate(size)):
         raise ValueError(f"{name} is not contiguous")
@@ -244,9 +245,9 @@ def _tensor(data: Any, value: Any, name: str, seen: set[int]) -> Tensor:
         raise ValueError(f"{name} is stored together with another tensor")
     seen.add(id(file))
     dtype, start, stored = _storage(data, file, name)
-    if offset + math.prod(size) > stored:
+    if first + math.prod(size) > stored:
         raise ValueError(f"{name} has more elements than are stored")
-    start += offset * dtype.itemsize
+    start += first * dtype.itemsize
     numbers = bytearray(data[start : start + math.prod(size) * dtype.itemsize])
     tensor = torch.frombuffer(numbers, dtype=dtype).reshape(size)
     return tensor if name.endswith("_gain") else tensor.float()
@@ -265,7 +266,7 @@ def _storage(data: Any, file: range, name: str) -> tuple[torch.dtype, int, int]:
             0x1950A86A20F9469CFC6C,
             1001,
             {"little_endian": True},
-            ("storage", _Name(kind), str(key), str(), int(numel), None),
+            ("storage", _Function(kind), str(key), str(), int(numel), None),
             [str(only_key)],
         ] if key == only_key and numel == count and start + count * _DTYPES[kind].itemsize == file.stop:
             return _DTYPES[kind], start, count

@@ -1,9 +1,9 @@
-"""Files in EDM2's released format come back bit for bit; hostile ones end in one message, and run nothing.
+"""Files in EDM2's released format come back bit for bit; hostile ones end in one message and run nothing.
 
-The files are made here: networks of a few small layers, pickled as the official code pickles its own.
+All files are made here: networks of a few small layers, pickled under the names that such files use.
 """
 
-import copy
+import io
 import json
 import math
 import os
@@ -12,8 +12,7 @@ import subprocess
 import sys
 import types
 from collections import OrderedDict
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 
 import hypothesis.strategies as st
 import numpy as np
@@ -25,31 +24,44 @@ from torch import nn
 from flowdistill.errors import CheckpointError
 from flowdistill.teachers.edm2.release import read_release
 
-ARGUMENTS = {"model_channels": 4, "dropout": 0.1, "use_fp16": True, "label_dim": 0, "channel_mult": [1, 2], "name": None}
-HOLE = "here goes something else"
+ARGUMENTS = {"model_channels": 4, "dropout": 0.1, "use_fp16": True, "label_dim": 0, "mult": [1, 2], "name": None}
+HOLE = "something else goes here"
+COMMAND = 'touch "$CANARY"'
+CODE = "open(__import__('os').environ['CANARY'], 'w').close()"
 
 
-# --- a writer of the format
+@pytest.fixture(autouse=True)
+def canary(tmp_path, monkeypatch):
+    """No code of any file that a test reads has run: it would have left a file."""
+    path = tmp_path / "canary"
+    monkeypatch.setenv("CANARY", str(path))
+    yield path
+    assert not path.exists()
 
 
-def _reconstruct_persistent_obj(meta):
-    raise AssertionError("nothing of the file is called")
+# A writer of the format.
+
+
+def reconstruct(meta):
+    """Runs what is in the file, as the official code does."""
+    exec(meta["module_src"])
 
 
 class EasyDict(dict):
     pass
 
 
-_reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
-EasyDict.__module__ = "dnnlib.util"
-
-
 @contextmanager
-def official_modules():
-    """The modules by whose names the official code pickles its objects, as long as something is pickled."""
-    modules = {name: types.ModuleType(name) for name in ("torch_utils", "torch_utils.persistence", "dnnlib", "dnnlib.util")}
-    modules["torch_utils.persistence"]._reconstruct_persistent_obj = _reconstruct_persistent_obj
-    modules["dnnlib.util"].EasyDict = EasyDict
+def writing():
+    """The modules by whose names these files call their objects; the reader must do without."""
+    names = ("torch_utils", "torch_utils.persistence", "dnnlib", "dnnlib.util")
+    modules = {name: types.ModuleType(name) for name in names}
+    for thing, module, name in (
+        (reconstruct, "torch_utils.persistence", "_reconstruct_persistent_obj"),
+        (EasyDict, "dnnlib.util", "EasyDict"),
+    ):
+        thing.__module__, thing.__name__, thing.__qualname__ = module, name, name
+        setattr(modules[module], name, thing)
     with pytest.MonkeyPatch.context() as patch:
         for name, module in modules.items():
             patch.setitem(sys.modules, name, module)
@@ -57,98 +69,667 @@ def official_modules():
 
 
 class Call:
-    """Pickled as a call of the function."""
+    """Is pickled as a call of the function, whose result is given a state where there is one."""
 
-    def __init__(self, function, *arguments):
-        self.call = (function, arguments)
+    def __init__(self, function, *arguments, state=None):
+        self.call = (function, arguments, state)
 
     def __reduce__(self):
         return self.call
 
 
-class Persistent:
-    """Pickled as the official code pickles its objects."""
-
-    def __init__(self, class_name, source, **state):
-        self.meta = {"type": "class", "version": 6, "module_src": source, "class_name": class_name, "state": state}
-
-    def __reduce__(self):
-        return _reconstruct_persistent_obj, (self.meta,)
+def persistent(class_name="Layer", version=6, **state):
+    meta = {"type": "class", "version": version, "module_src": CODE, "class_name": class_name, "state": state}
+    return Call(reconstruct, meta)
 
 
 class Layer(nn.Module):
-    """Pickled likewise; ``meta`` replaces parts of what the file says of it."""
-
-    def __init__(self, source, **children):
+    def __init__(self, **members):
         super().__init__()
         self._init_args, self._init_kwargs = (), {}
-        self._source, self._class_name, self._meta = source, "Layer", {}
-        for name, child in children.items():
-            setattr(self, name, child)
+        for name, member in members.items():
+            if type(member) is torch.Tensor:
+                self.register_buffer(name, member)
+            else:
+                setattr(self, name, member)
 
     def __reduce__(self):
-        state = {name: value for name, value in vars(self).items() if name not in ("_source", "_class_name", "_meta")}
-        return Persistent(self._class_name, self._source, **state | {"training": False}, **{}).__reduce__()[0], (
-            {"type": "class", "version": 6, "module_src": self._source, "class_name": self._class_name, "state": state}
-            | self._meta,
-        )
+        return persistent(type(self).__name__, **vars(self)).__reduce__()
 
 
-def network(source, width=4, dtype=torch.float16):
-    """Some of the layers of EDM2, with their names."""
+class Precond(Layer):
+    pass
+
+
+def network(width):
+    """Some of EDM2's layers, under their names."""
     g = torch.Generator().manual_seed(0)
 
     def weight(*shape):
-        return Layer(source, weight=nn.Parameter(torch.randn(*shape, generator=g)))
+        return Layer(weight=nn.Parameter(torch.randn(*shape, generator=g)))
 
     def fourier(n):
-        layer = Layer(source)
-        layer.register_buffer("freqs", torch.randn(n, generator=g))
-        layer.register_buffer("phases", torch.rand(n, generator=g))
-        return layer
+        return Layer(freqs=torch.randn(n, generator=g), phases=torch.rand(n, generator=g))
 
-    def block(gain):
-        parts = {"conv_res0": weight(width, width, 3, 3), "emb_linear": weight(width, 3), "conv_res1": weight(width, width, 3, 3)}
-        return Layer(source, emb_gain=nn.Parameter(torch.tensor(gain)), **parts)
+    def gain(value):
+        return nn.Parameter(torch.tensor(value))
 
-    unet = Layer(source, out_gain=nn.Parameter(torch.tensor(0.7)), emb_fourier=fourier(width), out_conv=weight(4, width, 3, 3))
+    def block(value):
+        return Layer(emb_gain=gain(value), conv_res0=weight(width, width, 3, 3), emb_linear=weight(width, 3))
+
+    unet = Layer(out_gain=gain(0.7), emb_fourier=fourier(width), out_conv=weight(4, width, 3, 3))
     unet.enc = nn.ModuleDict({"8x8_conv": weight(width, 5, 3, 3), "8x8_block0": block(0.3)})
     unet.dec = nn.ModuleDict({"8x8_in0": block(1.1)})
-    net = Layer(source, unet=unet, logvar_fourier=fourier(8), logvar_linear=weight(1, 8))
-    net._class_name, net._init_kwargs = "Precond", dict(ARGUMENTS)
-    return net.to(dtype).eval().requires_grad_(False)
+    net = Precond(unet=unet, logvar_fourier=fourier(8), logvar_linear=weight(1, 8))
+    net._init_kwargs = dict(ARGUMENTS)
+    return net
 
 
-def write(canary, change=lambda net: None, release=lambda parts: parts, dtype=torch.float16, width=4):
-    """The bytes of a file whose network went through ``change`` and whose parts through ``release``.
-
-    All source text in it would leave the file ``canary`` if it ran.
-    """
-    source = f"open({str(canary)!r}, 'w').write('ran')\n"
-    net = network(source, width, dtype)
+def write(change=lambda net: None, release=lambda parts: parts, dtype=torch.float16, width=4, protocol=4):
+    """The bytes of a file, with the network changed in place and the parts of the file put through ``release``."""
+    net = network(width).to(dtype).eval().requires_grad_(False)
     change(net)
     scale = np.arange(4, dtype=np.float32)
     parts = EasyDict(
-        encoder=Persistent("StabilityVAEEncoder", source, scale=scale, bias=scale.astype(np.float64), _vae=None),
+        encoder=persistent("StabilityVAEEncoder", scale=scale, bias=scale.astype(np.float64), _vae=None),
         dataset_kwargs=EasyDict(path="imagenet.zip", use_labels=True, resolution=512),
-        loss_fn=Persistent("EDM2Loss", source, P_mean=-0.4, note=HOLE),
+        loss_fn=persistent("EDM2Loss", P_mean=-0.4, note=HOLE),
         ema=net,
     )
-    with official_modules():
-        return pickle.dumps(release(parts), protocol=4)
+    with writing():
+        return pickle.dumps(release(parts), protocol)
 
 
-def spliced(canary, instructions):
-    """A file in which the instructions, which leave one value on the stack, stand in place of a string."""
-    data = write(canary)
-    hole = b"\x8c" + bytes([len(HOLE)]) + HOLE.encode()
-    assert data.count(hole) == 1
-    data = data.replace(hole, instructions)
+def read(tmp_path, data):
+    path = tmp_path / "network.pkl"
+    path.write_bytes(data)
+    return read_release(path)
+
+
+# What is read.
+
+
+@pytest.mark.parametrize("width", [4, 64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_tensors_and_arguments_come_back(tmp_path, dtype, width):
+    """The wider network has tensors that pickle writes outside of its frames."""
+    arguments, tensors = read(tmp_path, write(dtype=dtype, width=width))
+    assert arguments == ARGUMENTS
+    expected = network(width).to(dtype).state_dict()
+    assert list(tensors) == list(expected)
+    assert "unet.enc.8x8_conv.weight" in tensors
+    assert "logvar_fourier.freqs" in tensors
+    for name, tensor in tensors.items():
+        assert tensor.dtype == torch.float32
+        if dtype != torch.float16 or not name.endswith("_gain"):
+            assert torch.equal(tensor, expected[name].float()), name
+
+
+def test_gains_in_half_precision(tmp_path):
+    """As EDM2 computes them, with gain and quotient in float16; float32 would differ."""
+    tensors = read(tmp_path, write())[1]
+    expected = network(4).half().state_dict()
+    weights = {
+        "unet.out_gain": "unet.out_conv.weight",
+        "unet.enc.8x8_block0.emb_gain": "unet.enc.8x8_block0.emb_linear.weight",
+        "unet.dec.8x8_in0.emb_gain": "unet.dec.8x8_in0.emb_linear.weight",
+    }
+    for name, weight in weights.items():
+        fan_in = expected[weight][0].numel()
+        assert fan_in in (3, 36)
+        quotient = expected[name] / np.sqrt(fan_in)
+        assert quotient.dtype == torch.float16
+        assert tensors[name].shape == ()
+        torch.testing.assert_close(tensors[name] / math.sqrt(fan_in), quotient.float(), rtol=1e-6, atol=0)
+    assert any(tensors[name] != expected[name].float() for name in weights)
+
+
+def test_tensors_are_their_own(tmp_path):
+    """They outlive the file and can be written to."""
+    path = tmp_path / "network.pkl"
+    path.write_bytes(write(dtype=torch.float32))
+    _, tensors = read_release(str(path))
+    path.write_bytes(b"")
+    for tensor in tensors.values():
+        tensor.zero_()
+
+
+def test_files_of_older_writers(tmp_path):
+    """Of numpy 1, and of PyTorch where it gives parameters a state."""
+    weight = Call(torch._utils._rebuild_parameter_with_state, torch.ones(4, 4), False, OrderedDict(), {"note": 1})
+    data = write(lambda net: net.unet.out_conv._parameters.update(weight=weight))
+    old = data.replace(text_short("numpy._core.multiarray"), text_short("numpy.core.multiarray"))
+    assert torch.equal(read(tmp_path, framed(old))[1]["unet.out_conv.weight"], torch.ones(4, 4))
+
+
+def test_module_without_some_members(tmp_path):
+    def change(net):
+        net.unet.out_conv._parameters["bias"] = None
+        net.unet._modules["emb_label"] = None
+
+    assert list(read(tmp_path, write(change))[1]) == list(network(4).state_dict())
+
+
+# Instructions of pickles, by hand.
+
+
+def text(string):
+    data = string.encode("utf-8", "surrogatepass")
+    return b"X" + len(data).to_bytes(4, "little") + data
+
+
+def text_short(string):
+    return b"\x8c" + bytes([len(string)]) + string.encode()
+
+
+def name(module, attribute):
+    return text(module) + text(attribute) + b"\x93"
+
+
+def call(module, attribute, *arguments):
+    return name(module, attribute) + b"(" + b"".join(arguments) + b"tR"
+
+
+def plain(value):
+    """The instructions that leave the value on the stack."""
+    return pickle.dumps(value, 2)[2:-1]
+
+
+def framed(data):
+    """The bytes with the length of their only frame set right."""
     assert data[2:3] == b"\x95"
-    return data[:3] + (len(data) - 11).to_bytes(8, "little") + data[11:] if data.count(b"\x95") == 1 else data
+    return data[:3] + (len(data) - 11).to_bytes(8, "little") + data[11:]
 
 
-def saved(canary, tmp=Path(), **options):
-    path = canary.with_suffix(".pkl")
-    path.write_bytes(write(canary, **options))
-    return path
+def splice(*instructions):
+    """A file with the instructions in place of a string in the loss, which no reader needs."""
+    data = write()
+    assert data.count(text_short(HOLE)) == 1
+    return framed(data.replace(text_short(HOLE), b"".join(instructions)))
+
+
+def test_what_hostile_files_are_made_of_is_harmless_by_itself(tmp_path):
+    """So each of them is refused for what was done to it."""
+    for data in (splice(b"N"), splice(b"(" * 50, b"t" * 50), splice(b"]" * 100_000, b"a" * 99_999), with_tensor()):
+        assert read(tmp_path, data)[0] == ARGUMENTS
+    assert torch.equal(read(tmp_path, with_tensor())[1]["unet.extra"], torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    assert read(tmp_path, with_tensor(offset=2, size=(1, 2)))[1]["unet.extra"].tolist() == [[3.0, 4.0]]
+
+
+FOUR = np.array([1, 2, 3, 4], "<f2").tobytes()
+
+
+def storage(
+    kind="torch\nHalfStorage",
+    numel=4,
+    count=4,
+    data=FOUR,
+    magic=torch.serialization.MAGIC_NUMBER,
+    protocol=1001,
+    machine=None,
+    reference=None,
+    keys=("0",),
+):
+    """A storage in PyTorch's old format."""
+    machine = machine or {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4}}
+    if reference is None:
+        kind = b"c" + kind.encode() + b"\n"
+        reference = b"(" + text("storage") + kind + text("0") + text("cpu") + plain(numel) + b"NtQ"
+    pickles = [plain(magic), plain(protocol), plain(machine), reference, plain(list(keys))]
+    return b"".join(b"\x80\x02" + p + b"." for p in pickles) + count.to_bytes(8, "little") + data
+
+
+def tensor(blob, offset=0, size=(2, 2), stride=(2, 1), state=None):
+    load = Call(torch.storage._load_from_bytes, blob)
+    return Call(torch._utils._rebuild_tensor_v2, load, offset, size, stride, False, OrderedDict(), state=state)
+
+
+def with_tensor(blob=None, **options):
+    """A file with another tensor."""
+    return with_entry("_buffers", "extra", tensor(storage() if blob is None else blob, **options))
+
+
+def with_entry(group, key, value):
+    return write(lambda net: vars(net.unet)[group].update({key: value}))
+
+
+def with_attribute(name, value):
+    return write(lambda net: vars(net).update({name: value}))
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+def test_storages_are_written_as_pytorch_does():
+    assert list(torch.load(io.BytesIO(storage()), weights_only=True)) == [1, 2, 3, 4]
+
+
+# Hostile files: why they are refused, and what makes them.
+
+
+def module(**modules):
+    return persistent(_parameters={}, _buffers={}, _modules=modules)
+
+
+def deep(levels):
+    inner = module()
+    for _ in range(levels):
+        inner = module(a=inner)
+    return inner
+
+
+def laughs():
+    """16^6 modules in 6."""
+    inner = module()
+    for _ in range(6):
+        inner = module(**{f"m{i}": inner for i in range(16)})
+    return inner
+
+
+def cycle():
+    modules = {}
+    modules["again"] = persistent(_parameters={}, _buffers={}, _modules=modules)
+    return persistent(_parameters={}, _buffers={}, _modules=modules)
+
+
+def shared_parameter(net):
+    net.logvar_linear.weight = net.unet.out_conv.weight
+
+
+def shared_storage(net):
+    blob = Call(torch.storage._load_from_bytes, storage())
+    for key in ("a", "b"):
+        net.unet._buffers[key] = Call(torch._utils._rebuild_tensor_v2, blob, 0, (2, 2), (2, 1), False, OrderedDict())
+
+
+def zip_file():
+    file = io.BytesIO()
+    torch.save({"weight": torch.ones(3)}, file)
+    return file.getvalue()
+
+
+def objects():
+    """An array of objects, each pickled on its own."""
+    return write(release=lambda parts: parts | {"loss_fn": np.array([Call(os.system, COMMAND)], dtype=object)})
+
+
+SYSTEM = os.system.__module__.encode()
+HUGE = (2**32 - 1).to_bytes(4, "little")
+NONE_DICT = b"}" + text("__class__") + b"Ns"
+SLOTS = (None, {"__class__": None, "__setstate__": None})
+
+IMPORTS = {
+    "os.system": (SYSTEM.decode(), "system", text(COMMAND)),
+    "nt.system": ("nt", "system", text(COMMAND)),
+    "os by its name": ("os", "system", text(COMMAND)),
+    "subprocess.Popen": ("subprocess", "Popen", plain(["sh", "-c", COMMAND])),
+    "eval": ("builtins", "eval", text(CODE)),
+    "exec": ("builtins", "exec", text(CODE)),
+    "compile": ("builtins", "compile", text(CODE), text("x"), text("exec")),
+    "getattr": ("builtins", "getattr", plain({}), text("__class__")),
+    "__import__": ("builtins", "__import__", text("this")),
+    "importlib": ("importlib", "import_module", text("this")),
+    "runpy": ("runpy", "run_path", text("x.py")),
+    "pickle.loads": ("pickle", "loads", name("builtins", "bytes")),
+    "torch.load": ("torch", "load", text("x.pt")),
+    "torch.hub": ("torch.hub", "load", text("x/y"), text("z")),
+    "a chain of attributes": ("torch.serialization", "os.system", text(COMMAND)),
+    "a chain from torch._utils": ("torch._utils", "torch.serialization.os.system", text(COMMAND)),
+    "a longer name": ("torch.storage", "_load_from_bytes.__globals__.__getitem__", text("io")),
+    "another container": ("torch.nn.modules.container", "Sequential"),
+    "numpy.core.multiarray.scalar": ("numpy.core.multiarray", "scalar", call("numpy", "dtype", text("f4"))),
+    "numpy.load": ("numpy", "load", text("x.npy")),
+    "FunctionType": ("types", "FunctionType"),
+    "an empty name": ("", "", b""),
+    "a name of surrogates": ("\udc80", "\n\x1b[31m", b""),
+}
+
+INSTRUCTIONS = {
+    "GLOBAL": b"c" + SYSTEM + b"\nsystem\n" + text(COMMAND) + b"\x85R",
+    "INST": b"(" + text(COMMAND) + b"i" + SYSTEM + b"\nsystem\n",
+    "EXT1": b"\x82\x01",
+    "EXT2": b"\x83\x01\x01",
+    "EXT4": b"\x84\x01\x01\x01\x01",
+    "PERSID": b"Pos.system\n",
+    "BINPERSID": text("os.system") + b"Q",
+    "NEXT_BUFFER": b"\x97",
+    "READONLY_BUFFER": b"N\x98",
+    "BYTEARRAY8": b"\x96" + (4).to_bytes(8, "little") + b"abcd",
+    "NEWOBJ_EX": name("collections", "OrderedDict") + b")}\x92",
+    "LONG_BINPUT": b"Nr" + HUGE,
+    "BINPUT": b"Nq\x01",
+    "PUT": b"Np4294967295\n",
+    "LONG1": b"\x8a\x01\x05",
+    "LONG4": b"\x8b\x01\x00\x00\x00\x05",
+    "DUP": b"N2",
+    "POP": b"NN0",
+    "FROZENSET": b"(N\x91",
+    "STRING": b"S'a'\n",
+    "INT": b"I5\n",
+}
+
+DAMAGED = "reading it ended in"
+HOSTILE = {
+    **{f"imports {key}": ("wants to import", lambda v=v: splice(call(*v))) for key, v in IMPORTS.items()},
+    **{f"uses {key}": (f"instruction {key},", lambda v=v: splice(v)) for key, v in INSTRUCTIONS.items()},
+    "uses OBJ": ("wants to import", lambda: splice(b"(", name(SYSTEM.decode(), "system"), text(COMMAND), b"o")),
+    "uses OBJ on a name that is allowed": ("OBJ", lambda: splice(b"(", name("dnnlib.util", "EasyDict"), b"o")),
+    "NEWOBJ of a process": ("wants to import", lambda: splice(name("subprocess", "Popen"), text("x"), b"\x85\x81")),
+    "reduces by os.system": ("wants to import", lambda: with_attribute("x", Call(os.system, COMMAND))),
+    "a parameter by os.system": ("wants to import", lambda: with_entry("_parameters", "x", Call(os.system, COMMAND))),
+    "calls a string": ("of type str ", lambda: splice(text("os.system"), b")R")),
+    "calls what a call returns": ("of type object ", lambda: splice(call("numpy", "ndarray"), b")R")),
+    "calls without a tuple": ("of type str ", lambda: splice(name("numpy", "ndarray"), text("x"), b"R")),
+    "imports a number": (DAMAGED, lambda: splice(b"K\x01", text("system"), b"\x93")),
+    # attributes
+    "__setstate__ of a dictionary": (
+        "of type dict ",
+        lambda: splice(call("collections", "OrderedDict"), b"}", text("__setstate__"), b"N", b"s", b"b"),
+    ),
+    "attributes of a class": ("of type function ", lambda: splice(name("numpy", "ndarray"), NONE_DICT, b"b")),
+    "slots of a class": ("of type function ", lambda: splice(name("numpy", "ndarray"), b"N", NONE_DICT, b"\x86b")),
+    "attributes of a string": ("of type str ", lambda: splice(text("x"), NONE_DICT, b"b")),
+    "slots of a container": ("something else", lambda: with_entry("_modules", "x", Call(nn.ModuleDict, state=SLOTS))),
+    "slots of a module": (
+        "something else",
+        lambda: with_entry("_modules", "x", Call(*module().call[:1], *module().call[1], state=SLOTS)),
+    ),
+    "attributes of a tensor": ("is not a tensor", lambda: with_tensor(state={"__class__": None})),
+    "slots of a tensor": ("is not a tensor", lambda: with_tensor(state=SLOTS)),
+    "an array of objects": ("not of floats", objects),
+    "an array of a structure": ("not of floats", lambda: splice(call("numpy", "dtype", text("V8"), b"\x89\x88"))),
+    # sizes that lie, nesting, numbers of instructions
+    "BINBYTES of 4 GiB": ("expected 4294967295 bytes", lambda: splice(b"B", HUGE)),
+    "BINBYTES8 of 4 GiB": ("", lambda: splice(b"\x8e", (2**32).to_bytes(8, "little"))),
+    "BINBYTES8 of 2^62": ("", lambda: splice(b"\x8e", (2**62).to_bytes(8, "little"))),
+    "BINUNICODE of 4 GiB": ("expected 4294967295 bytes", lambda: splice(b"X", HUGE)),
+    "BINUNICODE8 of 4 GiB": ("", lambda: splice(b"\x8d", (2**32).to_bytes(8, "little"))),
+    "BYTEARRAY8 of 4 GiB": ("", lambda: splice(b"\x96", (2**32).to_bytes(8, "little"))),
+    "LONG4 of 2 GiB": ("", lambda: splice(b"\x8b\xff\xff\xff\x7f")),
+    "LONG4 of negative length": ("", lambda: splice(b"\x8b\xff\xff\xff\xff")),
+    "a frame of 2^62": ("truncated", lambda: splice(b"\x95", (2**62).to_bytes(8, "little"), b"N")),
+    "a frame of 4 GiB": ("truncated", lambda: write()[:3] + (2**32).to_bytes(8, "little") + write()[11:]),
+    "text that is no UTF-8": ("codec", lambda: splice(b"X\x02\x00\x00\x00\xc3\x28")),
+    "100 000 nested lists as a key": ("of type list ", lambda: splice(b"}", b"]" * 100_000, b"a" * 99_999, b"Ns")),
+    "100 000 marks": ("nests them too deeply", lambda: splice(b"(" * 100_000, b"t" * 100_000)),
+    "400 000 nested tuples as a key": ("of type tuple ", lambda: splice(b"})", b"\x85" * 400_000, b"Ns")),
+    "600 000 dictionaries": ("too many instructions", lambda: splice(b"(", b"}" * 600_000, b"t")),
+    "an unset place of the memo": (DAMAGED, lambda: splice(b"j", HUGE)),
+    "nothing on the stack": ("lacks its arguments", lambda: b"\x80\x04R."),
+    "nothing since the mark": ("lacks its arguments", lambda: splice(b"N(\x85t")),
+    "no mark": (DAMAGED, lambda: b"\x80\x04t."),
+    "an open mark": ("add up", lambda: b"\x80\x04(}."),
+    "no value": ("add up", lambda: b"\x80\x04."),
+    "two values": ("add up", lambda: b"\x80\x04}}."),
+    "appends to a tuple": ("of type tuple ", lambda: splice(b")Na")),
+    "sets items of a list": ("of type list ", lambda: splice(b"]", text("a"), b"Ns")),
+    "a key without a value": ("zip", lambda: splice(b"}(", text("a"), b"u")),
+    "a list as a key": ("of type list ", lambda: splice(b"}]Ns")),
+    "bytes behind the end": ("7 bytes follow", lambda: write() + b"\x80\x04K\x01.os"),
+    # networks
+    "another class": ("is a Layer, not a Precond", lambda: write(release=lambda p: p | {"ema": module()})),
+    "another version": ("version", lambda: write(release=lambda p: p | {"ema": persistent("Precond", 5)})),
+    "a version of text": ("version", lambda: write(release=lambda p: p | {"ema": persistent("Precond", "6")})),
+    "a layer of another version": ("version", lambda: with_entry("_modules", "x", persistent("Layer", 7))),
+    "no network": ("'ema'", lambda: write(release=lambda p: EasyDict(encoder=p["encoder"]))),
+    "a list": ("'ema'", lambda: write(release=lambda p: [p["ema"]])),
+    "a network alone": ("'ema'", lambda: write(release=lambda p: p["ema"])),
+    "a text as network": ("something else", lambda: write(release=lambda p: p | {"ema": "Precond"})),
+    "a container as network": ("something else", lambda: write(release=lambda p: p | {"ema": nn.ModuleDict()})),
+    "a network without facts": ("something else", lambda: write(release=lambda p: p | {"ema": Call(reconstruct, {})})),
+    "a network without arguments": ("of type nonetype ", lambda: write(lambda net: vars(net).pop("_init_kwargs"))),
+    "an argument that is a tensor": ("argument x", lambda: with_attribute("_init_kwargs", {"x": torch.ones(2)})),
+    "an argument that is a dictionary": ("argument x", lambda: with_attribute("_init_kwargs", {"x": {"y": 1}})),
+    "an argument of nested lists": ("argument x", lambda: with_attribute("_init_kwargs", {"x": [[1]]})),
+    "a number as argument's name": ("of type int ", lambda: with_attribute("_init_kwargs", {1: 2})),
+    "parameters that are a list": ("of type list ", lambda: with_attribute("_parameters", [])),
+    "a network without parameters": ("of type nonetype ", lambda: write(lambda net: vars(net).pop("_parameters"))),
+    "modules in a cycle": ("occurs twice", lambda: with_entry("_modules", "x", cycle())),
+    "exponentially many modules": ("occurs twice", lambda: with_entry("_modules", "x", laughs())),
+    "a module in a module 20 times": ("too deep", lambda: with_entry("_modules", "x", deep(20))),
+    "a parameter in two modules": ("together with another", lambda: write(shared_parameter)),
+    "tensors that share a storage": ("together with another", lambda: write(shared_storage)),
+    "a parameter and a buffer of one name": ("occurs twice", lambda: with_entry("_buffers", "out_gain", torch.ones(1))),
+    "a parameter and a module of one name": ("occurs twice", lambda: with_entry("_modules", "out_gain", module())),
+    "a number as name": ("of type int ", lambda: with_entry("_parameters", 1, torch.ones(2))),
+    "a dotted name": ("or is none", lambda: with_entry("_parameters", "a.b", torch.ones(2))),
+    "an empty name": ("or is none", lambda: with_entry("_parameters", "", torch.ones(2))),
+    "a name of 100 000 letters": ("or is none", lambda: with_entry("_parameters", "x" * 100_000, torch.ones(2))),
+    "a name that colours a terminal": ("or is none", lambda: with_entry("_parameters", "x\x1b[31m", torch.ones(2))),
+    "a text as parameter": ("is not a tensor", lambda: with_entry("_parameters", "x", "text")),
+    "a list as parameter": ("is not a tensor", lambda: with_entry("_parameters", "x", [1.0])),
+    "an array as parameter": ("is not a tensor", lambda: with_entry("_parameters", "x", np.ones(3))),
+    "a module as parameter": ("is not a tensor", lambda: with_entry("_parameters", "x", module())),
+    "a tensor as module": ("something else", lambda: with_entry("_modules", "x", torch.ones(2))),
+    "a gain without a weight": ("no unet.out_conv", lambda: write(lambda net: net.unet._modules.pop("out_conv"))),
+    # tensors
+    "4 GiB in a file of 1 kB": ("more elements", lambda: with_tensor(size=(2**31 - 1,), stride=(1,))),
+    "4 GiB by a stride of 0": ("not contiguous", lambda: with_tensor(size=(2**31 - 1,), stride=(0,))),
+    "2^60 elements": ("more elements", lambda: with_tensor(size=(2**30, 2**30), stride=(2**30, 1))),
+    "a tensor of 100 dimensions": ("shape", lambda: with_tensor(size=(1,) * 100, stride=(1,) * 100)),
+    "a transposed tensor": ("not contiguous", lambda: with_tensor(stride=(1, 2))),
+    "a negative stride": ("not contiguous", lambda: with_tensor(stride=(-2, -1))),
+    "a stride too few": ("shape", lambda: with_tensor(stride=(1,))),
+    "a negative offset": ("shape", lambda: with_tensor(offset=-1)),
+    "an offset too far": ("more elements", lambda: with_tensor(offset=1)),
+    "an offset that is no number": ("is not a tensor", lambda: with_tensor(offset="0")),
+    "a negative size": ("shape", lambda: with_tensor(size=(-2, -2))),
+    "a size of 0": ("shape", lambda: with_tensor(size=(2, 0))),
+    "a size that is a fraction": ("shape", lambda: with_tensor(size=(2.0, 2))),
+    "a size that is a list": ("is not a tensor", lambda: with_tensor(size=[2, 2])),
+    "a tensor without a storage": ("is not a tensor", lambda: with_tensor("0000")),
+    "a tensor that points into text": ("is not a tensor", lambda: with_tensor(None, offset=None)),
+    # storages
+    **{
+        f"a storage of {kind}": ("wants to import torch." + kind, lambda k=kind: with_tensor(storage(f"torch\n{k}")))
+        for kind in ("ComplexFloatStorage", "QInt8Storage", "LongStorage", "BoolStorage", "BFloat16Storage", "load")
+    },
+    "a storage that imports os.system": (
+        f"wants to import {SYSTEM.decode()}.system",
+        lambda: with_tensor(storage(reference=b"c" + SYSTEM + b"\nsystem\n")),
+    ),
+    "a storage that imports a dotted name": (
+        "wants to import torch.serialization.os.system",
+        lambda: with_tensor(storage("torch.serialization\nos.system")),
+    ),
+    "a storage that calls os.system": (
+        "wants to import",
+        lambda: with_tensor(storage(reference=b"c" + SYSTEM + b"\nsystem\n" + text(COMMAND) + b"\x85R")),
+    ),
+    "a storage that calls": ("instruction REDUCE", lambda: with_tensor(storage(reference=b"NNR"))),
+    "a storage that builds": ("instruction BUILD", lambda: with_tensor(storage(reference=b"NNb"))),
+    "a storage with a huge memo": ("instruction LONG_BINPUT", lambda: with_tensor(storage(reference=b"Nr" + HUGE))),
+    "a storage with an inner storage": (
+        "instruction STACK_GLOBAL",
+        lambda: with_tensor(storage(reference=call("torch.storage", "_load_from_bytes", b"C\x00"))),
+    ),
+    "a storage with a huge LONG4": ("", lambda: with_tensor(storage(reference=b"\x8b\xff\xff\xff\x7f"))),
+    "a reference that is a number": ("not stored as", lambda: with_tensor(storage(reference=b"K\x01Q"))),
+    "a reference that is None": ("not stored as", lambda: with_tensor(storage(reference=b"NQ"))),
+    "a reference to a module": (
+        "not stored as",
+        lambda: with_tensor(storage(reference=plain(("module", "a", "b", "c")) + b"Q")),
+    ),
+    "a reference with text for the type": (
+        "not stored as",
+        lambda: with_tensor(storage(reference=plain(("storage", "HalfStorage", "0", "cpu", 4, None)) + b"Q")),
+    ),
+    "a reference to a view": (
+        "not stored as",
+        lambda: with_tensor(storage().replace(b"NtQ", plain(("1", 0, 4)) + b"tQ")),
+    ),
+    "2^40 elements announced": ("not stored as", lambda: with_tensor(storage(numel=2**40))),
+    "2^40 elements announced twice": ("not stored as", lambda: with_tensor(storage(numel=2**40, count=2**40))),
+    "a number of elements below 0": ("not stored as", lambda: with_tensor(storage(numel=-4, count=2**64 - 4))),
+    "a number of elements that is a fraction": ("not stored as", lambda: with_tensor(storage(numel=4.0))),
+    "fewer elements than announced": ("not stored as", lambda: with_tensor(storage(data=b"12345"))),
+    "more elements than announced": ("not stored as", lambda: with_tensor(storage(data=b"1234567890"))),
+    "another key": ("not stored as", lambda: with_tensor(storage(keys=("1",)))),
+    "two keys": ("not stored as", lambda: with_tensor(storage(keys=("0", "1")))),
+    "another magic number": ("not stored as", lambda: with_tensor(storage(magic=12345))),
+    "another version of the storage": ("not stored as", lambda: with_tensor(storage(protocol=1000))),
+    "a big-endian storage": ("not stored as", lambda: with_tensor(storage(machine={"little_endian": False}))),
+    "an empty storage": ("", lambda: with_tensor(b"")),
+    "half a storage": ("", lambda: with_tensor(storage()[:60])),
+    "a storage that goes on behind its end": ("not stored as", lambda: with_tensor(storage(data=b""))),
+    "a zip file as storage": ("", lambda: with_tensor(zip_file())),
+    # other files
+    "empty": ("empty", lambda: b""),
+    "text": ("", lambda: b"<html><body>404 Not Found</body></html>\n"),
+    "zeros": ("", lambda: bytes(1000)),
+    "a pickle of protocol 0": ("instruction", lambda: write(protocol=0)),
+    "a pickle of protocol 2": ("instruction GLOBAL", lambda: write(protocol=2)),
+    "a number in digits": ("", lambda: b"I" + b"9" * 100_000 + b"\n."),
+    "a file of torch.save": ("", zip_file),
+    "a file of torch.save before 1.6": ("instruction", storage),
+    "a pickle of something else": ("'ema'", lambda: pickle.dumps({"weight": [1.0, 2.0]}, 4)),
+    "half a file": ("", lambda: write()[: len(write()) // 2]),
+    **{f"random bytes {i}": ("", lambda i=i: np.random.default_rng(i).bytes(1000)) for i in range(5)},
+}
+
+CHILD = """
+import json, os, resource, sys, time
+from pathlib import Path
+from flowdistill.errors import CheckpointError
+from flowdistill.teachers.edm2.release import read_release
+
+canary, watched = Path(os.environ["CANARY"]), ("import", "exec", "compile", "pickle.find_class", "subprocess.Popen")
+events = []
+sys.addaudithook(lambda event, _: events.append(event) if event in watched or event.startswith("os.") else None)
+
+def memory(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+
+for path in sys.argv[1:3]:  # what is imported at first use
+    try:
+        read_release(path)
+    except CheckpointError:
+        pass
+start = memory("VmPeak")
+limit = int((memory("VmSize") + 400) * 2**20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+for path in sys.argv[3:]:
+    print(json.dumps({"path": path}), flush=True)
+    events.clear()
+    begun = time.process_time()
+    try:
+        outcome = [str(type(read_release(path))), ""]
+    except BaseException as error:
+        outcome = [type(error).__name__, str(error)]
+    seconds, ran = time.process_time() - begun, events + ["canary"] * canary.exists()
+    row = {"outcome": outcome, "ran": ran, "seconds": seconds, "megabytes": memory("VmPeak") - start}
+    print(json.dumps(row | {"path": path}), flush=True)
+    canary.unlink(missing_ok=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """What came of each hostile file in a process of little memory, by the file's name."""
+    folder = tmp_path_factory.mktemp("hostile")
+    (folder / "good").write_bytes(write())
+    (folder / "bad").write_bytes(b"bad")
+    paths = {key: folder / f"{i}.pkl" for i, key in enumerate(HOSTILE)}
+    for key, path in paths.items():
+        path.write_bytes(HOSTILE[key][1]())
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, *map(str, (folder / "good", folder / "bad", *paths.values()))],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CANARY": str(folder / "canary")},
+    )
+    rows = {row["path"]: row for row in map(json.loads, done.stdout.splitlines())}
+    return {key: rows.get(str(path), {"outcome": ["not reached", done.stderr]}) for key, path in paths.items()}
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs the peak of a process's memory")
+@pytest.mark.parametrize("key", HOSTILE)
+def test_hostile_file_is_refused(outcomes, key):
+    """With one message, which names the file and the reason; nothing runs, and little time and memory is needed."""
+    row = outcomes[key]
+    assert "outcome" in row, "the process died"
+    kind, message = row["outcome"]
+    assert (kind, row["ran"]) == ("CheckpointError", []), message
+    assert message.startswith(f"{row['path']} is not a released EDM2 network: ")
+    assert HOSTILE[key][0] in message
+    assert "Memory" not in message
+    assert "alloc" not in message
+    assert len(message) < 1500
+    assert message.isprintable()
+    assert row["megabytes"] < 100
+    assert row["seconds"] < 10
+
+
+def test_missing_file_and_folder(tmp_path):
+    for path in (tmp_path / "missing.pkl", tmp_path, tmp_path / "a" / "b", tmp_path / ("x" * 1000)):
+        with pytest.raises(CheckpointError) as caught:
+            read_release(path)
+        assert str(path) in str(caught.value)
+
+
+def outcome(path, data):
+    """The tensors, or the error's message."""
+    path.write_bytes(data)
+    try:
+        return read_release(path)[1]
+    except CheckpointError as error:
+        return str(error)
+
+
+def refused(path, data):
+    return str(path) in outcome(path, data)
+
+
+def refused_or_whole(path, data):
+    result = outcome(path, data)
+    return str(path) in result or all(isinstance(tensor, torch.Tensor) for tensor in result.values())
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    return tmp_path_factory.mktemp("damaged") / "network.pkl", write()
+
+
+@settings(max_examples=150)
+@given(fraction=st.floats(0, 1, exclude_max=True))
+@example(fraction=0.0)
+def test_truncated_file(good, fraction):
+    path, data = good
+    assert refused(path, data[: int(fraction * len(data))])
+
+
+@settings(max_examples=300)
+@given(fraction=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
+def test_file_with_a_wrong_byte(good, fraction, flip):
+    path, data = good
+    place = int(fraction * len(data))
+    assert refused_or_whole(path, data[:place] + bytes([data[place] ^ flip]) + data[place + 1 :])
+
+
+@settings(max_examples=100)
+@given(fraction=st.floats(0, 1, exclude_max=True), junk=st.binary(min_size=1, max_size=20), length=st.integers(0, 20))
+def test_file_with_other_bytes_in_it(good, fraction, junk, length):
+    path, data = good
+    place = int(fraction * len(data))
+    changed = data[:place] + junk + data[place + length :]
+    assert refused_or_whole(path, framed(changed) if place > 11 else changed)
+
+
+@given(data=st.binary(max_size=200))
+def test_random_file(good, data):
+    assert refused(good[0], data)
+    assert refused(good[0], b"\x80\x04" + data + b".")
+
+
+def test_the_canary_sings(canary):
+    """Unpickled as usual, these files run what is in them."""
+    storage_that_calls = storage(reference=b"c" + SYSTEM + b"\nsystem\n" + text(COMMAND) + b"\x85R")
+    for data in (
+        write(),
+        b"\x80\x04" + INSTRUCTIONS["GLOBAL"] + b".",
+        b"\x80\x04" + INSTRUCTIONS["INST"] + b".",
+        b"\x80\x04" + call(*IMPORTS["eval"]) + b".",
+        pickle.dumps(Call(torch.storage._load_from_bytes, storage_that_calls), 4),
+    ):
+        with writing(), suppress(Exception):
+            pickle.loads(data)
+        canary.unlink()

@@ -114,6 +114,42 @@ def test_a_run_continues_bit_for_bit(steps, tmp_path):
     assert parts[-1]["teacher_evaluations"] == whole[-1]["teacher_evaluations"]
 
 
+UNET = """
+train.objective = @flow_matching()
+train.flow_map = @network()
+network.network = @edm2()
+network.conditioning = 'instantaneous'
+edm2.img_resolution = 8
+edm2.img_channels = 1
+edm2.label_dim = 10
+edm2.model_channels = 8
+edm2.channel_mult = (1, 2)
+edm2.num_blocks = 1
+edm2.dropout = 0.5
+train.states = @noised_data()
+noised_data.dataset = @digits()
+train.optimizer = @Adam
+Adam.lr = 1e-2
+train.steps = 6
+train.batch_size = 8
+train.sample_every = 3
+train.checkpoint_every = 3
+"""
+
+
+def test_dropout_and_normalised_weights_continue_bit_for_bit(tmp_path):
+    """In training mode, whatever was done in between, such as pictures in evaluation mode."""
+    config = write(tmp_path / "unet.gin", UNET)
+    whole = flowdistill.train(gin_file=config, workdir=tmp_path / "whole")
+    flowdistill.train(gin_file=config, gin_bindings=["train.steps = 4"], workdir=tmp_path / "parts")
+    flowdistill.train(gin_file=config, workdir=tmp_path / "parts")
+    assert same(tmp_path / "whole", tmp_path / "parts")
+    assert not any(module.training for module in whole.flow_map.modules())
+    config = write(tmp_path / "without.gin", UNET.replace("dropout = 0.5", "dropout = 0.0"))
+    flowdistill.train(gin_file=config, workdir=tmp_path / "without")
+    assert not same(tmp_path / "whole", tmp_path / "without")
+
+
 def test_a_killed_process_continues_bit_for_bit(tmp_path):
     config = write(tmp_path / "ring.gin", steps=300, checkpoint_every=20)
     arguments = [sys.executable, "-m", "flowdistill", "train", "--gin_file", str(config), "--workdir"]

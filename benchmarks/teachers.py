@@ -1,0 +1,69 @@
+"""The trained teachers against real images, by guidance scale and number of Euler steps.
+
+    python benchmarks/teachers.py digits|mnist_sit|mnist_edm2
+
+Prints a Markdown table, mean ± standard deviation over seeds, and writes it to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import attrs
+
+import flowdistill
+from flowdistill.evaluation.report import Evaluation, compare, machine
+from flowdistill.guidance import GuidedTeacher
+
+SEEDS = (1, 2, 3)
+METRICS = ("fid", "precision", "recall", "accuracy")
+RESULTS = Path(__file__).parent / "results"
+
+
+@attrs.frozen
+class Study:
+    """A teacher, the features that judge it, and what is varied."""
+
+    teacher: str
+    features: str
+    scales: Sequence[float]
+    steps: Sequence[int]
+
+
+STUDIES = {
+    "digits": Study("digits_teacher", "digits", (1.0, 1.1, 1.25, 1.5), (1, 4, 16, 64)),
+    "mnist_sit": Study("mnist_sit", "mnist", (1.0, 1.5, 2.0), (1, 4, 16)),
+    "mnist_edm2": Study("mnist_edm2", "mnist", (1.0, 1.5), (1, 4, 16)),
+}
+
+
+def main() -> None:
+    """Measure every scale and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=STUDIES)
+    name = parser.parse_args().name
+    study = STUDIES[name]
+    teacher = flowdistill.load_teacher(study.teacher)
+    lines = [f"| guidance | Euler steps | {' | '.join(METRICS)} |", "|---" * (2 + len(METRICS)) + "|"]
+    evaluations = [
+        Evaluation(features=study.features, metrics=METRICS, teacher_steps=study.steps, seed=seed) for seed in SEEDS
+    ]
+    for scale in study.scales:
+        guided = GuidedTeacher(teacher, scale)
+        seeds = [list(compare(None, guided, evaluation).values()) for evaluation in evaluations]
+        for i, steps in enumerate(study.steps):
+            cells = []
+            for metric in METRICS:
+                values = [rows[i][metric] for rows in seeds]
+                cells.append(f"{statistics.mean(values):.3g} ± {statistics.stdev(values):.2g}")
+            lines.append(f"| {scale} | {steps} | {' | '.join(cells)} |")
+    lines += ["", f"Seeds {', '.join(map(str, SEEDS))}; {evaluations[0].num_samples} samples a row. {machine()}."]
+    print("\n".join(lines))
+    (RESULTS / f"{name}_teacher.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
