@@ -1,6 +1,6 @@
-"""FreeFlow on the digits and on the ring, over seeds, beside the teacher and the noise floor.
+"""FreeFlow on MNIST, the digits and the ring, over seeds, beside the teacher and the noise floor.
 
-    python benchmarks/freeflow.py digits|ring|digits_choices|ring_choices [--jobs 2] [--steps N]
+    python benchmarks/freeflow.py mnist|digits|ring|digits_choices|ring_choices [--jobs 2] [--steps N]
 
 Every run is a process of its own with cores / jobs threads, in runs/benchmarks/ under the hash of its configuration;
 finished ones are not repeated, so an interrupted benchmark goes on where it stopped. The table, mean ± standard
@@ -47,6 +47,10 @@ CENTRAL = "finite_difference.scheme = 'central'"
 JVP = "freeflow_prediction.estimator = @jvp()"
 
 SUITES = {
+    "mnist": [
+        Variant("FreeFlow, 1 step", "freeflow/mnist.gin"),
+        Variant("prediction alone, 1 step", "freeflow/mnist.gin", PREDICTION_ALONE, CORRECTION),
+    ],
     "digits": [
         Variant("FreeFlow, 1 step", "freeflow/digits.gin"),
         Variant("prediction alone, 1 step", "freeflow/digits.gin", PREDICTION_ALONE, CORRECTION),

@@ -71,8 +71,8 @@ def digits(folder: str | None) -> Data:
         (
             "scikit-learn's 8x8 digits",
             "two random halves of the 1797 real images",
-            "The file also holds the features of all real images (`reference`, half precision), so that a model can be judged "
-            "without the data set, and the rows of the held-out ones (`held_out`).",
+            "The file also holds the features of all real images (`reference`, half precision), so that a model can\n"
+            "be judged without the data set, and the rows of the held-out ones (`held_out`).",
         ),
     )
 
@@ -98,8 +98,8 @@ def mnist(folder: str | None) -> Data:
         (
             "MNIST",
             "2000 training images to the 10 000 test images",
-            "The file also holds the features of all test images (`reference`, half precision), so that a model can be judged "
-            "without the data set.",
+            "The file also holds the features of all test images (`reference`, half precision), so that a model can\n"
+            "be judged without the data set.",
         ),
     )
 
@@ -139,10 +139,10 @@ def main() -> None:
     network.eval().requires_grad_(False)
 
     def features(images: Tensor) -> Tensor:
-        return torch.cat([network(part)[0] for part in images.split(1000)])
+        return torch.cat([network(part)[0] for part in torch.split(images, 1000)])
 
     images, labels = data.test
-    accuracy = label_agreement(torch.cat([network(part)[1] for part in images.split(1000)]), labels)
+    accuracy = label_agreement(torch.cat([network(part)[1] for part in torch.split(images, 1000)]), labels)
     network.scale.mul_((data.floor / data.distance(features)) ** 0.5)
     tensors = {**network.state_dict(), "reference": features(data.reference).half(), **data.extra}
     WEIGHTS.mkdir(exist_ok=True)

@@ -177,7 +177,15 @@ def _list(options: argparse.Namespace) -> None:
             print(name)
             variants = REGISTRIES[options.kind].variants(name) if options.kind in REGISTRIES else []
             if variants:
-                print(textwrap.fill(", ".join(variants), 100, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False))
+                print(
+                    textwrap.fill(
+                        ", ".join(variants),
+                        100,
+                        initial_indent="    ",
+                        subsequent_indent="    ",
+                        break_on_hyphens=False,
+                    )
+                )
     else:
         raise unknown_name("kind", options.kind, list(kinds))
 

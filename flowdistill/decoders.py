@@ -69,8 +69,8 @@ class StableDiffusionVae(Decoder):
     """Samples that are affinely scaled latents of Stable Diffusion's autoencoder, through diffusers.
 
     Attributes:
-        vae: the autoencoder's folder or its HuggingFace repository, such as ``stabilityai/sd-vae-ft-ema``; None knows the
-            latents' scale but decodes nothing.
+        vae: the autoencoder's folder or its HuggingFace repository, such as ``stabilityai/sd-vae-ft-ema``; None knows
+            the latents' scale but decodes nothing.
         scale: of each channel (or one for all): samples are raw latents times scale plus bias.
         bias: of each channel, or one for all.
         pixel_range: the values of black and white in the autoencoder's output: (-1, 1) as it was trained, or (0, 1) as

@@ -25,8 +25,9 @@ class NetworkFlowMap(FlowMap):
     The network's own time slot sees t, and the new embeddings, added to the vector that conditions its blocks, start
     at zero. So a network that is a velocity field starts as F(x, t, s) = u(x, t), which is exact on the diagonal.
 
-    Decoupled conditioning (Lee et al. 2025, Decoupled MeanFlow, arXiv 2510.24474) has no embedding of the duration: the early
-    blocks see t and the late ones s, so that a velocity field is a flow map with F(x, t, t) = u(x, t) as it stands.
+    Decoupled conditioning (Lee et al. 2025, Decoupled MeanFlow, arXiv 2510.24474) has no embedding of the duration: the
+    early blocks see t and the late ones s, so that a velocity field is a flow map with F(x, t, t) = u(x, t) as it
+    stands.
 
     Args:
         network: the backbone.

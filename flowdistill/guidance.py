@@ -27,7 +27,8 @@ class GuidedTeacher(Teacher):
         scale: gamma of samples whose condition names none; 1 is no guidance.
         interval: times [low, high], ends included, at which guidance is on.
         guide: the weak teacher of autoguidance; None is classifier-free guidance.
-        channels: guide the first channels alone; None is all. SiT's published samples guide 3 of 4, REPA's and EDM2's all.
+        channels: guide the first channels alone; None is all. SiT's published samples guide 3 of 4, REPA's and EDM2's
+            all.
 
     Raises:
         ConfigError: classifier-free guidance of an unconditional teacher, an interval outside [0, 1], or more channels
@@ -53,7 +54,9 @@ class GuidedTeacher(Teacher):
         if channels is not None and not 0 < channels <= teacher.sample_shape[0]:
             raise ConfigError(f"channels must be in 1 to {teacher.sample_shape[0]}, not {channels}")
         if guide is not None and guide.sample_shape != teacher.sample_shape:
-            raise ConfigError(f"the guide's samples have shape {guide.sample_shape}, the teacher's {teacher.sample_shape}")
+            raise ConfigError(
+                f"the guide's samples have shape {guide.sample_shape}, the teacher's {teacher.sample_shape}"
+            )
         if guide is None and teacher.num_classes is None:
             raise ConfigError("classifier-free guidance needs a class-conditional teacher, or give a guide")
         self.teacher, self.guide, self.scale = teacher, guide, scale
@@ -101,7 +104,8 @@ class GuidedTeacher(Teacher):
         labels = torch.cat([condition.labels, plain.drop().labels])  # type: ignore[list-item]
         extra = {name: torch.cat([value, value]) for name, value in condition.extra.items()}
         both = self.teacher.velocity(torch.cat([x, x]), torch.cat([t, t]), Condition(labels, extra=extra))
-        return self._extrapolate(*both.chunk(2), excess)
+        strong, weak = both.chunk(2)
+        return self._extrapolate(strong, weak, excess)
 
     def _extrapolate(self, strong: Tensor, weak: Tensor, excess: Tensor) -> Tensor:
         guided = strong + excess * (strong - weak)

@@ -69,11 +69,11 @@ def load_teacher(name_or_path: str | Path, **kwargs: Any) -> Teacher:
     ``load_teacher.name_or_path = 'sit-xl/2-256'`` and ``load_teacher.checkpoint = 'SiT-XL-2-256x256.pt'``.
 
     Args:
-        name_or_path: a name that ``flowdistill list teachers`` shows; a published architecture, such as ``sit-xl/2-256``,
-            ``sit-xl/2-repa-256`` or ``edm2-s-512``, whose weights are the argument ``checkpoint``; a run directory or a
-            checkpoint in it, of an objective such as ``flow_matching``; a model folder, as ``flowdistill convert`` writes
-            it; a checkpoint file of the authors of SiT, REPA or EDM2; or ``hf://owner/repository`` of a model folder on
-            HuggingFace.
+        name_or_path: a name that ``flowdistill list teachers`` shows; a published architecture, such as
+            ``sit-xl/2-256``, ``sit-xl/2-repa-256`` or ``edm2-s-512``, whose weights are the argument ``checkpoint``; a
+            run directory or a checkpoint in it, of an objective such as ``flow_matching``; a model folder, as
+            ``flowdistill convert`` writes it; a checkpoint file of the authors of SiT, REPA or EDM2; or
+            ``hf://owner/repository`` of a model folder on HuggingFace.
         **kwargs: arguments of a registered teacher.
 
     Raises:

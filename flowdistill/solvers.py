@@ -1,10 +1,11 @@
-"""Samplers of a teacher: solvers of the ODE dx/dt = u(x, t), and of the SDE with the same marginals, from noise to data.
+"""Samplers of a teacher: solvers of dx/dt = u(x, t), and of the SDE with the same marginals, from noise to data.
 
 States may be in float64 while the teacher computes in float32: a solver hands over and takes back what each needs.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from typing import Literal, Protocol
@@ -179,8 +180,8 @@ class Edm(Solver):
         sigma_min: the last noise level before 0.
         sigma_max: the first noise level.
         rho: larger puts more steps at low noise.
-        data_scale: S, such that y = S x_0. With the default, 0.5, the levels are those of EDM for a teacher whose data have
-            unit variance.
+        data_scale: S, such that y = S x_0. With the default, 0.5, the levels are those of EDM for a teacher whose data
+            have unit variance.
         churn: noise that is added anew, S_churn; 0 is deterministic.
         churn_range: noise levels [S_min, S_max] at which it is added.
         churn_noise: its standard deviation over the right one, S_noise.
@@ -218,9 +219,9 @@ class Edm(Solver):
             denoised = scale * velocity_to_denoised(state, t, _velocity(teacher, state, t, condition))
             return (z - denoised) / sigma
 
-        levels = self.levels().tolist()
+        levels: list[float] = self.levels().tolist()
         z = levels[0] * x
-        for sigma, following in zip(levels[:-1], levels[1:], strict=True):
+        for sigma, following in itertools.pairwise(levels):
             low, high = self.churn_range
             if self.churn and low <= sigma <= high:
                 raised = sigma * (1 + min(self.churn / self.steps, math.sqrt(2) - 1))

@@ -53,7 +53,11 @@ def test_list_show_cite(folder):
     listed = command("list", cwd=folder).stdout
     for name in ("freeflow", "meanflow", "digits_teacher", "ring", "finite_difference", "freeflow/digits.gin"):
         assert name in listed
-    assert command("list", "solvers", cwd=folder).stdout.split() == ["dopri5", "euler", "heun"]
+    assert command("list", "solvers", cwd=folder).stdout.split() == ["dopri5", "edm", "euler", "heun", "rk4", "sde"]
+    teachers = command("list", "teachers", cwd=folder).stdout
+    for name in ("ring", "mnist_sit", "sit-xl/2-256", "sit-xl/2-repa-512", "edm2-xxl-512-uncond", "edm2-s-64"):
+        assert name in re.split(r"[\s,]+", teachers)
+    assert "EDM2 network" in command("show", "teachers", "edm2-s-512", cwd=folder).stdout
     shown = command("show", "objectives", "freeflow", cwd=folder).stdout
     assert "alpha" in shown
     assert "2511.19428" in shown

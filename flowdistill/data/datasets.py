@@ -61,7 +61,9 @@ class Digits(ImageDataset):
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        super().__init__(torch.from_numpy(digits.images).float()[:, None] / 8 - 1, torch.from_numpy(digits.target).long())
+        super().__init__(
+            torch.from_numpy(digits.images).float()[:, None] / 8 - 1, torch.from_numpy(digits.target).long()
+        )
 
 
 @register_dataset("exact_samples")

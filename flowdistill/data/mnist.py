@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from flowdistill.data.datasets import ImageDataset
 from flowdistill.errors import DataError

@@ -18,8 +18,8 @@ WEIGHTS = Path(__file__).parent / "weights"
 class DigitClassifier(nn.Module):
     """A classifier of handwritten digits: three convolutions and two linear layers, between which lie the 64 features.
 
-    Features are multiplied by ``scale``, chosen when the network was trained such that two sets of real digits are at the
-    Frechet distance that its card names.
+    Features are multiplied by ``scale``, chosen when the network was trained such that two sets of real digits are at
+    the Frechet distance that its card names.
 
     Args:
         size: height and width of the images.

@@ -46,7 +46,7 @@ def sample_set(
     if features is None:
         return SampleSet(samples.flatten(1), labels)
     extractor = load_features(features)
-    images = (part.float() if decoder is None else decoder.decode(part) for part in samples.split(500))
+    images = (part.float() if decoder is None else decoder.decode(part) for part in torch.split(samples, 500))
     parts = [extractor(part) for part in images]
     extracted, logits = (torch.cat(list(column)) for column in zip(*parts, strict=True))
     return SampleSet(extracted, labels, logits)

@@ -56,7 +56,7 @@ class Teacher(nn.Module, ABC):
         return self.velocity(x, t, condition)
 
     def held(self, t: Tensor) -> Teacher:
-        """This teacher with what it decides by the time, such as whether to guide, decided by t (B,) once and for all."""
+        """This teacher with what it decides by the time, such as whether to guide, decided by t (B,) for good."""
         return self
 
     @property

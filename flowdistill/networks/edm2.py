@@ -80,9 +80,9 @@ class MPFourier(nn.Module):
 class MPConv(nn.Module):
     """A convolution (or, without a kernel, a linear layer) of which only the directions of the weights count.
 
-    Each output's weights are scaled to unit length (equation 47), so that the layer preserves magnitudes. In training mode
-    the stored weights are replaced by the scaled ones, once after each change (forced weight normalisation, section 2.3):
-    a parameter that grew would turn ever more slowly.
+    Each output's weights are scaled to unit length (equation 47), so that the layer preserves magnitudes. In training
+    mode the stored weights are replaced by the scaled ones, once after each change (forced weight normalisation,
+    section 2.3): a parameter that grew would turn ever more slowly.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: Sequence[int] = ()) -> None:
@@ -180,7 +180,9 @@ class _UNet(nn.Module):
         self.emb_noise = MPConv(noise_size, self.embedding_size)
         self.emb_label = MPConv(label_dim, self.embedding_size) if label_dim else None
 
-        def block(n_in: int, n_out: int, decoder: bool, attention: bool = False, direction: str | None = None) -> _Block:
+        def block(
+            n_in: int, n_out: int, decoder: bool, attention: bool = False, direction: str | None = None
+        ) -> _Block:
             return _Block(
                 n_in,
                 n_out,
@@ -230,7 +232,7 @@ class _UNet(nn.Module):
         return mp_silu(result if embedding is None else result + embedding)
 
     def forward(self, x: Tensor, early: Tensor, late: Tensor, early_blocks: int) -> Tensor:
-        """The output for an input (B, C, H, W); the first ``early_blocks`` blocks see ``early``, the others ``late``."""
+        """The output for x (B, C, H, W); the first ``early_blocks`` blocks see ``early``, the others ``late``."""
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         skips = []
         for i, (name, layer) in enumerate(self.enc.items()):
@@ -252,12 +254,13 @@ class EDM2(VelocityNetwork):
 
         D(z; sigma) = sd^2/(sigma^2 + sd^2) z + sigma sd/sqrt(sigma^2 + sd^2) F(z/sqrt(sigma^2 + sd^2), ln(sigma)/4),
 
-    is `denoise`, under their state-dict names. `velocity` is the same network on this library's linear path of x_0 = y / S,
-    with S = ``data_scale`` and sigma = S t/(1 - t). With k = sd/S and r^2 = k^2 (1 - t)^2 + t^2,
+    is `denoise`, under their state-dict names. `velocity` is the same network on this library's linear path of
+    x_0 = y/S, with S = ``data_scale`` and sigma = S t/(1 - t). With k = sd/S and r^2 = k^2 (1 - t)^2 + t^2,
 
         u(x, t) = (t - k^2 (1 - t))/r^2 x - k/r F(x/r, ln(sigma)/4),
 
-    which divides by neither t nor 1 - t. Only the noise level that F is told is cut to the range in which the authors use
+    which divides by neither t nor 1 - t. Only the noise level that F is told is cut to the range in which the authors
+    use
     it: outside, its derivative by way of the noise level is 0, and u goes on to both ends. A fresh network has F = 0.
 
     Args:
@@ -277,14 +280,15 @@ class EDM2(VelocityNetwork):
         resample_filter: of the changes of resolution.
         dropout: in training mode. The authors use 0.1 from size m on, and 0 below.
         use_fp16: evaluate F in float16 on a GPU, as the authors do.
-        data_scale: S, the unit in which `velocity` sees the data; None is ``sigma_data``, for which x_0 has unit variance.
+        data_scale: S, the unit in which `velocity` sees the data; None is ``sigma_data``, for which x_0 has unit
+            variance.
         noise_levels: smallest and largest noise level that F is told by `velocity`.
 
     Raises:
         ConfigError: a resolution that cannot be halved as often as there are levels.
 
     Examples:
-        >>> net = EDM2(img_resolution=8, img_channels=1, label_dim=10, model_channels=8, channel_mult=(1, 2), num_blocks=1)
+        >>> net = EDM2(8, img_channels=1, label_dim=10, model_channels=8, channel_mult=(1, 2), num_blocks=1)
         >>> net.velocity(torch.randn(3, 1, 8, 8), torch.rand(3), torch.tensor([1, 2, -1])).shape
         torch.Size([3, 1, 8, 8])
         >>> z, sigma = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 80.0])

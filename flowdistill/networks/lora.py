@@ -48,7 +48,9 @@ def add_lora(module: _M, rank: int) -> _M:
         ['0.down.weight', '0.up.weight']
     """
     if not any(isinstance(child, nn.Linear) for child in module.modules()):
-        raise ConfigError(f"{type(module).__name__} has no linear layers to update: train the whole copy (lora_rank = 0)")
+        raise ConfigError(
+            f"{type(module).__name__} has no linear layers to update: train the whole copy (lora_rank = 0)"
+        )
     module.requires_grad_(False)
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):

@@ -102,8 +102,8 @@ class SiT(VelocityNetwork):
     """SiT on square images or latents (C, input_size, input_size).
 
     `forward` is the authors' function of their own time (t = 1 is data) and sign (data - noise), under their state-dict
-    names; `velocity` is this library's. REPA (Yu et al. 2024, arXiv 2410.06940) trains the same network with the time and the
-    sign of this library, without ``learn_sigma``. A fresh network outputs exactly 0.
+    names; `velocity` is this library's. REPA (Yu et al. 2024, arXiv 2410.06940) trains the same network with the time
+    and the sign of this library, without ``learn_sigma``. A fresh network outputs exactly 0.
 
     Args:
         input_size: height and width of the input.

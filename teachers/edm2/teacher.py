@@ -34,14 +34,16 @@ _LATENT_STD = (4.17, 4.62, 3.71, 3.28)
 class EDM2Teacher(NetworkTeacher):
     """An EDM2 network from a file of its authors (Karras et al. 2024, arXiv 2312.02696).
 
-    The files are pickles that carry source code; weights and constructor arguments are read from them and nothing is executed.
-    The authors' weights and code are licensed CC BY-NC-SA 4.0. Samples have unit variance: latents (4, 64, 64) for 512 pixels,
-    scaled images (3, 64, 64) for 64. To guide it, give a weaker network to ``guided`` as ``guide``: an unconditional one as
-    in the paper's classifier-free guidance, a smaller or less trained one as in autoguidance (arXiv 2406.02507).
+    The files are pickles that carry source code; weights and constructor arguments are read from them and nothing is
+    executed. The authors' weights and code are licensed CC BY-NC-SA 4.0. Samples have unit variance: latents (4, 64,
+    64) for 512 pixels, scaled images (3, 64, 64) for 64. To guide it, give a weaker network to ``guided`` as ``guide``:
+    an unconditional one as in the paper's classifier-free guidance, a smaller or less trained one as in autoguidance
+    (arXiv 2406.02507).
 
     Args:
         checkpoint: a ``.pkl`` file of the release, or where HuggingFace has it, see `locate`.
-        variant: the architecture that the file must have, as in ``load_teacher("edm2-s-512", checkpoint=...)``; None takes any.
+        variant: the architecture that the file must have, as in ``load_teacher("edm2-s-512", checkpoint=...)``; None
+            takes any.
         vae: the autoencoder of the decoder, see `StableDiffusionVae`; the authors used ``stabilityai/sd-vae-ft-mse``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Trained teachers of MNIST, one of each family; ``card.md`` beside it says how they were made and how good they are."""
+"""Trained teachers of MNIST, one of each family; ``card.md`` says how they were made and how good they are."""
 
 from __future__ import annotations
 

@@ -34,18 +34,18 @@ VARIANTS = [
 class SiTTeacher(NetworkTeacher):
     """A SiT from a checkpoint of the authors of SiT (arXiv 2401.08740) or REPA (arXiv 2410.06940).
 
-    The files are bare state dictionaries, or training checkpoints of which the average is taken; they are read as data. Samples
-    are latents of unit variance, (4, 32, 32) for 256 pixels. For guidance wrap the teacher by ``guided``: the published samples
-    of SiT guide the first 3 channels, those of REPA all.
+    The files are bare state dictionaries, or training checkpoints of which the average is taken; they are read as data.
+    Samples are latents of unit variance, (4, 32, 32) for 256 pixels. For guidance wrap the teacher by ``guided``: the
+    published samples of SiT guide the first 3 channels, those of REPA all.
 
     Args:
         checkpoint: a ``.pt``, ``.pth`` or ``.safetensors`` file, or where HuggingFace has it, see `locate`.
-        variant: the architecture that the file must have, as in ``load_teacher("sit-xl/2-256", checkpoint=...)``; None takes
-            what the shapes say.
+        variant: the architecture that the file must have, as in ``load_teacher("sit-xl/2-256", checkpoint=...)``; None
+            takes what the shapes say.
         vae: the autoencoder of the decoder, see `StableDiffusionVae`.
         num_heads: attention heads, which no shape tells; None is the number of a published width.
-        noise_time: the time of the noise, 0 as SiT trains or 1 as REPA does; None is that of ``variant``, and without one
-            0 where the output is doubled (``learn_sigma``) and 1 where there are REPA's projectors.
+        noise_time: the time of the noise, 0 as SiT trains or 1 as REPA does; None is that of ``variant``, and without
+            one 0 where the output is doubled (``learn_sigma``) and 1 where there are REPA's projectors.
 
     Raises:
         CheckpointError: no such file, or one that is damaged, hostile, or of another architecture.
