@@ -51,16 +51,22 @@ class Pixels(Decoder):
     rounding: Rounding = attrs.field(default="nearest", validator=in_(("nearest", "down")))
 
     def decode(self, samples: Tensor) -> Tensor:
-        """The samples in [-1, 1], without their margin."""
+        """The samples in [-1, 1], without their margin; ConfigError if they are smaller than ``crop``."""
         images = samples.float() * self.scale
         if self.crop is None:
             return images
+        if self.crop > min(images.shape[-2:]):
+            raise ConfigError(f"pixels.crop {self.crop} is larger than the images, {tuple(images.shape[-2:])}")
         margin = (images.shape[-1] - self.crop) // 2
         return images[..., margin : margin + self.crop, margin : margin + self.crop]
 
     def to_uint8(self, images: Tensor) -> Tensor:
         """See `Decoder.to_uint8`."""
         return quantize(images, self.rounding)
+
+
+def _frozen(value: float | Sequence[float]) -> float | tuple[float, ...]:
+    return tuple(value) if isinstance(value, Sequence) else value
 
 
 @register_decoder("stable_diffusion_vae")
@@ -79,8 +85,8 @@ class StableDiffusionVae(Decoder):
     """
 
     vae: str | None = attrs.field(default=None, converter=lambda value: None if value is None else str(value))
-    scale: float | Sequence[float] = 0.18215
-    bias: float | Sequence[float] = 0.0
+    scale: float | Sequence[float] = attrs.field(default=0.18215, converter=_frozen)
+    bias: float | Sequence[float] = attrs.field(default=0.0, converter=_frozen)
     pixel_range: tuple[float, float] = attrs.field(default=(-1.0, 1.0), converter=tuple)
     rounding: Rounding = attrs.field(default="nearest", validator=in_(("nearest", "down")))
 
@@ -115,12 +121,23 @@ class StableDiffusionVae(Decoder):
 
 @functools.cache
 def _load_vae(name: str) -> Any:
+    from flowdistill.evaluation._torch_fidelity import torch_fidelity
+
     try:
+        torch_fidelity("version")  # after it torchvision can be imported, which diffusers does
         from diffusers import AutoencoderKL
     except ImportError:
         raise ConfigError("decoding latents needs diffusers: pip install 'flowdistill[vae]'") from None
     try:
-        vae = AutoencoderKL.from_pretrained(name, local_files_only=Path(name).exists())
-    except (OSError, ValueError) as error:
+        vae, info = AutoencoderKL.from_pretrained(
+            name,
+            local_files_only=Path(name).exists(),
+            use_safetensors=True,  # never a pickle
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"the autoencoder {name} cannot be loaded: {error}") from None
+    if info["missing_keys"]:  # which diffusers fills with random numbers
+        raise ConfigError(f"the autoencoder {name} cannot be loaded: it lacks {sorted(info['missing_keys'])[0]}, ...")
     return vae.eval().requires_grad_(False)

@@ -56,6 +56,7 @@ def save_model(teacher: Teacher, folder: str | Path, dtype: Literal["float32", "
         partial.mkdir(parents=True)
         safetensors.torch.save_file(tensors, partial / "model.safetensors")
         (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        shutil.copymode(partial / "config.json", partial / "model.safetensors")  # which is written for its owner alone
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except (OSError, safetensors.SafetensorError) as error:

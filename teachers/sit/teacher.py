@@ -66,12 +66,12 @@ class SiTTeacher(NetworkTeacher):
         tensors = _read(path)
         try:
             arguments = _arguments(tensors)
-        except (KeyError, ValueError, IndexError):
+        except (KeyError, ValueError, IndexError, TypeError, ZeroDivisionError):
             raise CheckpointError(f"{path} is not the state dictionary of a SiT") from None
         has_projectors = any(name.startswith("projectors.") for name in tensors)
         if variant is not None:
             _check_variant(path, variant, arguments, has_projectors)
-            noise_time = 1 if "repa" in variant else 0
+            noise_time = (1 if "repa" in variant else 0) if noise_time is None else noise_time
         elif noise_time is None and (arguments["learn_sigma"] or has_projectors):
             noise_time = 1 if has_projectors else 0
         if noise_time is None:
@@ -79,8 +79,11 @@ class SiTTeacher(NetworkTeacher):
         num_heads = num_heads or _HEADS.get(arguments["hidden_size"])
         if num_heads is None:
             raise ConfigError(f"{path} is {arguments['hidden_size']} wide, which no published SiT is: give num_heads")
-        with torch.device("meta"):
-            network = SiT(**arguments, num_heads=num_heads, noise_time=noise_time)
+        try:
+            with torch.device("meta"):
+                network = SiT(**arguments, num_heads=num_heads, noise_time=noise_time)
+        except RuntimeError as error:
+            raise CheckpointError(f"{path} describes no SiT: {error}") from None
         useful = {name: v for name, v in tensors.items() if not name.startswith("projectors.")}
         fill_module(network, useful, path, assign=True)
         super().__init__(network, StableDiffusionVae(vae=vae, rounding="down" if noise_time else "nearest"))
@@ -98,12 +101,11 @@ def _read(path: Path) -> dict[str, Tensor]:
             with torch.serialization.safe_globals([argparse.Namespace]):  # the options in training checkpoints
                 content = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # whatever a damaged or hostile file makes the readers raise
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path} cannot be read as a checkpoint of SiT: {reason}") from None
+        raise CheckpointError(f"{path} cannot be read as a checkpoint of SiT: {_reason(error)}") from None
     for key in ("ema", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+    if not isinstance(content, dict) or not all(_is_stored(v) for v in content.values()):
         raise CheckpointError(f"{path} holds no state dictionary")
     tensors = {str(name): v.float() for name, v in content.items()}
     early = _depth(tensors)  # REPA once named its later blocks decoder_blocks, counted from 0
@@ -111,6 +113,19 @@ def _read(path: Path) -> dict[str, Tensor]:
         re.sub(r"^decoder_blocks\.(\d+)\.", lambda m: f"blocks.{int(m[1]) + early}.", name): v
         for name, v in tensors.items()
     }
+
+
+def _reason(error: Exception) -> str:
+    """The line of a message that says what is wrong, without torch's advice to load the file by running it."""
+    lines = [line.strip() for line in str(error).splitlines() if not re.search("weights.only", line, re.IGNORECASE)]
+    return next(filter(None, lines), type(error).__name__)
+
+
+def _is_stored(value: object) -> bool:
+    """Whether it is a tensor all of whose numbers are in the file: a repeated one may claim to be of any size."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or value.is_quantized:
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def _depth(tensors: Mapping[str, Tensor]) -> int:
@@ -121,13 +136,17 @@ def _arguments(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the shapes tell of the arguments of `SiT`."""
     hidden, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
     outputs = len(tensors["final_layer.linear.weight"]) // patch**2
+    perceptron = len(tensors["blocks.0.mlp.fc1.weight"])
+    ratio = perceptron / hidden
+    if hidden % 4:
+        raise ValueError("the table of positions has four parts")
     return {
         "input_size": math.isqrt(tensors["pos_embed"].shape[1]) * patch,
         "patch_size": patch,
         "in_channels": channels,
         "hidden_size": hidden,
         "depth": _depth(tensors),
-        "mlp_ratio": len(tensors["blocks.0.mlp.fc1.weight"]) / hidden,
+        "mlp_ratio": ratio if int(hidden * ratio) == perceptron else math.nextafter(ratio, math.inf),
         "num_classes": len(tensors["y_embedder.embedding_table.weight"]) - 1,
         "learn_sigma": outputs == 2 * channels,
         "qk_norm": "blocks.0.attn.q_norm.weight" in tensors,
