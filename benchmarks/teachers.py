@@ -11,6 +11,7 @@ import argparse
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import attrs
 
@@ -31,12 +32,14 @@ class Study:
     features: str
     scales: Sequence[float]
     steps: Sequence[int]
+    num_samples: int = 2000
+    precision: Literal["float32", "bf16"] = "float32"
 
 
 STUDIES = {
     "digits": Study("digits_teacher", "digits", (1.0, 1.1, 1.25, 1.5), (1, 4, 16, 64)),
-    "mnist_sit": Study("mnist_sit", "mnist", (1.0, 1.5, 2.0), (1, 4, 16)),
-    "mnist_edm2": Study("mnist_edm2", "mnist", (1.0, 1.5), (1, 4, 16)),
+    "mnist_sit": Study("mnist_sit", "mnist", (1.0, 1.5), (1, 4, 16), precision="bf16"),
+    "mnist_edm2": Study("mnist_edm2", "mnist", (1.5,), (1, 4, 16), 1000, "bf16"),
 }
 
 
@@ -49,7 +52,15 @@ def main() -> None:
     teacher = flowdistill.load_teacher(study.teacher)
     lines = [f"| guidance | Euler steps | {' | '.join(METRICS)} |", "|---" * (2 + len(METRICS)) + "|"]
     evaluations = [
-        Evaluation(features=study.features, metrics=METRICS, teacher_steps=study.steps, seed=seed) for seed in SEEDS
+        Evaluation(
+            features=study.features,
+            metrics=METRICS,
+            teacher_steps=study.steps,
+            num_samples=study.num_samples,
+            precision=study.precision,
+            seed=seed,
+        )
+        for seed in SEEDS
     ]
     for scale in study.scales:
         guided = GuidedTeacher(teacher, scale)

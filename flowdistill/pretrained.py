@@ -50,15 +50,20 @@ def save_model(teacher: Teacher, folder: str | Path, dtype: Literal["float32", "
         "decoder_arguments": {} if decoder is None else attrs.asdict(decoder),  # type: ignore[arg-type]
     }
     tensors = {name: v.to(getattr(torch, dtype)).contiguous().cpu() for name, v in network.state_dict().items()}
-    partial = folder.with_name(f".{folder.name}.partial")
+    present = folder.exists()  # and empty: perhaps a link, or where the user is, so that it is filled and not replaced
+    partial = folder / ".partial" if present else folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         safetensors.torch.save_file(tensors, partial / "model.safetensors")
         (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         shutil.copymode(partial / "config.json", partial / "model.safetensors")  # which is written for its owner alone
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        if present:
+            for file in list(partial.iterdir()):
+                file.rename(folder / file.name)
+            partial.rmdir()
+        else:
+            partial.rename(folder)
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointWriteError(f"cannot write {folder}: {error}; nothing was left there") from error
@@ -96,10 +101,11 @@ def load_model(folder: str | Path) -> NetworkTeacher:
             decoder = DECODERS.build(parts["decoder"], **parts["decoder_arguments"])
     except OSError as error:
         raise CheckpointError(f"{folder} is not a model folder: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ConfigError) as error:
         raise CheckpointError(f"{folder}/config.json does not describe a model: {error}") from None
     path = folder / "model.safetensors"
-    tensors = {name: v.float() if v.is_floating_point() else v for name, v in load_tensors(path).items()}
+    mapped = load_tensors(path).items()  # copied, lest the teacher change, or die, with its file
+    tensors = {name: v.to(torch.float32 if v.is_floating_point() else v.dtype, copy=True) for name, v in mapped}
     fill_module(network, tensors, path, assign=True)
     return NetworkTeacher(network, decoder)
 
@@ -128,7 +134,6 @@ def locate(checkpoint: str | Path) -> Path:
         raise CheckpointError(f"there is no file {checkpoint}")
     try:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
         raise ConfigError(f"fetching {checkpoint} needs huggingface_hub: pip install 'flowdistill[hub]'") from None
     try:
@@ -136,8 +141,9 @@ def locate(checkpoint: str | Path) -> Path:
             return Path(hf_hub_download(match[1], match[2]))
         hf_hub_download(match[1], "config.json")
         return Path(hf_hub_download(match[1], "model.safetensors")).parent
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise CheckpointError(f"there is no file {checkpoint}, and the hub does not give it: {error}") from None
+    except Exception as error:  # of a repository, a name, or any of the libraries that speak HTTP for the hub's
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"there is no file {checkpoint}, and the hub does not give it: {reason}") from None
 
 
 def load_file(path: str | Path, **kwargs: Any) -> Teacher:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from edm2_files import released
 
 import flowdistill
 from flowdistill import FLOW_MAPS, OBJECTIVES, STATE_SOURCES, TEACHERS, VELOCITY_ESTIMATORS, Condition
@@ -12,7 +13,7 @@ from flowdistill.data import ExactSamples
 from flowdistill.flow_maps import NetworkFlowMap, from_teacher
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import FlowMap, GeneratingVelocity, Objective, ObjectiveOutput
-from flowdistill.networks import MLP
+from flowdistill.networks import EDM2, MLP, SiT
 from flowdistill.states import NoisedData
 from flowdistill.teachers.gaussian import (
     GaussianFlowMap,
@@ -49,6 +50,27 @@ TEACHER_ARGUMENTS = {
 }
 
 
+def sit_file(folder):
+    network = SiT(8, 2, hidden_size=16, depth=2, num_heads=2, num_classes=5)
+    torch.save(trained(network).state_dict(), folder / "sit.pt")
+    return {"checkpoint": folder / "sit.pt", "num_heads": 2}
+
+
+def edm2_file(folder):
+    network = EDM2(8, 3, 5, 8, (1, 2), num_blocks=1, attn_resolutions=(4,), channels_per_head=8)
+    (folder / "edm2.pkl").write_bytes(released(trained(network)))
+    return {"checkpoint": folder / "edm2.pkl"}
+
+
+def trained(network):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return network
+
+
+CHECKPOINTS = {"sit_teacher": sit_file, "edm2_teacher": edm2_file}
 TRAINED = {"digits_teacher": 0.5, "mnist_sit": 1.0, "mnist_edm2": 1.0}  # only near what is exact
 
 

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flowdistill import NULL_LABEL, Condition, ConfigError
 from flowdistill.guidance import GuidedTeacher
@@ -71,3 +73,99 @@ def test_what_cannot_be_guided():
         GuidedTeacher(conditional, 2.0, interval=(0.5, 0.2))
     with pytest.raises(ConfigError, match="labels"):
         GuidedTeacher(conditional, 2.0).velocity(torch.zeros(1, 1), torch.ones(1))
+    with pytest.raises(ConfigError, match=r"samples have shape \(1,\), the teacher's \(2,\)"):
+        GuidedTeacher(GaussianTeacher([0.0, 0.0], 1.0), 2.0, guide=conditional)
+
+
+# Channels.
+
+
+@pytest.fixture
+def channels():
+    """Five channels, each of which guidance changes."""
+    means = torch.randn(2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return GaussianTeacher(torch.zeros(5).double(), 0.5, class_means=means)
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("autoguidance", [False, True])
+def test_the_first_channels_are_guided_and_the_others_are_not(channels, k, autoguidance):
+    guide = (
+        GaussianTeacher(torch.ones(5).double(), 2.0, class_means=torch.ones(2, 5).double()) if autoguidance else None
+    )
+    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    _, t, condition = inputs()
+    plain = channels.velocity(x, t, condition)
+    whole = GuidedTeacher(channels, 2.5, guide=guide).velocity(x, t, condition)
+    some = GuidedTeacher(channels, 2.5, guide=guide, channels=k).velocity(x, t, condition)
+    assert torch.equal(some[:, :k], whole[:, :k])
+    assert torch.equal(some[:, k:], plain[:, k:])
+    assert (whole - plain).abs().min() > 1e-6
+
+
+def test_channels_stay_guided_at_other_times(channels):
+    teacher = GuidedTeacher(channels, 2.5, channels=3)
+    assert teacher.with_interval((0.1, 0.2)).channels == 3
+    assert teacher.held(torch.ones(2)).channels == 3
+
+
+@pytest.mark.parametrize("k", [-1, 0, 6])
+def test_channels_that_there_are_not(channels, k):
+    with pytest.raises(ConfigError, match=f"channels must be in 1 to 5, not {k}"):
+        GuidedTeacher(channels, 2.0, channels=k)
+
+
+# Decisions held.
+
+
+def test_a_decision_that_is_held_is_made_by_the_given_time(plain):
+    """Whatever the time of the velocity; each row by its own."""
+    x, t, condition = inputs()
+    teacher = GuidedTeacher(plain, 3.0, interval=(0.2, 0.6))
+    always, never = GuidedTeacher(plain, 3.0).velocity(x, t, condition), plain.velocity(x, t, condition)
+    decided_by = torch.tensor([0.1, 0.2, 0.4, 0.6, 0.7, 1.0], dtype=torch.float64)
+    held = teacher.held(decided_by).velocity(x, t, condition)
+    inside = torch.tensor([False, True, True, True, False, False])
+    assert torch.equal(held[inside], always[inside])
+    assert torch.equal(held[~inside], never[~inside])
+    assert (always - never).abs().sum(1).min() > 1e-6
+    assert not torch.equal(held, teacher.velocity(x, t, condition))  # which is as it was
+
+
+def test_holding_counts_evaluations_and_keeps_the_rest(plain):
+    guide = GaussianTeacher(torch.zeros(2).double(), 2.0, class_means=torch.eye(2).double())
+    teacher = GuidedTeacher(plain, 3.0, interval=(0.2, 0.6), guide=guide)
+    x, t, condition = inputs()
+    held = teacher.held(t)
+    assert (held.scale, held.interval, held.guide) == (3.0, (0.2, 0.6), guide)
+    before = teacher.evaluations
+    assert torch.equal(held.velocity(x, t, condition), teacher.velocity(x, t, condition))
+    assert teacher.evaluations - before == 4 * len(x)
+    assert plain.held(t) is plain
+
+
+# Scale 1.
+
+UNIT = st.floats(0, 1)
+
+
+@given(
+    st.lists(st.floats(-50, 50), min_size=6, max_size=6),
+    st.lists(UNIT, min_size=3, max_size=3),
+    st.tuples(UNIT, UNIT).map(sorted),
+    st.lists(st.sampled_from([NULL_LABEL, 0, 1]), min_size=3, max_size=3),
+    st.booleans(),
+    st.sampled_from([None, 1, 2]),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_scale_one_is_no_guidance(x, t, interval, labels, autoguidance, channels, dtype):
+    """By the teacher's own scale, and by those of the condition, which a scale of the teacher's does not change."""
+    plain = GaussianTeacher(torch.zeros(2).to(dtype), 0.5, class_means=torch.eye(2).to(dtype))
+    guide = GaussianTeacher(torch.ones(2).to(dtype), 2.0, class_means=-torch.eye(2).to(dtype)) if autoguidance else None
+    x, t, labels = torch.tensor(x, dtype=dtype).reshape(3, 2), torch.tensor(t, dtype=dtype), torch.tensor(labels)
+    expected = plain.velocity(x, t, Condition(labels))
+    own = GuidedTeacher(plain, 1.0, tuple(interval), guide, channels)
+    assert torch.equal(own.velocity(x, t, Condition(labels)), expected)
+    other = GuidedTeacher(plain, 4.0, tuple(interval), guide, channels)
+    assert torch.equal(other.velocity(x, t, Condition(labels, torch.ones(3))), expected)
+    assert torch.equal(other.held(t.flip(0)).velocity(x, t, Condition(labels, torch.ones(3))), expected)

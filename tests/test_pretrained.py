@@ -34,7 +34,14 @@ SIT = {
     "num_heads": 2,
     "num_classes": 3,
 }
-UNET = {"img_resolution": 4, "img_channels": 2, "label_dim": 3, "model_channels": 4, "channel_mult": [1, 2], "num_blocks": 1}
+UNET = {
+    "img_resolution": 4,
+    "img_channels": 2,
+    "label_dim": 3,
+    "model_channels": 4,
+    "channel_mult": [1, 2],
+    "num_blocks": 1,
+}
 VAE = StableDiffusionVae(scale=(0.2, 0.4), bias=(0.1, -0.3), pixel_range=(0.0, 1.0), rounding="down")
 NETWORKS = {
     "sit": (functools.partial(SiT, **SIT), Pixels(scale=0.5, crop=2)),
@@ -126,6 +133,20 @@ def test_the_decoder_alone_tells_two_models_apart(tmp_path):
     decoder = load_model(save_model(teacher, tmp_path / "latents")).decoder
     assert decoder.ready
     assert not load_model(save_model(teacher_of("repa"), tmp_path / "not_ready")).decoder.ready
+
+
+def test_a_teacher_outlives_the_file_that_it_came_from(tmp_path):
+    """Memory that is mapped to a file changes with it, and ends the process where the file becomes shorter."""
+    save_model(teacher_of(), tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    shutil.copy(path, tmp_path / "sit.safetensors")
+    teachers = load_model(tmp_path / "model"), load_teacher(tmp_path / "sit.safetensors", num_heads=2)
+    for file in (path, tmp_path / "sit.safetensors"):
+        size = file.stat().st_size
+        with file.open("r+b") as opened:
+            opened.write(b"\1" * size)
+    for teacher in teachers:
+        assert torch.equal(velocity(teacher), velocity(teacher_of()))
 
 
 def test_a_place_that_is_taken_stays_as_it_was(tmp_path):
@@ -233,7 +254,7 @@ def test_a_configuration_of_another_time_or_program(model):
     [
         ({"network": "sitt"}, "did you mean sit"),
         ({"network": None}, "None"),
-        ({"network": ["sit"]}, "sit"),
+        ({"network": ["sit"]}, ""),
         ({"arguments": {"wdith": 3}}, "wdith"),
         ({"arguments": {**SIT, "patch_size": 0}}, ""),
         ({"arguments": {**SIT, "patch_size": 3}}, "does not divide"),
@@ -307,7 +328,7 @@ train.flow_map = @from_teacher
 from_teacher.conditioning = 'anchored'
 train.objective = @freeflow_prediction()
 train.optimizer = @AdamW
-AdamW.lr = 1e-3
+AdamW.lr = 1e-5
 train.steps = 3
 train.batch_size = 4
 train.sample_every = 0
@@ -337,7 +358,10 @@ def test_a_checkpoint_of_others_is_converted(tmp_path):
 
 def test_a_run_of_flow_matching_is_converted(tmp_path):
     flowdistill.train(gin_file="flow_matching/ring.gin", gin_bindings=RING, workdir=tmp_path / "run")
-    of_run, again = load_teacher(tmp_path / "run"), load_teacher(flowdistill.convert(tmp_path / "run", tmp_path / "model"))
+    of_run, again = (
+        load_teacher(tmp_path / "run"),
+        load_teacher(flowdistill.convert(tmp_path / "run", tmp_path / "model")),
+    )
     assert torch.equal(velocity(again), velocity(of_run))
     assert velocity(again).abs().max() > 0
 
@@ -418,7 +442,8 @@ def test_a_model_folder_is_distilled_by_its_name_in_a_gin_file(tmp_path, monkeyp
     moved = student.average_velocity(x, one, 0 * one, condition)
     assert torch.equal(moved, result.flow_map.average_velocity(x, one, 0 * one, condition))
     assert not torch.equal(moved, teacher.velocity(x, one, condition))
-    torch.testing.assert_close(moved, teacher.velocity(x, one, condition), rtol=0, atol=0.5)  # where it started
+    start = teacher.velocity(x, one, condition)
+    assert (moved - start).norm() < 0.1 * start.norm()
     assert flowdistill.sample("run", 4).shape == (4, 2, 4, 4)
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import http.client
+import math
 import os
 import urllib.request
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,8 @@ _SHA256 = {  # of the files before compression
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
+_HINT = f"the four files are at {_SOURCE}/train-images-idx3-ubyte.gz, ...: mnist.folder is where they lie, None downloads them"
+_UNREADABLE = (OSError, EOFError, zlib.error, http.client.HTTPException)
 
 
 @register_dataset("mnist")
@@ -50,10 +55,11 @@ class Mnist(ImageDataset):
         part = "train" if train else "t10k"
         images = _read(folder, f"{part}-images-idx3-ubyte")
         labels = _read(folder, f"{part}-labels-idx1-ubyte")
-        if images.ndim != 3 or labels.shape != images.shape[:1]:
-            raise DataError(f"MNIST files hold images of shape {images.shape} and labels of shape {labels.shape}")
-        before = (size - images.shape[-1]) // 2
-        after = size - images.shape[-1] - before
+        if images.shape[1:] != (28, 28) or labels.shape != images.shape[:1] or labels.size == 0 or labels.max() > 9:
+            found = f"images of shape {images.shape} and labels of shape {labels.shape}"
+            raise DataError(f"the {part} files of MNIST hold {found}, not digits of 28 by 28 pixels; {_HINT}")
+        before = (size - 28) // 2
+        after = size - 28 - before
         padded = F.pad(torch.from_numpy(images)[:, None], (before, after, before, after))
         super().__init__(padded.float() / 127.5 - 1, torch.from_numpy(labels).long())
 
@@ -61,26 +67,23 @@ class Mnist(ImageDataset):
 def _read(folder: str | Path | None, name: str) -> np.ndarray:  # type: ignore[type-arg]
     """The array of an idx file: two zero bytes, the type (8 is uint8), the rank, big-endian sizes, then the values."""
     path = _download(name) if folder is None else _find(Path(folder), name)
+    advice = "delete it, and it is downloaded again" if folder is None else _HINT
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
-    rank = data[3] if len(data) > 3 else 0
-    sizes = np.frombuffer(data[4 : 4 + 4 * rank], ">u4").astype(int).tolist()
-    values = np.frombuffer(data, np.uint8, offset=min(4 + 4 * rank, len(data)))
-    if data[:3] != b"\0\0\x08" or len(sizes) != rank or values.size != int(np.prod(sizes)):
-        raise DataError(f"{path} is not a whole idx file of bytes")
-    return values.reshape(sizes).copy()
+    except _UNREADABLE as error:
+        raise DataError(f"{path} cannot be read: {error}; {advice}") from None
+    start = 4 + 4 * (data[3] if len(data) > 3 else 0)
+    sizes = [int.from_bytes(data[i : i + 4], "big") for i in range(4, start, 4)]
+    if data[:3] != b"\0\0\x08" or len(data) != start + math.prod(sizes):
+        raise DataError(f"{path} is not a whole idx file of bytes; {advice}")
+    return np.frombuffer(data, np.uint8, offset=start).reshape(sizes).copy()
 
 
 def _find(folder: Path, name: str) -> Path:
     for path in (folder / name, folder / f"{name}.gz"):
         if path.is_file():
             return path
-    raise DataError(
-        f"{folder} holds no {name} or {name}.gz: put the four files of MNIST there ({_SOURCE}/{name}.gz, ...), "
-        "or leave the folder out to have them downloaded"
-    )
+    raise DataError(f"{folder} holds no {name} or {name}.gz; {_HINT}")
 
 
 def _download(name: str) -> Path:
@@ -93,15 +96,18 @@ def _download(name: str) -> Path:
         with urllib.request.urlopen(address, timeout=30) as response:
             data = response.read()
         content = gzip.decompress(data)
-    except (OSError, EOFError) as error:
+    except _UNREADABLE as error:
         raise DataError(
             f"MNIST could not be downloaded from {address} ({error}): put its four files into a folder and set "
             f"mnist.folder, or put them into {cache}"
         ) from None
     if hashlib.sha256(content).hexdigest() != _SHA256[name]:
         raise DataError(f"{address} is not the file that is expected: its SHA-256 differs; nothing was kept")
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(data)
-    partial.replace(path)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:
+        raise DataError(f"MNIST cannot be kept in {cache} ({error}): set XDG_CACHE_HOME, or mnist.folder") from None
     return path

@@ -8,11 +8,12 @@ import platform
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import attrs
 import gin
 import torch
-from attrs.validators import ge
+from attrs.validators import ge, in_
 from torch import Tensor
 
 from flowdistill.evaluation.figures import image_grid, loss_curves, scatter_side_by_side, side_by_side
@@ -37,6 +38,7 @@ class Evaluation:
         num_samples: samples of each model.
         teacher_steps: Euler steps at which the teacher is measured beside the student; the last is its best.
         guidance: guidance scale of teacher and student; None is their own.
+        precision: "bf16" draws the samples under autocast, several times faster.
         seed: of the noise.
     """
 
@@ -45,6 +47,7 @@ class Evaluation:
     num_samples: int = attrs.field(default=2000, validator=ge(1))
     teacher_steps: Sequence[int] = (1, 4, 64)
     guidance: float | None = None
+    precision: Literal["float32", "bf16"] = attrs.field(default="float32", validator=in_(("float32", "bf16")))
     seed: int = 0
 
 
@@ -63,7 +66,8 @@ def compare(student: FlowMap | None, teacher: Teacher | None, evaluation: Evalua
     def draw(sampler: Callable[[Tensor, Condition], Tensor], stream: str) -> tuple[Tensor, Tensor | None]:
         noise = torch.randn((n, *model.sample_shape), generator=step_generator(evaluation.seed, 0, stream)).to(device)
         condition = Condition.in_turn(model.num_classes, n, evaluation.guidance).to(device)
-        samples = torch.cat([sampler(noise[i : i + 500], condition[i : i + 500]) for i in range(0, n, 500)])
+        with torch.autocast(device.type, torch.bfloat16, enabled=evaluation.precision == "bf16"):
+            samples = torch.cat([sampler(noise[i : i + 500], condition[i : i + 500]) for i in range(0, n, 500)])
         return samples.cpu(), None if condition.labels is None else condition.labels.cpu()
 
     samplers: dict[str, tuple[Callable[[Tensor, Condition], Tensor], str]] = {}

@@ -96,7 +96,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     """The state dictionary of a file, of the averaged weights where it has them, with the names of today."""
     try:
         if path.suffix == ".safetensors":
-            content: Any = safetensors.torch.load_file(path)
+            mapped = safetensors.torch.load_file(path).items()  # copied, lest the teacher change, or die, with its file
+            content: Any = {name: v.clone() for name, v in mapped}
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):  # the options in training checkpoints
                 content = torch.load(path, weights_only=True, map_location="cpu")

@@ -474,7 +474,12 @@ def contents():
     yield "one block less", {name: v for name, v in tensors.items() if not name.startswith("blocks.0.")}
     yield "a number in place of a name", replaced(5, torch.zeros(3))
     yield "a block without a number", replaced("blocks.x", torch.zeros(3))
-    for name in ("pos_embed", "x_embedder.proj.weight", "final_layer.linear.weight", "y_embedder.embedding_table.weight"):
+    for name in (
+        "pos_embed",
+        "x_embedder.proj.weight",
+        "final_layer.linear.weight",
+        "y_embedder.embedding_table.weight",
+    ):
         yield f"{name} without dimensions", replaced(name, torch.zeros(()))
         yield f"{name} of one dimension", replaced(name, torch.zeros(7))
         yield f"{name} of no elements", replaced(name, torch.zeros(0, 0, 0, 0))
