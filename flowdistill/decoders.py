@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -69,6 +70,15 @@ def _frozen(value: float | Sequence[float]) -> float | tuple[float, ...]:
     return tuple(value) if isinstance(value, Sequence) else value
 
 
+def _pair(value: Sequence[float]) -> tuple[float, float]:
+    first, second = value
+    return first, second
+
+
+def _text(value: str | Path | None) -> str | None:
+    return None if value is None else str(value)
+
+
 @register_decoder("stable_diffusion_vae")
 @attrs.frozen(kw_only=True)
 class StableDiffusionVae(Decoder):
@@ -84,10 +94,10 @@ class StableDiffusionVae(Decoder):
         rounding: see `quantize`.
     """
 
-    vae: str | None = attrs.field(default=None, converter=lambda value: None if value is None else str(value))
+    vae: str | None = attrs.field(default=None, converter=_text)
     scale: float | Sequence[float] = attrs.field(default=0.18215, converter=_frozen)
     bias: float | Sequence[float] = attrs.field(default=0.0, converter=_frozen)
-    pixel_range: tuple[float, float] = attrs.field(default=(-1.0, 1.0), converter=tuple)
+    pixel_range: tuple[float, float] = attrs.field(default=(-1.0, 1.0), converter=_pair)
     rounding: Rounding = attrs.field(default="nearest", validator=in_(("nearest", "down")))
 
     @property
@@ -110,7 +120,7 @@ class StableDiffusionVae(Decoder):
         if self.vae is None:
             raise ConfigError("latents need an autoencoder: load the teacher with vae='stabilityai/sd-vae-ft-ema'")
         vae = _load_vae(self.vae).to(samples.device)
-        decoded = torch.cat([vae.decode(latent).sample for latent in self.latents(samples.float()).split(1)])
+        decoded = torch.cat([vae.decode(latent).sample for latent in torch.split(self.latents(samples.float()), 1)])
         black, white = self.pixel_range
         return (2 * decoded - (white + black)) / (white - black)
 
@@ -125,11 +135,11 @@ def _load_vae(name: str) -> Any:
 
     try:
         torch_fidelity("version")  # after it torchvision can be imported, which diffusers does
-        from diffusers import AutoencoderKL
+        diffusers: Any = importlib.import_module("diffusers")
     except ImportError:
         raise ConfigError("decoding latents needs diffusers: pip install 'flowdistill[vae]'") from None
     try:
-        vae, info = AutoencoderKL.from_pretrained(
+        vae, info = diffusers.AutoencoderKL.from_pretrained(
             name,
             local_files_only=Path(name).exists(),
             use_safetensors=True,  # never a pickle

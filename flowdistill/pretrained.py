@@ -153,10 +153,10 @@ def load_file(path: str | Path, **kwargs: Any) -> Teacher:
         ConfigError: no registered teacher reads such files.
     """
     suffix = Path(path).suffix
-    readers = {name: TEACHERS.get(name) for name in TEACHERS.names()}
-    for reader in readers.values():
-        if suffix in getattr(reader, "suffixes", ()):
-            teacher: Teacher = reader(path, **kwargs)
+    suffixes = {name: getattr(TEACHERS.get(name), "suffixes", ()) for name in TEACHERS.names()}
+    for name, read in suffixes.items():
+        if suffix in read:
+            teacher: Teacher = TEACHERS.build(name, checkpoint=path, **kwargs)
             return teacher
-    known = sorted({suffix for reader in readers.values() for suffix in getattr(reader, "suffixes", ())})
+    known = sorted({suffix for read in suffixes.values() for suffix in read})
     raise ConfigError(f"{path} has no suffix of a known checkpoint ({', '.join(known)})")

@@ -32,7 +32,7 @@ def edm2_scale(**kwargs):
 
 @pytest.mark.parametrize("rounding", ["nearest", "down"])
 def test_every_byte_survives_the_way_to_minus_one_and_one_and_back(rounding):
-    """Also where the float is a little less than the byte, which rounding down alone would lower: it is never off by 2."""
+    """But where the float is a little less than the byte, so that rounding down lowers it."""
     every = torch.arange(256)
     again = quantize(every.double() / 127.5 - 1, rounding)
     assert again.dtype == torch.uint8
@@ -125,7 +125,7 @@ def test_a_decoder_is_a_value():
 
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory):
-    """A tiny one, and its folder; through the library first, which makes diffusers importable beside any torchvision."""
+    """A tiny one, and its folder; the library comes first, which makes diffusers importable beside any torchvision."""
     folder = tmp_path_factory.mktemp("vae")
     with pytest.raises(ConfigError, match="cannot be loaded"):
         StableDiffusionVae(vae=folder).decode(torch.zeros(1, 4, 2, 2))

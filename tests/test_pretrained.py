@@ -205,7 +205,7 @@ def test_what_no_model_folder_can_hold(tmp_path):
     two_time = flowdistill.flow_maps.FlowMapTeacher(from_teacher(teacher_of()))
     foreign = NetworkTeacher(teacher_of().network, Foreign())
     for teacher in (load_teacher("ring"), GuidedTeacher(teacher_of(), 2.0), two_time, foreign):
-        with pytest.raises(ConfigError, match="not a velocity network alone|not a registered decoder"):
+        with pytest.raises(ConfigError, match=r"not a velocity network alone|not a registered decoder"):
             save_model(teacher, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
@@ -351,7 +351,7 @@ def test_a_checkpoint_of_others_is_converted(tmp_path):
     assert again.decoder == StableDiffusionVae()
     half = flowdistill.convert(folder, tmp_path / "half", dtype="float16")
     torch.testing.assert_close(velocity(load_teacher(half)), velocity(teacher), rtol=0.05, atol=0.05)
-    with pytest.raises(CheckpointError, match="is not sit-s/2-256: it has .*hidden_size 8 in place of 384"):
+    with pytest.raises(CheckpointError, match=r"is not sit-s/2-256: it has .*hidden_size 8 in place of 384"):
         flowdistill.convert(tmp_path / "sit.pt", tmp_path / "other", teacher="sit-s/2-256")
     assert not (tmp_path / "other").exists()
 
@@ -487,10 +487,10 @@ def test_mistakes_in_a_gin_file_are_located(tmp_path):
 class Hub(http.server.BaseHTTPRequestHandler):
     """Answers as the HuggingFace hub does to a request for a file, and hangs up on one repository."""
 
-    def do_HEAD(self):  # noqa: N802
+    def do_HEAD(self):
         self._answer(with_body=False)
 
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
         self._answer(with_body=True)
 
     def _answer(self, with_body):

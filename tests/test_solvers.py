@@ -77,7 +77,7 @@ def test_evaluations_are_counted_per_sample(solver, each, teacher):
 
 
 def edm_error(solver, teacher):
-    """From z = sigma_max n, which is the noise alone and not the state at the first level: the flow map goes on from there."""
+    """The sampler starts at sigma_max n, the noise alone, from where the flow map goes on."""
     x, first, scale = noise(teacher), solver.sigma_max, solver.data_scale
     t = torch.full((len(x),), first / (first + scale)).double()
     exact = GaussianFlowMap(teacher)(x * first / (first + scale), t, 0 * t).detach()
@@ -191,7 +191,7 @@ def test_states_may_be_in_double_precision_over_a_network_in_single(name):
     network = MLP(dim=2, hidden_size=8, depth=1, num_classes=3)
     torch.nn.init.normal_(network.output.weight, std=0.1)
     teacher, condition = Recording(network), Condition(torch.tensor([0, 1, 2, -1]))
-    # The adaptive solver must not ask for more than single precision gives, and the random numbers differ with the dtype.
+    # The adaptive solver must not ask for more than single precision gives; random numbers differ with the dtype.
     settings = {"atol": 1e-4, "rtol": 1e-4} if name == "dopri5" else {"steps": 6}
     solver, x = SOLVERS.build(name, **settings), torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
     samples = solver.solve(teacher, x.double(), condition, generator=torch.Generator().manual_seed(1))
@@ -206,3 +206,11 @@ def test_states_may_be_in_double_precision_over_a_network_in_single(name):
         NetworkTeacher(network.double()), x.double(), condition, generator=torch.Generator().manual_seed(1)
     )
     torch.testing.assert_close(samples, double, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", SOLVERS.names())
+def test_states_may_be_in_single_precision_over_a_teacher_in_double(name, teacher):
+    settings = {"atol": 1e-4, "rtol": 1e-4} if name == "dopri5" else {"steps": 6}
+    generator = torch.Generator().manual_seed(1)
+    samples = SOLVERS.build(name, **settings).solve(teacher, noise(teacher, 4).float(), generator=generator)
+    assert samples.dtype == torch.float32

@@ -12,6 +12,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
@@ -26,7 +27,10 @@ _SHA256 = {  # of the files before compression
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
-_HINT = f"the four files are at {_SOURCE}/train-images-idx3-ubyte.gz, ...: mnist.folder is where they lie, None downloads them"
+_HINT = (
+    f"the four files are at {_SOURCE}/train-images-idx3-ubyte.gz, ...: "
+    "mnist.folder is where they lie, and without it they are downloaded"
+)
 _UNREADABLE = (OSError, EOFError, zlib.error, http.client.HTTPException)
 
 
@@ -64,7 +68,7 @@ class Mnist(ImageDataset):
         super().__init__(padded.float() / 127.5 - 1, torch.from_numpy(labels).long())
 
 
-def _read(folder: str | Path | None, name: str) -> np.ndarray:  # type: ignore[type-arg]
+def _read(folder: str | Path | None, name: str) -> npt.NDArray[np.uint8]:
     """The array of an idx file: two zero bytes, the type (8 is uint8), the rank, big-endian sizes, then the values."""
     path = _download(name) if folder is None else _find(Path(folder), name)
     advice = "delete it, and it is downloaded again" if folder is None else _HINT

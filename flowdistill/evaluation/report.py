@@ -62,12 +62,14 @@ def compare(student: FlowMap | None, teacher: Teacher | None, evaluation: Evalua
     reference = reference_set(evaluation.features, teacher, n, evaluation.seed)
     model = student if student is not None else teacher
     assert model is not None
+    size = 100 if device.type == "cpu" else 500  # what fits a processor's caches is faster there
 
     def draw(sampler: Callable[[Tensor, Condition], Tensor], stream: str) -> tuple[Tensor, Tensor | None]:
         noise = torch.randn((n, *model.sample_shape), generator=step_generator(evaluation.seed, 0, stream)).to(device)
         condition = Condition.in_turn(model.num_classes, n, evaluation.guidance).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=evaluation.precision == "bf16"):
-            samples = torch.cat([sampler(noise[i : i + 500], condition[i : i + 500]) for i in range(0, n, 500)])
+            parts = [slice(i, i + size) for i in range(0, n, size)]
+            samples = torch.cat([sampler(noise[part], condition[part]) for part in parts])
         return samples.cpu(), None if condition.labels is None else condition.labels.cpu()
 
     samplers: dict[str, tuple[Callable[[Tensor, Condition], Tensor], str]] = {}

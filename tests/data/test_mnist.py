@@ -1,4 +1,4 @@
-"""MNIST from files that are made here: as they are published, damaged, missing, and downloaded from a server of our own."""
+"""MNIST from files that are made here: as published, damaged, missing, and downloaded from a server of our own."""
 
 import gzip
 import hashlib
@@ -84,7 +84,7 @@ def test_padded_by_background(folder, size, before, after):
     assert torch.equal(padded.images[:, :, middle, middle], plain.images)
     padded.images[:, :, middle, middle] = -1
     assert (padded.images == -1).all()
-    with pytest.raises(DataError, match="at least 28, not 27"):
+    with pytest.raises(DataError, match=r"at least 28, not 27"):
         Mnist(folder, size=27)
 
 
@@ -201,7 +201,7 @@ def test_the_command_line_says_how_to_get_the_data(tmp_path):
 class Server(http.server.BaseHTTPRequestHandler):
     """Serves some files, and counts."""
 
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
         self.server.requests.append(self.path)
         data = self.server.files.get(self.path.removeprefix("/mnist/"))
         self.send_response(200 if data is not None else 404)
@@ -245,39 +245,39 @@ def test_downloaded_once_and_then_read_from_the_cache(server, tmp_path, folder):
     again = Mnist()
     assert torch.equal(again.images, first.images)
     assert torch.equal(again.labels, first.labels)
-    with pytest.raises(DataError, match="t10k-images-idx3-ubyte.gz"):  # which was not downloaded
+    with pytest.raises(DataError, match=r"t10k-images-idx3-ubyte.gz"):  # which was not downloaded
         Mnist(train=False)
 
 
 def test_another_file_than_expected_is_not_kept(server, tmp_path):
     server.files["train-images-idx3-ubyte.gz"] = gzip.compress(idx(np.zeros((7, 28, 28))))
-    with pytest.raises(DataError, match="its SHA-256 differs; nothing was kept"):
+    with pytest.raises(DataError, match=r"its SHA-256 differs; nothing was kept"):
         Mnist()
     assert kept(tmp_path) == []
 
 
 def test_a_download_that_breaks_off_is_not_kept(server, tmp_path):
     server.missing = 100
-    with pytest.raises(DataError, match="could not be downloaded from http.*put its four files into a folder"):
+    with pytest.raises(DataError, match=r"could not be downloaded from http.*put its four files into a folder"):
         Mnist()
     server.missing = 0
     server.files["train-images-idx3-ubyte.gz"] = b"<html>please log in</html>"
-    with pytest.raises(DataError, match="could not be downloaded from http"):
+    with pytest.raises(DataError, match=r"could not be downloaded from http"):
         Mnist()
     altered = bytearray(gzip.compress(content()["train-images-idx3-ubyte"]))
     altered[20:40] = bytes(20)
     server.files["train-images-idx3-ubyte.gz"] = bytes(altered)
-    with pytest.raises(DataError, match="could not be downloaded from http|SHA-256"):
+    with pytest.raises(DataError, match=r"could not be downloaded from http|SHA-256"):
         Mnist()
     assert kept(tmp_path) == []
 
 
 def test_no_server_and_no_such_file(server, tmp_path):
     del server.files["train-images-idx3-ubyte.gz"]
-    with pytest.raises(DataError, match="404.*mnist.folder"):
+    with pytest.raises(DataError, match=r"404.*mnist.folder"):
         Mnist()
     server.stop()
-    with pytest.raises(DataError, match="could not be downloaded from http.*mnist.folder"):
+    with pytest.raises(DataError, match=r"could not be downloaded from http.*mnist.folder"):
         Mnist()
     assert kept(tmp_path) == []
 
@@ -286,7 +286,7 @@ def test_a_cache_that_is_damaged_or_cannot_be_written(server, tmp_path):
     Mnist()
     path = tmp_path / "cache" / "flowdistill" / "mnist" / "train-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(DataError, match="delete it, and it is downloaded again"):
+    with pytest.raises(DataError, match=r"delete it, and it is downloaded again"):
         Mnist()
     path.unlink()
     Mnist()
@@ -294,5 +294,5 @@ def test_a_cache_that_is_damaged_or_cannot_be_written(server, tmp_path):
         file.unlink()
     path.parent.rmdir()
     path.parent.write_text("in the way")
-    with pytest.raises(DataError, match="cannot be kept in .*set XDG_CACHE_HOME"):
+    with pytest.raises(DataError, match=r"cannot be kept in .*set XDG_CACHE_HOME"):
         Mnist()

@@ -24,6 +24,8 @@ from torch import nn
 from flowdistill.errors import CheckpointError
 from flowdistill.teachers.edm2.release import read_release
 
+pytestmark = pytest.mark.filterwarnings("error:The given buffer is not writable")
+
 ARGUMENTS = {"model_channels": 4, "dropout": 0.1, "use_fp16": True, "label_dim": 0, "mult": [1, 2], "name": None}
 HOLE = "something else goes here"
 COMMAND = 'touch "$CANARY"'
@@ -469,9 +471,9 @@ HOSTILE = {
     "another version": ("version", lambda: write(release=lambda p: p | {"ema": persistent("Precond", 5)})),
     "a version of text": ("version", lambda: write(release=lambda p: p | {"ema": persistent("Precond", "6")})),
     "a layer of another version": ("version", lambda: with_entry("_modules", "x", persistent("Layer", 7))),
-    "no network": ("'ema'", lambda: write(release=lambda p: EasyDict(encoder=p["encoder"]))),
-    "a list": ("'ema'", lambda: write(release=lambda p: [p["ema"]])),
-    "a network alone": ("'ema'", lambda: write(release=lambda p: p["ema"])),
+    "no network": ("the key 'ema'", lambda: write(release=lambda p: EasyDict(encoder=p["encoder"]))),
+    "a list": ("the key 'ema'", lambda: write(release=lambda p: [p["ema"]])),
+    "a network alone": ("the key 'ema'", lambda: write(release=lambda p: p["ema"])),
     "a text as network": ("something else", lambda: write(release=lambda p: p | {"ema": "Precond"})),
     "a container as network": ("something else", lambda: write(release=lambda p: p | {"ema": nn.ModuleDict()})),
     "a network without facts": ("something else", lambda: write(release=lambda p: p | {"ema": Call(reconstruct, {})})),
@@ -580,7 +582,7 @@ HOSTILE = {
     "a number in digits": ("", lambda: b"I" + b"9" * 100_000 + b"\n."),
     "a file of torch.save": ("", zip_file),
     "a file of torch.save before 1.6": ("instruction", storage),
-    "a pickle of something else": ("'ema'", lambda: pickle.dumps({"weight": [1.0, 2.0]}, 4)),
+    "a pickle of something else": ("the key 'ema'", lambda: pickle.dumps({"weight": [1.0, 2.0]}, 4)),
     "half a file": ("", lambda: write()[: len(write()) // 2]),
     **{f"random bytes {i}": ("", lambda i=i: np.random.default_rng(i).bytes(1000)) for i in range(5)},
 }

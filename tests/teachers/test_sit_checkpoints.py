@@ -12,6 +12,7 @@ import os
 import pickle
 import warnings
 import zipfile
+from contextlib import suppress
 
 import pytest
 import safetensors.torch
@@ -226,6 +227,8 @@ def test_no_shape_tells_the_number_of_heads(tmp_path):
     assert not torch.allclose(velocity(four), sit_velocity(network()))
     with pytest.raises(ConfigError, match="num_heads 3"):
         load(tmp_path / "sit.pt", num_heads=3)
+    with pytest.raises(ConfigError, match="unexpected keyword argument 'heads'"):
+        load_teacher(tmp_path / "sit.pt", heads=2)
 
 
 def test_without_doubled_output_and_projectors_nothing_tells_the_time(tmp_path):
@@ -413,12 +416,9 @@ def test_altered_bytes_are_read_or_refused(tmp_path, data):
     for _ in range(data.draw(st.integers(1, 3))):
         altered[data.draw(st.integers(0, structure - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(bytes(altered))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            load(path)
-    except CheckpointError as error:
-        assert str(path) in str(error)
+    with warnings.catch_warnings(), suppress(CheckpointError):
+        warnings.simplefilter("ignore")
+        load(path)
 
 
 @pytest.mark.parametrize("suffix", ["pt", "pth", "safetensors"])
@@ -474,12 +474,8 @@ def contents():
     yield "one block less", {name: v for name, v in tensors.items() if not name.startswith("blocks.0.")}
     yield "a number in place of a name", replaced(5, torch.zeros(3))
     yield "a block without a number", replaced("blocks.x", torch.zeros(3))
-    for name in (
-        "pos_embed",
-        "x_embedder.proj.weight",
-        "final_layer.linear.weight",
-        "y_embedder.embedding_table.weight",
-    ):
+    for layer in ("pos_embed", "x_embedder.proj", "final_layer.linear", "y_embedder.embedding_table"):
+        name = layer if layer in tensors else f"{layer}.weight"
         yield f"{name} without dimensions", replaced(name, torch.zeros(()))
         yield f"{name} of one dimension", replaced(name, torch.zeros(7))
         yield f"{name} of no elements", replaced(name, torch.zeros(0, 0, 0, 0))
