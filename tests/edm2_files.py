@@ -1,4 +1,4 @@
-"""A writer of EDM2's release format: pickles under the names that such files use, with code that the reader must not run."""
+"""A writer of EDM2's release format: pickles under the names of such files, with code that the reader must not run."""
 
 import pickle
 import sys

@@ -10,14 +10,14 @@ import os
 import pickle
 import subprocess
 import sys
-import types
 from collections import OrderedDict
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from edm2_files import CODE, Call, EasyDict, Layer, Precond, persistent, reconstruct, writing
 from hypothesis import example, given, settings
 from torch import nn
 
@@ -29,7 +29,6 @@ pytestmark = pytest.mark.filterwarnings("error:The given buffer is not writable"
 ARGUMENTS = {"model_channels": 4, "dropout": 0.1, "use_fp16": True, "label_dim": 0, "mult": [1, 2], "name": None}
 HOLE = "something else goes here"
 COMMAND = 'touch "$CANARY"'
-CODE = "open(__import__('os').environ['CANARY'], 'w').close()"
 
 
 @pytest.fixture(autouse=True)
@@ -39,68 +38,6 @@ def canary(tmp_path, monkeypatch):
     monkeypatch.setenv("CANARY", str(path))
     yield path
     assert not path.exists()
-
-
-# A writer of the format.
-
-
-def reconstruct(meta):
-    """Runs what is in the file, as the official code does."""
-    exec(meta["module_src"])
-
-
-class EasyDict(dict):
-    pass
-
-
-@contextmanager
-def writing():
-    """The modules by whose names these files call their objects; the reader must do without."""
-    names = ("torch_utils", "torch_utils.persistence", "dnnlib", "dnnlib.util")
-    modules = {name: types.ModuleType(name) for name in names}
-    for thing, module, name in (
-        (reconstruct, "torch_utils.persistence", "_reconstruct_persistent_obj"),
-        (EasyDict, "dnnlib.util", "EasyDict"),
-    ):
-        thing.__module__, thing.__name__, thing.__qualname__ = module, name, name
-        setattr(modules[module], name, thing)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, module in modules.items():
-            patch.setitem(sys.modules, name, module)
-        yield
-
-
-class Call:
-    """Is pickled as a call of the function, whose result is given a state where there is one."""
-
-    def __init__(self, function, *arguments, state=None):
-        self.call = (function, arguments, state)
-
-    def __reduce__(self):
-        return self.call
-
-
-def persistent(class_name="Layer", version=6, **state):
-    meta = {"type": "class", "version": version, "module_src": CODE, "class_name": class_name, "state": state}
-    return Call(reconstruct, meta)
-
-
-class Layer(nn.Module):
-    def __init__(self, **members):
-        super().__init__()
-        self._init_args, self._init_kwargs = (), {}
-        for name, member in members.items():
-            if type(member) is torch.Tensor:
-                self.register_buffer(name, member)
-            else:
-                setattr(self, name, member)
-
-    def __reduce__(self):
-        return persistent(type(self).__name__, **vars(self)).__reduce__()
-
-
-class Precond(Layer):
-    pass
 
 
 def network(width):
