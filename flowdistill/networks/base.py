@@ -39,7 +39,7 @@ class VelocityNetwork(nn.Module, ABC):
                 bound.apply_defaults()
                 self.arguments = dict(list(bound.arguments.items())[1:])
 
-        cls.__init__ = recording  # type: ignore[method-assign]
+        cls.__init__ = recording  # type: ignore[method-assign, assignment]
 
     @abstractmethod
     def velocity(

@@ -23,9 +23,10 @@ _LARGEST_ACTIVATION = 256.0
 
 
 def normalize(x: Tensor, dim: Sequence[int] | None = None, eps: float = 1e-4) -> Tensor:
-    """X over eps + its root mean square along some dimensions, by default all but the first (equation 66)."""
+    """X over eps + its root mean square along some dimensions, by default all but the first."""
     dims = list(range(1, x.ndim)) if dim is None else list(dim)
-    length = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    length: Tensor = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
     return x / (eps + length * math.sqrt(length.numel() / x.numel())).to(x.dtype)
 
 
@@ -82,7 +83,7 @@ class MPConv(nn.Module):
 
     Each output's weights are scaled to unit length (equation 47), so that the layer preserves magnitudes. In training
     mode the stored weights are replaced by the scaled ones, once after each change (forced weight normalisation,
-    section 2.3): a parameter that grew would turn ever more slowly.
+    equation 66): a parameter that grew would turn ever more slowly.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: Sequence[int] = ()) -> None:
@@ -250,7 +251,7 @@ class _UNet(nn.Module):
 class EDM2(VelocityNetwork):
     """EDM2 with its preconditioner, on square images or latents (C, img_resolution, img_resolution).
 
-    The authors' denoiser of z = y + sigma n (equations 113 to 117, with the constants of their code),
+    The authors' denoiser of z = y + sigma n, with the preconditioner of EDM (Karras et al. 2022, arXiv 2206.00364),
 
         D(z; sigma) = sd^2/(sigma^2 + sd^2) z + sigma sd/sqrt(sigma^2 + sd^2) F(z/sqrt(sigma^2 + sd^2), ln(sigma)/4),
 
@@ -378,7 +379,7 @@ class EDM2(VelocityNetwork):
     def log_variance(self, sigma: Tensor) -> Tensor:
         """The authors' uncertainty u(sigma), (B, 1, 1, 1), by which they weight the loss at noise levels (B,).
 
-        Their loss is the mean of lambda/exp(u) (D - y)^2 + u with lambda = (sigma^2 + sd^2)/(sigma sd)^2 (equation 21).
+        Their loss is the mean of lambda/exp(u) (D - y)^2 + u with lambda = (sigma^2 + sd^2)/(sigma sd)^2.
         """
         features = self.logvar_fourier(sigma.reshape(-1).log() / 4)
         result: Tensor = self.logvar_linear(features)
