@@ -82,11 +82,16 @@ def _network_of(teacher: Teacher) -> VelocityNetwork:
     return network
 
 
-def load_model(folder: str | Path) -> NetworkTeacher:
+def load_model(folder: str | Path, **decoder_arguments: Any) -> NetworkTeacher:
     """The teacher of a model folder.
+
+    Args:
+        folder: the folder.
+        **decoder_arguments: in place of those that are stored, such as ``vae`` of latents.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the weights are of another architecture.
+        ConfigError: arguments that its decoder does not have.
     """
     folder = Path(folder)
     try:
@@ -96,13 +101,16 @@ def load_model(folder: str | Path) -> NetworkTeacher:
         parts = {key: config[key] for key in ("network", "arguments", "decoder", "decoder_arguments")}
         with torch.device("meta"):  # whose weights cost neither time nor memory
             network: Any = NETWORKS.build(parts["network"], **parts["arguments"])
+        unknown = decoder_arguments.keys() - parts["decoder_arguments"].keys()
         decoder: Decoder | None = None
-        if parts["decoder"] is not None:
-            decoder = DECODERS.build(parts["decoder"], **parts["decoder_arguments"])
+        if parts["decoder"] is not None and not unknown:
+            decoder = DECODERS.build(parts["decoder"], **parts["decoder_arguments"] | decoder_arguments)
     except OSError as error:
         raise CheckpointError(f"{folder} is not a model folder: {error.strerror}") from None
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ConfigError) as error:
         raise CheckpointError(f"{folder}/config.json does not describe a model: {error}") from None
+    if unknown:
+        raise ConfigError(f"the decoder of {folder} takes no {', '.join(sorted(unknown))}")
     path = folder / "model.safetensors"
     mapped = load_tensors(path).items()  # copied, lest the teacher change, or die, with its file
     tensors = {name: v.to(torch.float32 if v.is_floating_point() else v.dtype, copy=True) for name, v in mapped}

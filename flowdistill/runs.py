@@ -17,7 +17,7 @@ from flowdistill.evaluation.measure import measure, reference_set, sample_set
 from flowdistill.flow_maps import FlowMapTeacher
 from flowdistill.interfaces import Condition, FlowMap, Teacher
 from flowdistill.pretrained import is_model, load_file, load_model, locate, save_model
-from flowdistill.registry import METRICS, TEACHERS, unknown_name
+from flowdistill.registry import METRICS, NETWORKS, TEACHERS, unknown_name
 from flowdistill.training.checkpoints import checkpoint_paths, load_module, verify_checkpoint
 from flowdistill.training.randomness import step_generator
 from flowdistill.training.trainer import build_flow_map
@@ -70,11 +70,11 @@ def load_teacher(name_or_path: str | Path, **kwargs: Any) -> Teacher:
 
     Args:
         name_or_path: a name that ``flowdistill list teachers`` shows; a published architecture, such as
-            ``sit-xl/2-256``, ``sit-xl/2-repa-256`` or ``edm2-s-512``, whose weights are the argument ``checkpoint``; a
-            run directory or a checkpoint in it, of an objective such as ``flow_matching``; a model folder, as
-            ``flowdistill convert`` writes it; a checkpoint file of the authors of SiT, REPA or EDM2; or
-            ``hf://owner/repository`` of a model folder on HuggingFace.
-        **kwargs: arguments of a registered teacher.
+            ``sit-xl/2-256``, ``sit-xl/2-repa-256`` or ``edm2-s-512``, whose weights are the argument ``checkpoint``, a
+            file of its authors or a model folder, here or on HuggingFace; a run directory or a checkpoint in it, of an
+            objective such as ``flow_matching``; a model folder, as ``flowdistill convert`` writes it; a checkpoint file
+            of the authors of SiT, REPA or EDM2; or ``hf://owner/repository`` of a model folder on HuggingFace.
+        **kwargs: arguments of a registered teacher; for a model folder those of its decoder, such as ``vae``.
 
     Raises:
         ConfigError: neither a name (the nearest are listed) nor a path.
@@ -86,17 +86,26 @@ def load_teacher(name_or_path: str | Path, **kwargs: Any) -> Teacher:
     """
     name, path = str(name_or_path), Path(name_or_path)
     if name in TEACHERS:
-        teacher: Teacher = TEACHERS.build(name, **kwargs)
+        folder = locate(kwargs["checkpoint"]) if "checkpoint" in kwargs else None
+        if folder is not None and is_model(folder):
+            teacher: Teacher = load_model(folder, **{key: v for key, v in kwargs.items() if key != "checkpoint"})
+            family = NETWORKS.name_of(type(teacher.network))
+            if not name.startswith(family):
+                raise CheckpointError(f"{folder} holds a network of {family}, not {name}")
+        else:
+            teacher = TEACHERS.build(name, **kwargs)
     elif not path.exists() and not name.startswith("hf://"):
         raise unknown_name("teacher", name, TEACHERS.all_names())
     else:
         path = locate(name_or_path)
         if path.is_file():
             teacher = load_file(path, **kwargs)
+        elif is_model(path):
+            teacher = load_model(path, **kwargs)
         elif kwargs:
             raise ConfigError(f"{path} takes no arguments, not {', '.join(kwargs)}")
         else:
-            teacher = load_model(path) if is_model(path) else FlowMapTeacher(load_flow_map(path))
+            teacher = FlowMapTeacher(load_flow_map(path))
     return teacher.eval().requires_grad_(False)
 
 

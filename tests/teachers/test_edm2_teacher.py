@@ -118,3 +118,20 @@ def test_a_student_of_the_file_starts_as_its_teacher(write):
         student.average_velocity(z, one, 0 * one, condition), teacher.velocity(z, one, condition), rtol=0, atol=1e-5
     )
     assert student.decoder is teacher.decoder
+
+
+def test_a_model_folder_stands_for_the_file(write, tmp_path):
+    teacher = flowdistill.load_teacher(write(network()))
+    folder = flowdistill.convert(tmp_path / "edm2-img512-tiny.pkl", tmp_path / "folder")
+    for again in (
+        flowdistill.load_teacher(folder, vae="elsewhere"),
+        flowdistill.load_teacher("edm2-s-512", checkpoint=folder, vae="elsewhere"),
+    ):
+        x, t, condition = teacher.sample_prior(2), torch.rand(2), Condition(torch.tensor([0, 1]))
+        assert torch.equal(again.velocity(x, t, condition), teacher.velocity(x, t, condition))
+        assert again.decoder.vae == "elsewhere"
+        assert again.decoder.scale == teacher.decoder.scale
+    with pytest.raises(ConfigError, match="takes no speed"):
+        flowdistill.load_teacher(folder, speed=2)
+    with pytest.raises(CheckpointError, match="edm2, not sit"):
+        flowdistill.load_teacher("sit-xl/2-256", checkpoint=folder)
