@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import attrs
@@ -75,13 +76,19 @@ def fid(generated: SampleSet, reference: SampleSet) -> float:
 @register_metric("precision")
 def precision(generated: SampleSet, reference: SampleSet) -> float:
     """Fraction of the samples that look real; in [0, 1]."""
-    return precision_recall(reference.features, generated.features)[0]
+    return _precision_recall(generated, reference)[0]
 
 
 @register_metric("recall")
 def recall(generated: SampleSet, reference: SampleSet) -> float:
     """Fraction of the real data that the samples cover; in [0, 1]."""
-    return precision_recall(reference.features, generated.features)[1]
+    return _precision_recall(generated, reference)[1]
+
+
+@functools.lru_cache(maxsize=1)
+def _precision_recall(generated: SampleSet, reference: SampleSet) -> tuple[float, float]:
+    """Both, which take the same distances."""
+    return precision_recall(reference.features, generated.features)
 
 
 @register_metric("accuracy")
