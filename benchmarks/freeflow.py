@@ -43,13 +43,14 @@ class Variant:
 
 PREDICTION_ALONE = ("train.objective = @freeflow_prediction()",)
 CORRECTION = ("freeflow.", "freeflow_correction.")
+MORE_STEPS = ("evaluation.teacher_steps = (1, 4, 16)",)
 CENTRAL = "finite_difference.scheme = 'central'"
 JVP = "freeflow_prediction.estimator = @jvp()"
 
 SUITES = {
     "mnist": [
-        Variant("FreeFlow, 1 step", "freeflow/mnist.gin"),
-        Variant("prediction alone, 1 step", "freeflow/mnist.gin", PREDICTION_ALONE, CORRECTION),
+        Variant("FreeFlow, 1 step", "freeflow/mnist.gin", MORE_STEPS),
+        Variant("prediction alone, 1 step", "freeflow/mnist.gin", (*PREDICTION_ALONE, *MORE_STEPS), CORRECTION),
     ],
     "digits": [
         Variant("FreeFlow, 1 step", "freeflow/digits.gin"),
