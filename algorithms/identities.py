@@ -7,13 +7,18 @@ gradient.
     identity    statement, X(x, t, s) = x - (t - s) F            residual
     Lagrangian  dX(x, t, s)/ds = u(X(x, t, s), s)                F - (t - s) dF/ds - u(X, s)
     Eulerian    F = u(x, t) - (t - s) D_t F                      F - u + (t - s) D_t F
+    semigroup   X(x, t, s) = X(X(x, t, r), r, s)                 F - [(t - r) F_1 + (r - s) F_2] / (t - s)
+    secant      F(x, t, s) = E_r u(X(x, t, r), r), r ~ U(s, t)   F - u(X(x, t, r), r)
     velocity    F(x, t, t) = u(x, t)                             F - u
     noising     velocity of the noised student is the teacher's  v_N(x_r, r) - u(x_r, r)
+
+A `Field` is a velocity as a function of (x, t, condition): the method ``velocity`` of a teacher, or that of a flow map.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,10 +34,12 @@ from flowdistill.interfaces import (
 )
 from flowdistill.paths import expand_time, interpolate
 
+Field: TypeAlias = Callable[[Tensor, Tensor, Condition], Tensor]
+
 
 def lagrangian_residual(
     student: FlowMap,
-    teacher: Teacher,
+    field: Field,
     estimator: GeneratingVelocity,
     x: Tensor,
     t: Tensor,
@@ -41,11 +48,14 @@ def lagrangian_residual(
     *,
     step: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """F and dX/ds - u(X, s): the end of the jump must move with the teacher's velocity there."""
+    """F and dX/ds - u(X, s): the end of the jump must move with the velocity ``field`` there.
+
+    An estimator that keeps the graph of the derivative gives the residual a graph; the field's value has none.
+    """
     average, generating = estimator.velocity(student, x, t, s, condition, step=step)
     with torch.no_grad():
-        end = x - expand_time(t - s, x) * average
-        return average, generating - teacher.velocity(end, s, condition)
+        target = field(x - expand_time(t - s, x) * average, s, condition)
+    return average, generating - target
 
 
 def eulerian_residual(
@@ -57,15 +67,67 @@ def eulerian_residual(
     s: Tensor,
     condition: Condition,
     *,
+    tangent: Tensor | None = None,
+    warmup: Tensor | float = 1.0,
     step: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """F and F - u + (t - s) D_t F: where the jump lands must not depend on where on a trajectory it starts.
 
-    ``velocity`` is dx/dt at (x, t): the teacher's, or the conditional one n - x_0, which makes the residual right only
-    on average.
+    Args:
+        student: F.
+        velocity: dx/dt at (x, t): the teacher's, or the conditional one n - x_0, which makes the residual right only on
+            average.
+        estimator: of the derivative D_t F = (d_x F) dx/dt + d_t F.
+        x: states.
+        t: times.
+        s: ends.
+        condition: labels and guidance.
+        tangent: dx/dt in the derivative; None is ``velocity``.
+        warmup: factor of the derivative, a number or (B,); below 1 the solution lies between the velocity and the
+            flow map.
+        step: of training.
     """
-    average, slope = estimator.derivative(student, x, t, s, condition, dx=velocity, dt=1.0, step=step)
-    return average, average.detach() - velocity + expand_time(t - s, x) * slope
+    tangent = velocity if tangent is None else tangent
+    average, slope = estimator.derivative(student, x, t, s, condition, dx=tangent, dt=1.0, step=step)
+    return average, average.detach() - velocity + expand_time(warmup * (t - s), x) * slope
+
+
+def semigroup_residual(
+    student: FlowMap,
+    target: FlowMap,
+    first: Tensor,
+    x: Tensor,
+    t: Tensor,
+    r: Tensor,
+    s: Tensor,
+    condition: Condition,
+) -> tuple[Tensor, Tensor]:
+    """F and F - [(t - r) F_1 + (r - s) F_2] / (t - s): one jump must land where two jumps land.
+
+    Args:
+        student: F.
+        target: gives F_2 = F(x_r, r, s) at x_r = x - (t - r) F_1, without a graph: the student, or an average of it.
+        first: F_1, the average velocity over [r, t]: of the target itself, or for r near t a velocity at (x, t).
+        x: states.
+        t: times, t > s.
+        r: where the two jumps meet, s <= r <= t.
+        s: ends.
+        condition: labels and guidance.
+    """
+    average = evaluate(student, x, t, s, condition)
+    with torch.no_grad():
+        second = target.average_velocity(x - expand_time(t - r, x) * first, r, s, condition)
+        share = expand_time((t - r) / (t - s), x)
+        return average, average.detach() - share * first - (1 - share) * second
+
+
+def secant_residual(
+    student: FlowMap, field: Field, x: Tensor, t: Tensor, r: Tensor, s: Tensor, condition: Condition
+) -> tuple[Tensor, Tensor]:
+    """F and F - u(X(x, t, r), r), whose mean over r ~ U(s, t) vanishes: the average velocity is the mean velocity."""
+    average = evaluate(student, x, t, s, condition)
+    with torch.no_grad():
+        return average, average - field(student(x, t, r, condition), r, condition)
 
 
 def velocity_residual(
@@ -80,23 +142,31 @@ def noising_residual(
     student: FlowMap,
     teacher: Teacher,
     estimator: NoisingVelocity,
-    z: Tensor,
+    x: Tensor,
+    t: Tensor,
     noise: Tensor,
     r: Tensor,
     condition: Condition,
-) -> tuple[Tensor, Tensor]:
-    """F(z, 1, 0) and v_N(x_r, r) - u(x_r, r) at the student's sample noised to time r.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """F(x, t, 0) and v_N(x_r, r) - u(x_r, r) at the student's sample X(x, t, 0) noised to time r.
 
     Since u = -(x + t score)/(1 - t), moving the sample along v_N - u moves it along the teacher's score minus
-    the student's, and the sample is z - F.
+    the student's, and the sample is x - t F. The third tensor is the teacher's own error u(x_r, r) - (n - X),
+    detached.
     """
-    one = torch.ones_like(r)
-    average = evaluate(student, z, one, torch.zeros_like(r), condition)
+    average = evaluate(student, x, t, torch.zeros_like(t), condition)
     with torch.no_grad():
-        samples = z - average
-        x = interpolate(samples, noise, r)
-        student_velocity = estimator.velocity(x, r, condition, samples=samples)
-        return average, student_velocity - teacher.velocity(x, r, condition)
+        samples = x - expand_time(t, x) * average
+        noised = interpolate(samples, noise, r)
+        student_velocity = estimator.velocity(noised, r, condition, samples=samples)
+        teacher_velocity = teacher.velocity(noised, r, condition)
+        return average, student_velocity - teacher_velocity, teacher_velocity - (noise - samples)
+
+
+def normalize(residual: Tensor, constant: float) -> Tensor:
+    """R / (|R| + c), with the norm over all elements of a sample: a gradient of nearly equal size at all samples."""
+    norm = residual.flatten(1).norm(dim=1)
+    return residual / expand_time(norm + constant, residual)
 
 
 def pull(
@@ -106,25 +176,31 @@ def pull(
     power: float = 0.0,
     eps: float = 0.0,
     reduction: Literal["mean", "sum"] = "mean",
+    scale: Tensor | None = None,
 ) -> ObjectiveOutput:
     """The weighted regression of F onto sg(F - R), averaged over the batch.
 
-        loss = w |F - sg(F - R)|^2,   w = (|R|^2 + eps)^-power,
+        loss = a w |F - sg(F - R)|^2,   w = (|R|^2 + eps)^-power,
 
     where the squared norm is the mean or the sum over the elements of a sample. The gradient with respect to F is
-    2 w R (over the number of elements for the mean); the metric ``error`` is the unweighted squared norm.
+    2 a w R (over the number of elements for the mean). A residual with a graph is itself the distance, a w |R|^2 with
+    a detached weight. The metric ``error`` is the unweighted squared norm.
 
     Args:
         average: F (B, ...), with a graph.
-        residual: R (B, ...), detached.
+        residual: R (B, ...).
         power: exponent of the weight; 0 is plain least squares, 1/2 normalises the gradient of each sample, and 1
             has the gradient of the logarithm of the squared norm.
         eps: added to the squared norm in the weight, > 0 where ``power`` is not 0.
         reduction: how the squared norm adds up elements.
+        scale: a (B,), a further weight of each sample; None is 1.
     """
     reduce = torch.mean if reduction == "mean" else torch.sum
-    error = reduce(residual.square().flatten(1), dim=1)
+    error = reduce(residual.detach().square().flatten(1), dim=1)
     weight = (error + eps) ** -power if power else torch.ones_like(error)
-    distance = reduce((average - (average.detach() - residual)).square().flatten(1), dim=1)
-    residual_norm = residual.flatten(1).norm(dim=1).mean()
+    if scale is not None:
+        weight = weight * scale
+    difference = residual if residual.requires_grad else average - (average.detach() - residual)
+    distance = reduce(difference.square().flatten(1), dim=1)
+    residual_norm = residual.detach().flatten(1).norm(dim=1).mean()
     return ObjectiveOutput((weight * distance).mean(), {"error": error.mean()}, residual_norm)

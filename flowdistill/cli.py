@@ -203,7 +203,7 @@ def _show(options: argparse.Namespace) -> None:
     parameters = inspect.signature(entry).parameters.values()
     print(f"{options.name}({', '.join(p.name for p in parameters)})\n")
     print(inspect.getdoc(entry))
-    if citation := getattr(entry, "citation", ""):
+    if isinstance(citation := getattr(entry, "citation", None), str):
         print(f"\n{citation}")
 
 

@@ -7,7 +7,8 @@ numbers for the whole batch:
 - the total derivative along a trajectory at fixed s, D_t F = (d_x F) u + d_t F, of the Eulerian identity needs
   (u, 1, 0).
 
-Both functions return F with a graph and the derivative without: no published loss lets gradients flow through it.
+Both functions return F with a graph and, unless asked otherwise, the derivative without: almost no published loss lets
+gradients flow through it.
 Whatever wraps a student (data parallelism, compilation, a fused kernel) is to be dealt with here and nowhere else.
 """
 
@@ -38,21 +39,25 @@ def jvp(
     dx: Tensor | None = None,
     dt: float = 0.0,
     ds: float = 0.0,
+    graph: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """F with a graph, and its exact derivative by forward-mode differentiation.
 
     Two passes: a Jacobian-vector product without a graph, then a plain evaluation with one, whose memory is that
     of an ordinary training step. Attention runs in its plain form within the product, since fused kernels have no
-    forward-mode derivative.
+    forward-mode derivative. With ``graph`` the derivative has one as well, from a single pass that keeps about 2.5
+    times the memory.
     """
     tangents = (
         torch.zeros_like(x) if dx is None else dx,
         torch.full_like(t, dt),
         torch.full_like(s, ds),
     )
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        _, slope = torch.func.jvp(lambda x, t, s: student.average_velocity(x, t, s, condition), (x, t, s), tangents)  # type: ignore[misc]
-    return evaluate(student, x, t, s, condition), slope
+    with torch.set_grad_enabled(graph), sdpa_kernel(SDPBackend.MATH):
+        average, slope = torch.func.jvp(  # type: ignore[misc]
+            lambda x, t, s: student.average_velocity(x, t, s, condition), (x, t, s), tangents
+        )
+    return (average if graph else evaluate(student, x, t, s, condition)), slope
 
 
 def finite_difference(

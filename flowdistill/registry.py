@@ -34,6 +34,7 @@ _BUILT_IN = (
     "flowdistill.runs",
     "flowdistill.solvers",
     "flowdistill.states",
+    "flowdistill.target_velocities",
     "flowdistill.times",
     "flowdistill.training",
     "flowdistill.velocity_estimators",
@@ -63,6 +64,11 @@ def unknown_name(kind: str, name: str, known: list[str]) -> ConfigError:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known)) or 'none'}"
     return ConfigError(f"unknown {kind} {name!r}: {hint}")
+
+
+def _plural(kind: str) -> str:
+    name = kind.replace(" ", "_")
+    return f"{name[:-1]}ies" if name.endswith("y") else f"{name}s"
 
 
 class Registry:
@@ -99,7 +105,7 @@ class Registry:
             if name in self._entries:
                 places = f"{_place(self._entries[name])} and {_place(entry)}"
                 raise ConfigError(f"{self.kind} {name!r} is registered twice: {places}")
-            gin.register(name, module=f"{self.kind.replace(' ', '_')}s")(entry)
+            gin.register(name, module=_plural(self.kind))(entry)
             self._entries[name] = entry
             self._variants |= dict.fromkeys(variants, name)
             return entry
@@ -166,6 +172,7 @@ TEACHERS = Registry("teacher")
 FLOW_MAPS = Registry("flow map")
 OBJECTIVES = Registry("objective")
 VELOCITY_ESTIMATORS = Registry("velocity estimator")
+TARGET_VELOCITIES = Registry("target velocity")
 STATE_SOURCES = Registry("state source")
 TIME_SAMPLERS = Registry("time sampler")
 NETWORKS = Registry("network")
@@ -175,9 +182,9 @@ SOLVERS = Registry("solver")
 DECODERS = Registry("decoder")
 
 REGISTRIES = {
-    registry.kind.replace(" ", "_") + "s": registry
+    _plural(registry.kind): registry
     for registry in (
-        TEACHERS, FLOW_MAPS, OBJECTIVES, VELOCITY_ESTIMATORS, STATE_SOURCES,
+        TEACHERS, FLOW_MAPS, OBJECTIVES, VELOCITY_ESTIMATORS, TARGET_VELOCITIES, STATE_SOURCES,
         TIME_SAMPLERS, NETWORKS, DATASETS, METRICS, SOLVERS, DECODERS,
     )
 }  # fmt: skip
@@ -187,6 +194,7 @@ register_teacher = TEACHERS.register
 register_flow_map = FLOW_MAPS.register
 register_objective = OBJECTIVES.register
 register_velocity_estimator = VELOCITY_ESTIMATORS.register
+register_target_velocity = TARGET_VELOCITIES.register
 register_state_source = STATE_SOURCES.register
 register_time_sampler = TIME_SAMPLERS.register
 register_network = NETWORKS.register

@@ -9,6 +9,7 @@ import torch
 from attrs.validators import ge, gt, instance_of, le
 from torch import Tensor
 
+from flowdistill.errors import ConfigError
 from flowdistill.registry import register_time_sampler
 
 
@@ -20,8 +21,16 @@ class TimeSampler(ABC):
         """Draw ``n`` times, float32 of shape (n,), on the device of ``generator``."""
 
 
-class ContinuousLaw(TimeSampler):
-    """A law with a distribution function, which can also be drawn from below a given time."""
+class EndSampler(TimeSampler):
+    """A law that can also be drawn from below given times: of the end s of a jump from t."""
+
+    @abstractmethod
+    def sample_below(self, t: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw one time for each of t (B,), at most t."""
+
+
+class ContinuousLaw(EndSampler):
+    """A law with a distribution function, drawn from below a time as the law conditioned on T <= t."""
 
     @abstractmethod
     def cdf(self, t: Tensor) -> Tensor:
@@ -105,9 +114,101 @@ class Maximum(TimeSampler):
         return torch.maximum(self.law.sample(n, generator), self.law.sample(n, generator))
 
 
+@register_time_sampler("always")
+@attrs.frozen(kw_only=True)
+class Always(EndSampler):
+    """One and the same time: 0 as the end of all jumps makes a flow map a consistency model.
+
+    Attributes:
+        value: the time, in [0, 1].
+    """
+
+    value: float = attrs.field(default=0.0, validator=[ge(0.0), le(1.0)])
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """The value ``n`` times."""
+        return torch.full((n,), self.value, device=generator.device)
+
+    def sample_below(self, t: Tensor, generator: torch.Generator) -> Tensor:
+        """The value, or t where that is smaller."""
+        return t.clamp(max=self.value)
+
+
+@register_time_sampler("grid")
+@attrs.frozen(kw_only=True)
+class Grid(EndSampler):
+    """The times of a sampler of equal steps: k / steps with k = 1, ..., steps, and ends among them or 0.
+
+    Attributes:
+        steps: of the sampler.
+    """
+
+    steps: int = attrs.field(default=4, validator=ge(1))
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draw ``n`` times, all equally likely."""
+        return torch.randint(1, self.steps + 1, (n,), generator=generator, device=generator.device) / self.steps
+
+    def sample_below(self, t: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw from the times of the grid below t, 0 included."""
+        below = (t * self.steps - 1e-3).ceil().clamp(min=1)
+        unit = torch.rand(len(t), generator=generator, device=generator.device)
+        return torch.minimum((unit * below).floor().to(t.dtype) / self.steps, t)
+
+
+@register_time_sampler("dyadic")
+@attrs.frozen(kw_only=True)
+class Dyadic(EndSampler):
+    """The jumps of samplers of 1, 2, 4, ..., 2^(levels - 1) equal steps: a level, then one of its steps.
+
+    A start t alone leaves the level open; `sample_below` draws it from its posterior given t, so that
+    t from `sample` and s from `sample_below` are a uniform level and a uniform step of it. A time off the grid takes
+    the shortest jump.
+
+    Attributes:
+        levels: how many.
+    """
+
+    levels: int = attrs.field(default=7, validator=ge(1))
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draw ``n`` starts."""
+        level = torch.randint(self.levels, (n,), generator=generator, device=generator.device)
+        count = 2.0**level
+        unit = torch.rand(n, generator=generator, device=generator.device)
+        return ((unit * count).floor() + 1).minimum(count) / count
+
+    def sample_below(self, t: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw t - 2^-level for a level whose steps start at t."""
+        counts = 2.0 ** torch.arange(self.levels, device=t.device, dtype=t.dtype)
+        starts = t[:, None] * counts
+        weights = ((starts - starts.round()).abs() < 1e-3) / counts * (starts > 0.5)
+        weights[:, -1] = weights[:, -1].clamp(min=torch.finfo(t.dtype).tiny)
+        level = torch.multinomial(weights.float(), 1, generator=generator)[:, 0]
+        return (t - 1 / counts[level]).clamp(min=0)
+
+
+@register_time_sampler("grouped")
+@attrs.frozen(kw_only=True)
+class Grouped(TimeSampler):
+    """Another law whose draws each serve a group of consecutive samples.
+
+    Attributes:
+        law: the other law.
+        size: of a group.
+    """
+
+    law: TimeSampler = attrs.field(factory=Uniform, validator=instance_of(TimeSampler))
+    size: int = attrs.field(default=4, validator=ge(1))
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draw ``n`` times, equal in each group."""
+        return self.law.sample(-(-n // self.size), generator).repeat_interleave(self.size)[:n]
+
+
 @register_time_sampler("with_point_mass")
 @attrs.frozen(kw_only=True)
-class WithPointMass(TimeSampler):
+class WithPointMass(EndSampler):
     """Another law, of which a fraction of the draws is replaced by one value.
 
     A one-step student is used at the duration 1 alone, a value that a continuous law never draws.
@@ -124,5 +225,14 @@ class WithPointMass(TimeSampler):
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Draw ``n`` times."""
-        replaced = torch.rand(n, generator=generator, device=generator.device) < self.fraction
-        return self.law.sample(n, generator).masked_fill(replaced, self.value)
+        return self._replace(self.law.sample(n, generator), generator)
+
+    def sample_below(self, t: Tensor, generator: torch.Generator) -> Tensor:
+        """The other law's draws below t, a fraction of them replaced by the value, or by t where that is smaller."""
+        if not isinstance(self.law, EndSampler):
+            raise ConfigError(f"{type(self.law).__name__} cannot be drawn from below a time")
+        return torch.minimum(self._replace(self.law.sample_below(t, generator), generator), t)
+
+    def _replace(self, times: Tensor, generator: torch.Generator) -> Tensor:
+        replaced = torch.rand(len(times), generator=generator, device=generator.device) < self.fraction
+        return times.masked_fill(replaced, self.value)

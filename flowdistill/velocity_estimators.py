@@ -29,7 +29,13 @@ from flowdistill.times import TimeSampler, Uniform
 @register_velocity_estimator("jvp")
 @attrs.define(kw_only=True)
 class Jvp(GeneratingVelocity):
-    """The exact derivative, by a Jacobian-vector product."""
+    """The exact derivative, by a Jacobian-vector product.
+
+    Attributes:
+        graph: let gradients flow through the derivative, as terminal velocity matching does.
+    """
+
+    graph: bool = False
 
     def derivative(
         self,
@@ -45,7 +51,7 @@ class Jvp(GeneratingVelocity):
         step: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """See `differentiation.jvp`."""
-        return differentiation.jvp(student, x, t, s, condition, dx=dx, dt=dt, ds=ds)
+        return differentiation.jvp(student, x, t, s, condition, dx=dx, dt=dt, ds=ds, graph=self.graph)
 
 
 @register_velocity_estimator("finite_difference")

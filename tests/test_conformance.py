@@ -134,6 +134,7 @@ def correction():
 OBJECTIVE_ARGUMENTS = {
     "freeflow_correction": lambda: {"noising": correction().noising},
     "freeflow": lambda: {"correction": correction()},
+    "combined": lambda: {"prediction": OBJECTIVES.build("freeflow_prediction"), "correction": correction()},
 }
 
 

@@ -29,13 +29,7 @@ class FlowMatching(Objective):
 }"""
 
     def loss(
-        self,
-        student: FlowMap,
-        teacher: Teacher | None,
-        states: States,
-        *,
-        step: int,
-        generator: torch.Generator,
+        self, student: FlowMap, teacher: Teacher | None, states: States, *, step: int, generator: torch.Generator
     ) -> ObjectiveOutput:
         """The mean squared error over elements and batch."""
         assert states.noise is not None

@@ -5,6 +5,7 @@ from flowdistill.interfaces.decoder import Decoder
 from flowdistill.interfaces.flow_map import FlowMap
 from flowdistill.interfaces.objective import Objective, ObjectiveOutput
 from flowdistill.interfaces.state_source import States, StateSource
+from flowdistill.interfaces.target_velocity import TargetVelocity
 from flowdistill.interfaces.teacher import Teacher
 from flowdistill.interfaces.velocity_estimator import (
     GeneratingVelocity,
@@ -23,6 +24,7 @@ __all__ = [
     "ObjectiveOutput",
     "StateSource",
     "States",
+    "TargetVelocity",
     "Teacher",
     "VelocityEstimator",
 ]

@@ -35,15 +35,26 @@ class Objective(ABC):
     """A loss for flow maps. Concrete objectives are attrs classes whose fields are their hyper-parameters.
 
     Attributes:
-        needs_data: whether the states must carry clean data. **Where it is False the objective trains on a machine
-            on which no data set exists.**
-        needs_teacher: whether a teacher's velocity is queried.
         citation: BibTeX of the paper.
+        auxiliary_updates: updates of the extra modules for each update of the student; the first is on the student's
+            own states, each further one on fresh states.
     """
 
-    needs_data: ClassVar[bool] = False
-    needs_teacher: ClassVar[bool] = True
     citation: ClassVar[str] = ""
+    auxiliary_updates: int = 1
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the states must carry clean data.
+
+        **Where it is False the objective trains on a machine on which no data set exists.**
+        """
+        return False
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a teacher's velocity is queried."""
+        return True
 
     def setup(self, student: FlowMap, teacher: Teacher | None) -> None:
         """Build what depends on the models, such as an online network; called once before training."""
@@ -61,8 +72,14 @@ class Objective(ABC):
         """The student's loss on a batch of states; all randomness comes from ``generator``."""
 
     def modules(self) -> Mapping[str, nn.Module]:
-        """Extra trainable modules by name, each trained by an optimiser of its own on `auxiliary_loss`."""
+        """Extra modules by name, saved in checkpoints.
+
+        Each that has parameters to train is trained by an optimiser of its own on `auxiliary_loss`.
+        """
         return {}
+
+    def after_step(self, student: FlowMap, step: int) -> None:
+        """Follow the student after its update number ``step``, as an average of its weights does."""
 
     def auxiliary_loss(
         self,

@@ -35,6 +35,12 @@ class States:
     def __len__(self) -> int:
         return len(self.x)
 
+    def at_prior(self) -> States:
+        """The noises from which the states come as states at t = 1; the states themselves where these are unknown."""
+        if self.noise is None or self.noise is self.x:
+            return self
+        return States(x=self.noise, t=torch.ones_like(self.t), condition=self.condition, noise=self.noise)
+
     def __getitem__(self, index: slice | Tensor) -> States:
         """Some rows of the batch: ``index`` is a slice, a mask, or row numbers."""
         return States(

@@ -53,7 +53,10 @@ class GeneratingVelocity(VelocityEstimator):
         ds: float = 0.0,
         step: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """F(x, t, s) with a graph, and its derivative along the direction (dx, dt, ds), detached."""
+        """F(x, t, s) with a graph, and its derivative along the direction (dx, dt, ds).
+
+        The derivative is detached, unless the estimator was asked to keep its graph.
+        """
 
     def velocity(
         self,
@@ -65,12 +68,12 @@ class GeneratingVelocity(VelocityEstimator):
         *,
         step: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """F(x, t, s) with a graph, and dX(x, t, s)/ds = F - (t - s) dF/ds, detached.
+        """F(x, t, s) with a graph, and dX(x, t, s)/ds = F - (t - s) dF/ds, detached if the derivative is.
 
         With t = 1 and s = 1 - delta this is FreeFlow's generating velocity v_G = F + delta dF/d delta.
         """
         average, slope = self.derivative(student, x, t, s, condition, ds=1.0, step=step)
-        return average, average.detach() - expand_time(t - s, x) * slope
+        return average, (average if slope.requires_grad else average.detach()) - expand_time(t - s, x) * slope
 
 
 class NoisingVelocity(VelocityEstimator):

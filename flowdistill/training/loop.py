@@ -86,8 +86,11 @@ class Loop:
         self.device = next(student.parameters()).device
         self.step = 0
         self._student = _Trained(student, optimizer)
+        self._extra = {name: module.to(self.device) for name, module in objective.modules().items()}
         self._auxiliary = {
-            name: _Trained(module.to(self.device), auxiliary_optimizer) for name, module in objective.modules().items()
+            name: _Trained(module, auxiliary_optimizer)
+            for name, module in self._extra.items()
+            if any(p.requires_grad for p in module.parameters())
         }
         self._average = None if averaging is None else AveragedModel(student, averaging)
         self._sums: dict[str, Tensor] = {}
@@ -128,7 +131,7 @@ class Loop:
             self._counts[name] += 1
 
     def train_step(self) -> None:
-        """One update of the student, then one of each auxiliary network on the same states."""
+        """One update of the student, then those of the auxiliary networks, the first of them on the same states."""
         settings = self.settings
         if not self.student.training:  # as after pictures of its samples
             self.student.train()
@@ -152,12 +155,18 @@ class Loop:
         self._add({"gradient_norm": norm})
         if self._average is not None:
             self._average.update(self.step)
-        for name, auxiliary in self._auxiliary.items():
-            if self._train_auxiliary(name, batches):
-                auxiliary.update(factor, settings.gradient_clip)
+        self.objective.after_step(self.student, self.step)
+        for number in range(self.objective.auxiliary_updates if self._auxiliary else 0):
+            stream = f" {number}" if number else ""
+            if number:
+                micros = range(settings.accumulation)
+                batches = [self.source.sample(settings.batch_size, self._random(f"states{stream}", m)) for m in micros]
+            for name, auxiliary in self._auxiliary.items():
+                if self._train_auxiliary(name, batches, f"auxiliary {name}{stream}"):
+                    auxiliary.update(factor, settings.gradient_clip)
         self.step += 1
 
-    def _train_auxiliary(self, name: str, batches: list[States]) -> bool:
+    def _train_auxiliary(self, name: str, batches: list[States], stream: str) -> bool:
         trained = False
         for micro, states in enumerate(batches):
             with self._autocast():
@@ -167,7 +176,7 @@ class Loop:
                     self.teacher,
                     states,
                     step=self.step,
-                    generator=self._random(f"auxiliary {name}", micro),
+                    generator=self._random(stream, micro),
                 )
             if output is not None:
                 self._backward(output, prefix=f"{name}_")
@@ -190,13 +199,11 @@ class Loop:
 
     @property
     def counters(self) -> dict[str, int]:
-        """Evaluations of student and teacher so far, counted per sample."""
-        teacher = 0 if self.teacher is None else self.teacher.evaluations
-        base = self._base_counters
-        return {
-            "student_evaluations": base.get("student_evaluations", 0) + self.student.evaluations,
-            "teacher_evaluations": base.get("teacher_evaluations", 0) + teacher,
-        }
+        """Evaluations of student, teacher and the objective's own models so far, counted per sample."""
+        models: dict[str, Any] = {"student": self.student, "teacher": self.teacher, **self._extra}
+        counts = {f"{name}_evaluations": getattr(model, "evaluations", None) for name, model in models.items()}
+        counts["teacher_evaluations"] = counts["teacher_evaluations"] or 0
+        return {name: self._base_counters.get(name, 0) + count for name, count in counts.items() if count is not None}
 
     _base_counters: Mapping[str, int] = {}
 
@@ -212,7 +219,7 @@ class Loop:
 
     def _modules(self) -> dict[str, nn.Module]:
         average = {} if self._average is None else {"ema": self._average.module}
-        return {"student": self.student, **average, **{k: v.module for k, v in self._auxiliary.items()}}
+        return {"student": self.student, **average, **self._extra}
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {

@@ -4,6 +4,7 @@ import hypothesis.strategies as st
 import torch
 
 from flowdistill import Condition, States
+from flowdistill.paths import interpolate
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 
 
@@ -50,3 +51,28 @@ def gradient(loss, student) -> torch.Tensor:
     return torch.cat(
         [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, parts, strict=True)]
     )
+
+
+def judge(objective, student, teacher, states, step=0, seed=1) -> tuple[float, float]:
+    """Root mean square of the residual, and norm of the loss gradient."""
+    output = objective.loss(student, teacher, states, step=step, generator=torch.Generator().manual_seed(seed))
+    return float(output.metrics["error"].sqrt()), float(gradient(output.loss, student).norm())
+
+
+def assert_exact(objective, teacher, states, tolerance=1e-9, step=0) -> None:
+    """No residual and no gradient at the exact flow map, and both away from it."""
+    residual, slope = judge(objective, GaussianFlowMap(teacher), teacher, states, step)
+    assert residual <= tolerance
+    assert slope <= tolerance
+    residual, slope = judge(objective, perturbed(teacher), teacher, states, step)
+    assert residual > 1e-2
+    assert slope > 1e-3
+
+
+def data_states(teacher, n=64, seed=0, low=0.05) -> States:
+    """Data of the teacher's distribution, noised to times drawn from [low, 1]."""
+    g = torch.Generator().manual_seed(seed)
+    clean = teacher.sample_data(n, g)
+    noise = torch.randn(clean.shape, generator=g, dtype=clean.dtype)
+    t = low + (1 - low) * torch.rand(n, generator=g, dtype=clean.dtype)
+    return States(x=interpolate(clean, noise, t), t=t, condition=Condition(), clean=clean, noise=noise)
