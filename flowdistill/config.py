@@ -6,6 +6,7 @@ import contextlib
 import copy
 import importlib
 import inspect
+import logging
 import re
 import tokenize
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,8 @@ _PLACES: dict[tuple[str, str], str] = {}  # where each parameter (configurable, 
 
 def recipe_roots() -> list[Path]:
     """The folders that hold packaged recipes: ``freeflow/digits.gin`` lies in one of them."""
-    return [Path(importlib.import_module(name).__path__[0]) for name in _RECIPE_PACKAGES]
+    packages = [Path(importlib.import_module(name).__path__[0]) for name in _RECIPE_PACKAGES]
+    return [*packages, Path(__file__).parent / "configs"]
 
 
 def recipes() -> list[str]:
@@ -65,7 +67,7 @@ def parsed(files: Sequence[str | Path], bindings: Sequence[str]) -> Iterator[Non
     try:
         for file in files:
             path = find_gin_file(file)
-            with _located(path):
+            with _located(path), _quiet():
                 gin.parse_config_file(str(path))
                 _note_places(path.read_text(), str(path))
         for binding in bindings:
@@ -79,6 +81,17 @@ def parsed(files: Sequence[str | Path], bindings: Sequence[str]) -> Iterator[Non
             _PLACES.clear()
             for part, before in zip(_gin_state(), saved, strict=True):
                 part.update(before)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without gin's log of every folder in which an included file is not."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _gin_state() -> tuple[Any, ...]:
