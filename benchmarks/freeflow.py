@@ -10,36 +10,15 @@ deviation over the seeds, is printed and written to benchmarks/results/. The rec
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
-import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import attrs
+from trainings import RESULTS, SEEDS, Variant, cell, figures_of, train
 
 import flowdistill
-from flowdistill.config import find_gin_file
 from flowdistill.evaluation import mode_coverage
-
-SEEDS = (1, 2, 3)
-RESULTS = Path(__file__).parent / "results"
-RUNS = Path("runs/benchmarks")
-
-
-@attrs.frozen
-class Variant:
-    """A row of a table: a recipe with some bindings changed, and those that the change leaves without use removed."""
-
-    name: str
-    recipe: str
-    changes: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
-
 
 PREDICTION_ALONE = ("train.objective = @freeflow_prediction()",)
 CORRECTION = ("freeflow.", "freeflow_correction.")
@@ -85,21 +64,9 @@ Figures = dict[str, dict[str, float]]
 
 
 def run(variant: Variant, seed: int, threads: int, steps: int | None) -> dict[str, Any]:
-    """Train one variant with one seed, unless that has been done; its figures.json."""
-    changes = [*variant.changes, f"train.seed = {seed}", f"evaluation.seed = {seed}"]
-    changes += [] if steps is None else [f"train.steps = {steps}"]
-    recipe = find_gin_file(variant.recipe).read_text().splitlines()
-    kept = [line for line in recipe if not variant.without or not line.startswith(variant.without)]
-    configuration = "\n".join([*kept, *changes]) + "\n"
-    workdir = RUNS / hashlib.sha256(configuration.encode()).hexdigest()[:16]
-    if not (workdir / "figures.json").is_file():
-        workdir.parent.mkdir(parents=True, exist_ok=True)
-        gin_file = workdir.with_suffix(".gin")
-        gin_file.write_text(configuration)
-        command = ["train", "--gin_file", str(gin_file), "--workdir", str(workdir)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        subprocess.run([sys.executable, "-m", "flowdistill", *command], env=environment, check=True)
-    figures: dict[str, Any] = json.loads((workdir / "figures.json").read_text())
+    """Train one variant with one seed; its figures."""
+    workdir = train(variant, seed, threads, steps)
+    figures = figures_of(workdir)
     if variant.recipe == "freeflow/ring.gin":
         figures["rows"]["student, 1 step"] |= ring_modes(workdir, seed)
     return figures
@@ -122,15 +89,9 @@ def table(results: dict[str, list[Figures]]) -> list[str]:
     titles = [column.replace("_", " ") for column in columns]
     lines = [f"| | {' | '.join(titles)} |", "|---" * (len(columns) + 1) + "|"]
     for name, seeds in rows.items():
-        cells = [_cell([figures[c] for figures in seeds]) if c in seeds[0] else "" for c in columns]
+        cells = [cell([figures[c] for figures in seeds]) if c in seeds[0] else "" for c in columns]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
-
-
-def _cell(values: list[float]) -> str:
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    mean = f"{statistics.mean(values):.3g}"
-    return f"{mean} ± {spread:.2g}" if spread else mean
 
 
 def main() -> None:
