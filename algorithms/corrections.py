@@ -8,7 +8,7 @@ from typing import Literal
 import attrs
 import torch
 from attrs.validators import in_, instance_of
-from torch import nn
+from torch import Tensor, nn
 
 from flowdistill.algorithms.identities import noising_residual, pull
 from flowdistill.errors import ConfigError
@@ -17,6 +17,13 @@ from flowdistill.interfaces import FlowMap, NoisingVelocity, Objective, Objectiv
 from flowdistill.paths import expand_time
 from flowdistill.times import TimeSampler, Uniform
 from flowdistill.velocity_estimators import OnlineNetwork
+
+
+@torch.no_grad()
+def one_step_samples(student: FlowMap, start: States) -> Tensor:
+    """The student's samples X(z, 1, 0) from noises, without a graph."""
+    samples: Tensor = student(start.x, start.t, torch.zeros_like(start.t), start.condition)
+    return samples
 
 
 @attrs.define(kw_only=True)
@@ -55,14 +62,13 @@ class CorrectionObjective(Objective):
         """What the noising velocity trains."""
         return self.noising.modules()
 
-    def loss(
-        self, student: FlowMap, teacher: Teacher | None, states: States, *, step: int, generator: torch.Generator
-    ) -> ObjectiveOutput:
-        """The squared difference of the velocities, from the noises of the states; one evaluation of the teacher."""
+    def residual(
+        self, student: FlowMap, teacher: Teacher | None, start: States, *, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """F(z, 1, 0) and the weighted residual, for noises ``start``; one evaluation of the teacher."""
         assert teacher is not None
         if self.guidance_interval is not None and isinstance(teacher, GuidedTeacher):
             teacher = teacher.with_interval(self.guidance_interval)
-        start = states.at_prior()
         r = self.times.sample(len(start), generator).to(start.t.dtype)
         noise = torch.randn(start.x.shape, generator=generator, device=start.x.device, dtype=start.x.dtype)
         average, residual, error = noising_residual(
@@ -70,7 +76,13 @@ class CorrectionObjective(Objective):
         )
         if self.weighting == "dmd":
             residual = residual / expand_time(error.abs().flatten(1).mean(1).clamp_min(1e-5), residual)
-        return pull(average, residual)
+        return average, residual
+
+    def loss(
+        self, student: FlowMap, teacher: Teacher | None, states: States, *, step: int, generator: torch.Generator
+    ) -> ObjectiveOutput:
+        """The squared difference of the velocities, from the noises of the states."""
+        return pull(*self.residual(student, teacher, states.at_prior(), generator=generator))
 
     def auxiliary_loss(
         self,
@@ -84,6 +96,5 @@ class CorrectionObjective(Objective):
     ) -> ObjectiveOutput | None:
         """The loss by which the noising velocity follows the student's samples."""
         start = states.at_prior()
-        with torch.no_grad():
-            samples = student(start.x, start.t, torch.zeros_like(start.t), start.condition)
+        samples = one_step_samples(student, start)
         return ObjectiveOutput(self.noising.module_loss(name, samples, start.condition, generator=generator).mean())

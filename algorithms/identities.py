@@ -9,6 +9,7 @@ gradient.
     Eulerian    F = u(x, t) - (t - s) D_t F                      F - u + (t - s) D_t F
     semigroup   X(x, t, s) = X(X(x, t, r), r, s)                 F - [(t - r) F_1 + (r - s) F_2] / (t - s)
     secant      F(x, t, s) = E_r u(X(x, t, r), r), r ~ U(s, t)   F - u(X(x, t, r), r)
+    end point   the same from a state at r, x_t = X(x_r, r, t)   F(x_t, t, s) - u(x_r, r)
     velocity    F(x, t, t) = u(x, t)                             F - u
     noising     velocity of the noised student is the teacher's  v_N(x_r, r) - u(x_r, r)
 
@@ -73,6 +74,8 @@ def eulerian_residual(
 ) -> tuple[Tensor, Tensor]:
     """F and F - u + (t - s) D_t F: where the jump lands must not depend on where on a trajectory it starts.
 
+    An estimator that keeps the graph of the derivative gives the residual a graph.
+
     Args:
         student: F.
         velocity: dx/dt at (x, t): the teacher's, or the conditional one n - x_0, which makes the residual right only on
@@ -89,12 +92,13 @@ def eulerian_residual(
     """
     tangent = velocity if tangent is None else tangent
     average, slope = estimator.derivative(student, x, t, s, condition, dx=tangent, dt=1.0, step=step)
-    return average, average.detach() - velocity + expand_time(warmup * (t - s), x) * slope
+    value = average if slope.requires_grad else average.detach()
+    return average, value - velocity + expand_time(warmup * (t - s), x) * slope
 
 
 def semigroup_residual(
     student: FlowMap,
-    target: FlowMap,
+    target: FlowMap | Field,
     first: Tensor,
     x: Tensor,
     t: Tensor,
@@ -106,18 +110,23 @@ def semigroup_residual(
 
     Args:
         student: F.
-        target: gives F_2 = F(x_r, r, s) at x_r = x - (t - r) F_1, without a graph: the student, or an average of it.
+        target: gives F_2 = F(x_r, r, s) at x_r = x - (t - r) F_1, without a graph: the student, an average of it, or
+            any velocity there.
         first: F_1, the average velocity over [r, t]: of the target itself, or for r near t a velocity at (x, t).
         x: states.
-        t: times, t > s.
+        t: times, t >= s; where they are equal the residual is F - F_2.
         r: where the two jumps meet, s <= r <= t.
         s: ends.
         condition: labels and guidance.
     """
     average = evaluate(student, x, t, s, condition)
     with torch.no_grad():
-        second = target.average_velocity(x - expand_time(t - r, x) * first, r, s, condition)
-        share = expand_time((t - r) / (t - s), x)
+        moved = x - expand_time(t - r, x) * first
+        if isinstance(target, FlowMap):
+            second = target.average_velocity(moved, r, s, condition)
+        else:
+            second = target(moved, r, condition)
+        share = expand_time((t - r) / (t - s).clamp_min(torch.finfo(t.dtype).tiny), x)
         return average, average.detach() - share * first - (1 - share) * second
 
 
@@ -128,6 +137,31 @@ def secant_residual(
     average = evaluate(student, x, t, s, condition)
     with torch.no_grad():
         return average, average - field(student(x, t, r, condition), r, condition)
+
+
+def end_point_residual(
+    student: FlowMap, velocity: Tensor, x: Tensor, r: Tensor, t: Tensor, s: Tensor, condition: Condition
+) -> tuple[Tensor, Tensor]:
+    """F(x_t, t, s) and F - u(x, r) at x_t = X(x, r, t), without a graph: the secant identity from a state at r.
+
+    The mean of the residual vanishes where r is uniform between s and t for each x_t. That holds for states x at r of
+    the teacher's own distribution, whose images x_t have one distribution whatever r is, and a law of (t, s) given r
+    for which r is uniform given (t, s).
+
+    Args:
+        student: F, which is asked for jumps to later times as well.
+        velocity: dx/dt at (x, r): the teacher's, or the conditional one n - x_0, whose mean given x_t is the same since
+            x_t is a function of x.
+        x: states.
+        r: their times, between s and t.
+        t: where the jump starts; later or earlier than s.
+        s: ends.
+        condition: labels and guidance.
+    """
+    with torch.no_grad():
+        start = student(x, r, t, condition)
+    average = evaluate(student, start, t, s, condition)
+    return average, average.detach() - velocity
 
 
 def velocity_residual(
@@ -169,6 +203,11 @@ def normalize(residual: Tensor, constant: float) -> Tensor:
     return residual / expand_time(norm + constant, residual)
 
 
+def attach(average: Tensor, residual: Tensor) -> Tensor:
+    """The residual with a graph: its own, or else that of F, so that descent on |R|^2 moves F along -R."""
+    return residual if residual.requires_grad else average - (average.detach() - residual)
+
+
 def pull(
     average: Tensor,
     residual: Tensor,
@@ -200,7 +239,6 @@ def pull(
     weight = (error + eps) ** -power if power else torch.ones_like(error)
     if scale is not None:
         weight = weight * scale
-    difference = residual if residual.requires_grad else average - (average.detach() - residual)
-    distance = reduce(difference.square().flatten(1), dim=1)
+    distance = reduce(attach(average, residual).square().flatten(1), dim=1)
     residual_norm = residual.detach().flatten(1).norm(dim=1).mean()
     return ObjectiveOutput((weight * distance).mean(), {"error": error.mean()}, residual_norm)

@@ -11,7 +11,7 @@ import torch
 from attrs.validators import and_, ge, in_, instance_of, le, lt
 from torch import Tensor, nn
 
-from flowdistill.algorithms.identities import pull, velocity_residual
+from flowdistill.algorithms.identities import attach, pull, velocity_residual
 from flowdistill.interfaces import FlowMap, Objective, ObjectiveOutput, States, TargetVelocity, Teacher
 from flowdistill.target_velocities import TeacherVelocity
 from flowdistill.times import EndSampler, Uniform
@@ -59,7 +59,7 @@ class TrajectoryObjective(Objective):
         step: int,
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
-        """F and the detached residual of the identity for jumps from the states to s (B,)."""
+        """F and the residual of the identity for jumps from the states to s (B,), detached or with a graph."""
 
     def loss(
         self, student: FlowMap, teacher: Teacher | None, states: States, *, step: int, generator: torch.Generator
@@ -74,6 +74,8 @@ class TrajectoryObjective(Objective):
             parts.append(velocity_residual(student, velocity, on.x, on.t, on.condition))
         if len(off):
             parts.append(self.residual(student, teacher, off, s[rows:], step=step, generator=generator))
+        if any(residual.requires_grad for _, residual in parts):
+            parts = [(average, attach(average, residual)) for average, residual in parts]
         average, residual = (torch.cat(part) for part in zip(*parts, strict=True))
         return pull(average, residual, power=self.power, eps=self.eps, reduction=self.reduction)
 

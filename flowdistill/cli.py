@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("run", help="a run directory, or a checkpoint in it")
     sample.add_argument("--num_samples", type=int, default=64)
     sample.add_argument("--steps", type=int, default=1)
+    sample.add_argument("--renoise", action="store_true", help="jump to data and noise again at each step")
     sample.add_argument("--labels", type=int, nargs="+", help="one class for all, or one for each sample")
     sample.add_argument("--guidance", type=float)
     sample.add_argument("--seed", type=int, default=0)
@@ -79,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--metrics", nargs="+", default=["fid"])
     evaluate.add_argument("--num_samples", type=int, default=10_000)
     evaluate.add_argument("--steps", type=int, default=1)
+    evaluate.add_argument("--renoise", action="store_true", help="jump to data and noise again at each step")
     evaluate.add_argument("--guidance", type=float)
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.set_defaults(command=_evaluate)
@@ -135,6 +137,7 @@ def _sample(options: argparse.Namespace) -> None:
         guidance=options.guidance,
         seed=options.seed,
         batch_size=options.batch_size,
+        renoise=options.renoise,
     )
     if options.out.suffix == ".npz":
         np.savez(options.out, samples.numpy())
@@ -153,6 +156,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         steps=options.steps,
         guidance=options.guidance,
         seed=options.seed,
+        renoise=options.renoise,
     )
     for name, value in figures.items():
         print(f"{name}: {value:.4g}")

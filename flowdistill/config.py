@@ -30,9 +30,24 @@ def recipe_roots() -> list[Path]:
 
 
 def recipes() -> list[str]:
-    """The names of all packaged recipes."""
+    """The names of all packaged recipes: the gin files that name an objective and a flow map, or include one that does.
+
+    The others hold settings that recipes share.
+    """
+    whole = re.compile(r"(?=.*^train\.objective =)(?=.*^train\.flow_map =)", re.MULTILINE | re.DOTALL)
+    return [name for name in gin_files() if whole.search(expanded(name))]
+
+
+def gin_files() -> list[str]:
+    """The names of all packaged gin files."""
     found = [path.relative_to(root).as_posix() for root in recipe_roots() for path in root.rglob("*.gin")]
     return sorted(found)
+
+
+def expanded(name: str | Path) -> str:
+    """The text of a gin file with those that it includes in their places."""
+    text = find_gin_file(name).read_text()
+    return re.sub(r"^include '(.*)'\n?", lambda match: expanded(match[1]), text, flags=re.MULTILINE)
 
 
 def find_gin_file(name: str | Path) -> Path:
@@ -44,7 +59,7 @@ def find_gin_file(name: str | Path) -> Path:
     for root in (Path(), *recipe_roots()):
         if (root / name).is_file():
             return root / name
-    raise unknown_name("gin file", str(name), recipes())
+    raise unknown_name("gin file", str(name), gin_files())
 
 
 @contextlib.contextmanager

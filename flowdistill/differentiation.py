@@ -43,21 +43,30 @@ def jvp(
 ) -> tuple[Tensor, Tensor]:
     """F with a graph, and its exact derivative by forward-mode differentiation.
 
-    Two passes: a Jacobian-vector product without a graph, then a plain evaluation with one, whose memory is that
-    of an ordinary training step. Attention runs in its plain form within the product, since fused kernels have no
-    forward-mode derivative. With ``graph`` the derivative has one as well, from a single pass that keeps about 2.5
-    times the memory.
+    Two passes: a plain evaluation with a graph, whose memory is that of an ordinary training step, then a
+    Jacobian-vector product without one. The plain pass is first because networks in training mode may replace their
+    weights on the way, which a product cannot. Attention runs in its plain form within the product, since fused kernels
+    have no forward-mode derivative. With ``graph`` the derivative has one as well, from a single pass that keeps about
+    2.5 times the memory; layers that replace their weights do so before, by a method ``replace_weight``.
     """
     tangents = (
         torch.zeros_like(x) if dx is None else dx,
         torch.full_like(t, dt),
         torch.full_like(s, ds),
     )
+    plain = None
+    if graph:
+        for module in student.modules():
+            replace = getattr(module, "replace_weight", None)
+            if replace is not None:
+                replace()
+    else:
+        plain = evaluate(student, x, t, s, condition)
     with torch.set_grad_enabled(graph), sdpa_kernel(SDPBackend.MATH):
         average, slope = torch.func.jvp(  # type: ignore[misc]
             lambda x, t, s: student.average_velocity(x, t, s, condition), (x, t, s), tangents
         )
-    return (average if graph else evaluate(student, x, t, s, condition)), slope
+    return (average if plain is None else plain), slope
 
 
 def finite_difference(

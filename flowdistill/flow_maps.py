@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from flowdistill.errors import ConfigError
 from flowdistill.interfaces import Condition, Decoder, FlowMap, Teacher
-from flowdistill.networks import ScalarEmbedding, VelocityNetwork
+from flowdistill.networks import EDM2, ScalarEmbedding, VelocityNetwork
 from flowdistill.registry import register_flow_map
 
-Conditioning = Literal["two_time", "anchored", "decoupled", "instantaneous"]
+Conditioning = Literal["two_time", "anchored", "decoupled", "expanded", "instantaneous"]
 
 
 @register_flow_map("network")
@@ -29,10 +29,15 @@ class NetworkFlowMap(FlowMap):
     early blocks see t and the late ones s, so that a velocity field is a flow map with F(x, t, t) = u(x, t) as it
     stands.
 
+    Expanded conditioning (Peng et al. 2025, FACM, arXiv 2507.03738) is for maps to s = 0 alone. The sign of the time
+    that the network sees tells them from the velocity: t for F(x, t, t), -t for F(x, t, 0), which meet at t = 0. The
+    network must do no more with its time than to embed it.
+
     Args:
         network: the backbone.
         conditioning: "two_time" for all s <= t; "anchored" for t = 1 alone, as FreeFlow trains it; "decoupled" for all
-            s <= t without new parameters; "instantaneous" for a plain velocity field, which ignores s.
+            s <= t without new parameters; "expanded" for s = t and s = 0 without new parameters; "instantaneous" for a
+            plain velocity field, which ignores s.
         guidance: makes the map take guidance scales, and is the scale of samples that name none; None is a map
             without guidance input.
         early_blocks: blocks that see t under "decoupled"; None is the network's own choice: two thirds of a
@@ -53,12 +58,15 @@ class NetworkFlowMap(FlowMap):
             raise ConfigError(f"conditioning must be one of {get_args(Conditioning)}, not {conditioning!r}")
         if early_blocks is not None and conditioning != "decoupled":
             raise ConfigError("early_blocks belongs to conditioning = 'decoupled'")
+        if conditioning == "expanded" and isinstance(network, EDM2):
+            raise ConfigError("conditioning = 'expanded' is not for EDM2, which scales inputs and outputs by the time")
         self.network, self.guidance, self.decoder = network, guidance, decoder
         self.sample_shape, self.num_classes = network.sample_shape, network.num_classes
         self.anchored = conditioning == "anchored"
         size = network.embedding_size
         self.instantaneous = conditioning == "instantaneous"
         self.decoupled = conditioning == "decoupled"
+        self.expanded = conditioning == "expanded"
         if early_blocks is not None:
             network.early_blocks = early_blocks
         has_duration = conditioning in ("two_time", "anchored")
@@ -76,7 +84,8 @@ class NetworkFlowMap(FlowMap):
             guided = self.guidance_embedding(scale)
             embedding = guided if embedding is None else embedding + guided
         labels = None if condition is None else condition.labels
-        return self.network.velocity(x, t, labels, embedding, s if self.decoupled else None)
+        time = torch.where(s < t, -t, t) if self.expanded else t
+        return self.network.velocity(x, time, labels, embedding, s if self.decoupled else None)
 
 
 class _ResidualNetwork(VelocityNetwork):
@@ -97,7 +106,7 @@ class _ResidualNetwork(VelocityNetwork):
         embedding: Tensor | None = None,
         late_time: Tensor | None = None,
     ) -> Tensor:
-        base = self.teacher.velocity(x, t, Condition(labels))
+        base = self.teacher.velocity(x, t.abs(), Condition(labels))  # expanded conditioning gives -t for t
         return base + self.network.velocity(x, t, labels, embedding, late_time)
 
 

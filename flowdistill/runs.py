@@ -169,6 +169,7 @@ def sample(
     guidance: float | None = None,
     seed: int = 0,
     batch_size: int | None = None,
+    renoise: bool = False,
 ) -> Tensor:
     """Samples of a run's student, ``(num_samples, *sample_shape)``, on the CPU.
 
@@ -180,12 +181,13 @@ def sample(
         guidance: guidance scale, for a student trained over a range of scales; None is the student's own.
         seed: of the noise.
         batch_size: samples at a time; None is all at once. It does not change the samples.
+        renoise: jump to data at every step and noise the result to the next time, as consistency models need it.
 
     Raises:
         CheckpointError: the run cannot be read.
         ConfigError: arguments that do not fit the student.
     """
-    return _draw(load_flow_map(run), num_samples, steps, labels, guidance, seed, batch_size)[0]
+    return _draw(load_flow_map(run), num_samples, steps, labels, guidance, seed, batch_size, renoise)[0]
 
 
 @torch.no_grad()
@@ -197,6 +199,7 @@ def _draw(
     guidance: float | None,
     seed: int,
     batch_size: int | None,
+    renoise: bool,
 ) -> tuple[Tensor, Condition]:
     """Samples of a flow map, and what they were conditioned on."""
     if num_samples < 1 or (batch_size is not None and batch_size < 1):
@@ -205,10 +208,20 @@ def _draw(
         raise ConfigError("this student was not trained with guidance scales: leave guidance out")
     condition = make_condition(flow_map.num_classes, num_samples, labels, guidance)
     dtype = next(flow_map.parameters()).dtype
-    noise = torch.randn((num_samples, *flow_map.sample_shape), generator=step_generator(seed, 0, "sample"), dtype=dtype)
+    shape = (num_samples, *flow_map.sample_shape)
+    noise = torch.randn(shape, generator=step_generator(seed, 0, "sample"), dtype=dtype)
+    fresh = (
+        torch.randn((max(steps - 1, 0), *shape), generator=step_generator(seed, 0, "renoise"), dtype=dtype)
+        if renoise
+        else None
+    )
     size = batch_size or num_samples
     parts = [slice(i, i + size) for i in range(0, num_samples, size)]
-    return torch.cat([flow_map.sample(noise[part], steps, condition[part]) for part in parts]), condition
+    samples = [
+        flow_map.sample(noise[part], steps, condition[part], renoise=None if fresh is None else fresh[:, part])
+        for part in parts
+    ]
+    return torch.cat(samples), condition
 
 
 def evaluate(
@@ -220,6 +233,7 @@ def evaluate(
     guidance: float | None = None,
     seed: int = 0,
     features: str | None = None,
+    renoise: bool = False,
 ) -> dict[str, float]:
     """Metrics of a run's student against the truth.
 
@@ -232,6 +246,7 @@ def evaluate(
         seed: of the noise.
         features: the feature extractor whose stored features of real data are the truth; None is the one of the run's
             own evaluation, or no features and samples of an exact teacher.
+        renoise: see `sample`.
 
     Raises:
         CheckpointError: the run cannot be read.
@@ -245,6 +260,6 @@ def evaluate(
     if features is None and evaluation is not None:
         features = evaluation.features
     flow_map = load_flow_map(run)
-    samples, condition = _draw(flow_map, num_samples, steps, None, guidance, seed, batch_size=500)
+    samples, condition = _draw(flow_map, num_samples, steps, None, guidance, seed, 500, renoise)
     generated = sample_set(samples, condition.labels, features, flow_map.decoder)
     return measure(metrics, generated, reference_set(features, teacher, num_samples, seed))

@@ -236,6 +236,8 @@ def check_objective(
             _check(not _has_gradient(module), f"{name}.loss reaches the auxiliary module {key}")
         _check(teacher is None or not _has_gradient(teacher), f"{name}.loss reaches the teacher")
         for key, module in modules.items():
+            if not any(p.requires_grad for p in module.parameters()):
+                continue
             student.zero_grad()
             output = objective.auxiliary_loss(key, student, teacher, batch, step=0, generator=_generator(2))
             if output is None:

@@ -98,6 +98,25 @@ class LogitNormal(ContinuousLaw):
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(p))
 
 
+@register_time_sampler("arctan_log_normal")
+@attrs.frozen(kw_only=True)
+class ArctanLogNormal(ContinuousLaw):
+    """(2/pi) atan(exp(mean + std N(0, 1))): the angle of TrigFlow as a time, of log-normal tangent."""
+
+    mean: float = -0.8
+    std: float = attrs.field(default=1.6, validator=gt(0.0))
+
+    def cdf(self, t: Tensor) -> Tensor:
+        """Phi((log tan(pi t/2) - mean) / std)."""
+        log_tangent = (torch.pi / 2 * t).sin().log() - (torch.pi / 2 * (1 - t)).sin().log()
+        probability: Tensor = torch.special.ndtr((log_tangent - self.mean) / self.std)
+        return probability
+
+    def quantile(self, p: Tensor) -> Tensor:
+        """(2/pi) atan(exp(mean + std Phi^-1(p)))."""
+        return torch.atan(torch.exp(self.mean + self.std * torch.special.ndtri(p))) * (2 / torch.pi)
+
+
 @register_time_sampler("maximum")
 @attrs.frozen(kw_only=True)
 class Maximum(TimeSampler):
@@ -171,6 +190,11 @@ class Dyadic(EndSampler):
 
     levels: int = attrs.field(default=7, validator=ge(1))
 
+    @property
+    def shortest(self) -> float:
+        """The length of the shortest jump."""
+        return float(2.0 ** (1 - self.levels))
+
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Draw ``n`` starts."""
         level = torch.randint(self.levels, (n,), generator=generator, device=generator.device)
@@ -183,7 +207,7 @@ class Dyadic(EndSampler):
         counts = 2.0 ** torch.arange(self.levels, device=t.device, dtype=t.dtype)
         starts = t[:, None] * counts
         weights = ((starts - starts.round()).abs() < 1e-3) / counts * (starts > 0.5)
-        weights[:, -1] = weights[:, -1].clamp(min=torch.finfo(t.dtype).tiny)
+        weights[:, -1] += weights.sum(1) == 0
         level = torch.multinomial(weights.float(), 1, generator=generator)[:, 0]
         return (t - 1 / counts[level]).clamp(min=0)
 

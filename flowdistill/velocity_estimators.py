@@ -152,6 +152,29 @@ class OnlineNetwork(NoisingVelocity):
         return self._model.velocity(x, r, condition)
 
 
+@register_velocity_estimator("pseudo_velocity")
+@attrs.define(kw_only=True, eq=False, slots=False)
+class PseudoVelocity(NoisingVelocity):
+    """The student's own diagonal F(x, r, r): no further network, and nothing of its own to train.
+
+    It is the noising velocity only as far as something trains the diagonal on the student's own samples, as
+    ``freeflow_pseudo`` does.
+    """
+
+    def setup(self, student: FlowMap, teacher: Teacher | None) -> None:
+        """Keep the student; ConfigError for one that is anchored at t = 1 and so has no diagonal."""
+        if student.anchored:
+            raise ConfigError("pseudo_velocity needs a student that is not anchored, such as conditioning = 'two_time'")
+        self._student = student
+
+    @torch.no_grad()
+    def velocity(
+        self, x: Tensor, r: Tensor, condition: Condition | None = None, *, samples: Tensor | None = None
+    ) -> Tensor:
+        """F(x, r, r)."""
+        return self._student.velocity(x, r, condition)
+
+
 @register_velocity_estimator("minibatch")
 @attrs.define(kw_only=True)
 class Minibatch(NoisingVelocity):

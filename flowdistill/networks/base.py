@@ -7,7 +7,11 @@ import inspect
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from flowdistill.errors import ConfigError
+from flowdistill.networks.linear import Linear
 
 
 class VelocityNetwork(nn.Module, ABC):
@@ -60,3 +64,31 @@ class VelocityNetwork(nn.Module, ABC):
                 durations and guidance scales.
             late_time: times (B,) that the blocks after the first ``early_blocks`` see in place of t; None is t.
         """
+
+    def widen_output(self, velocities: int, extra: int = 0) -> None:
+        """Replace the output layer, such that `velocity` gives several velocities and further channels.
+
+        For samples (C, ...) the output becomes ``(B, velocities * C + extra, ...)``. Every velocity starts as the
+        present one, and the further channels at 0. It can be done once, and ``arguments`` do not tell of it.
+
+        Raises:
+            ConfigError: the network has no output layer of its own.
+        """
+        raise ConfigError(f"{type(self).__name__} has no output layer that could be widened")
+
+
+def widened(layer: nn.Linear, channels: int, kept: int, copies: int, extra: int) -> Linear:
+    """A layer that repeats the outputs of another.
+
+    Of each group of ``channels`` outputs it has the first ``kept``, ``copies`` times, and then ``extra`` outputs of 0.
+    """
+
+    def rows(values: Tensor) -> Tensor:
+        groups = values.detach().reshape(-1, channels, values[0].numel())[:, :kept].repeat(1, copies, 1)
+        return F.pad(groups, (0, 0, 0, extra)).reshape(-1, *values.shape[1:])
+
+    weight, bias = rows(layer.weight), rows(layer.bias)
+    wide = Linear(layer.in_features, len(weight), device=weight.device, dtype=weight.dtype)
+    wide.weight.data.copy_(weight)
+    wide.bias.data.copy_(bias)
+    return wide

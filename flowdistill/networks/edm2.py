@@ -91,12 +91,16 @@ class MPConv(nn.Module):
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
         self._normalized_version = -1
 
-    def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
-        """The layer's output times ``gain``, in the dtype of x."""
+    def replace_weight(self) -> None:
+        """Store the scaled weights, in training mode and where they have changed."""
         if self.training and self.weight._version != self._normalized_version:
             with torch.no_grad():
                 self.weight.copy_(normalize(self.weight))
             self._normalized_version = self.weight._version
+
+    def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+        """The layer's output times ``gain``, in the dtype of x."""
+        self.replace_weight()
         weight = normalize(self.weight) * (gain / math.sqrt(self.weight[0].numel()))
         weight = weight.to(x.dtype)
         if weight.ndim == 2:
@@ -406,4 +410,21 @@ class EDM2(VelocityNetwork):
         r = (k**2 * (1 - t).square() + t.square()).sqrt()
         late = None if late_time is None else self._c_noise(late_time)
         raw = self._raw(x / expand_time(r, x), self._c_noise(t), one_hot, embedding, late)
-        return expand_time((t - k**2 * (1 - t)) / r.square(), x) * x - expand_time(k / r, x) * raw
+        skip, out = expand_time((t - k**2 * (1 - t)) / r.square(), x), expand_time(k / r, x)
+        if self._velocities == 1:
+            return skip * x - out * raw
+        count = self._velocities * x.shape[1]
+        velocities = skip * x.repeat(1, self._velocities, 1, 1) - out * raw[:, :count]
+        return torch.cat([velocities, raw[:, count:]], dim=1)
+
+    _velocities: int = 1
+
+    def widen_output(self, velocities: int, extra: int = 0) -> None:
+        """See `VelocityNetwork.widen_output`; each output has a gain of its own, 0 for the further channels."""
+        weight, gain = self.unet.out_conv.weight.detach(), self.unet.out_gain.detach()
+        count = velocities * len(weight)
+        wide = MPConv(weight.shape[1], count + extra, weight.shape[2:]).to(weight)
+        wide.weight.data[:count] = weight.repeat(velocities, 1, 1, 1)
+        gains = torch.cat([gain.expand(count), gain.new_zeros(extra)])
+        self.unet.out_conv, self.unet.out_gain = wide, nn.Parameter(gains.reshape(-1, 1, 1, 1))
+        self._velocities = velocities

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowdistill.networks.base import VelocityNetwork
+from flowdistill.networks.base import VelocityNetwork, widened
 from flowdistill.networks.embeddings import LabelEmbedding, ScalarEmbedding
 from flowdistill.networks.linear import Linear
 from flowdistill.registry import register_network
@@ -70,6 +70,11 @@ class MLP(VelocityNetwork):
             hidden = block(hidden, early if i < self.early_blocks else late)
         result: Tensor = self.output(F.silu(hidden))
         return result
+
+    def widen_output(self, velocities: int, extra: int = 0) -> None:
+        """See `VelocityNetwork.widen_output`."""
+        (dim,) = self.sample_shape
+        self.output = widened(self.output, dim, dim, velocities, extra)
 
     def _condition(self, t: Tensor, labels: Tensor | None, embedding: Tensor | None) -> Tensor:
         c: Tensor = self.time_embedding(t)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from flowdistill.errors import ConfigError
-from flowdistill.networks.base import VelocityNetwork
+from flowdistill.networks.base import VelocityNetwork, widened
 from flowdistill.networks.embeddings import LabelEmbedding, ScalarEmbedding, position_table
 from flowdistill.networks.linear import Linear
 from flowdistill.registry import register_network
@@ -226,3 +226,10 @@ class SiT(VelocityNetwork):
         if self.noise_time == 1:
             return self._output(x, t, labels, embedding, late_time)
         return -self._output(x, 1 - t, labels, embedding, None if late_time is None else 1 - late_time)
+
+    def widen_output(self, velocities: int, extra: int = 0) -> None:
+        """See `VelocityNetwork.widen_output`; the half that ``learn_sigma`` drops is not kept."""
+        kept, linear = self.sample_shape[0], self.final_layer.linear
+        channels = linear.out_features // self.patch_size**2
+        self.final_layer.linear = widened(linear, channels, kept, velocities, extra)
+        self.learn_sigma = False

@@ -1,0 +1,82 @@
+"""The objective of pi-Flow: the policy imitates the teacher where the policy itself leads."""
+
+from __future__ import annotations
+
+import attrs
+import torch
+from attrs.validators import ge, instance_of, lt
+
+from flowdistill.algorithms.identities import pull
+from flowdistill.algorithms.piflow.flow_map import PolicyFlowMap
+from flowdistill.errors import ConfigError
+from flowdistill.interfaces import FlowMap, Objective, ObjectiveOutput, States, Teacher
+from flowdistill.paths import expand_time
+from flowdistill.registry import register_objective
+from flowdistill.times import TimeSampler, Uniform
+
+CITATION = """\
+@article{chen2025piflow,
+  title   = {pi-Flow: Policy-Based Few-Step Generation via Imitation Distillation},
+  author  = {Chen, Hansheng and Zhang, Kai and Tan, Hao and Guibas, Leonidas and Wetzstein, Gordon and Bi, Sai},
+  journal = {arXiv preprint arXiv:2510.14974},
+  year    = {2025},
+}"""
+
+
+@register_objective("piflow")
+@attrs.define(kw_only=True)
+class PiFlow(Objective):
+    """The policy's velocity is the teacher's at states that the policy itself reaches.
+
+    From x_src at t_src the policy is followed, without a graph, to a random time t of its segment, and
+
+        1/2 |pi(x_t, t) - u(x_t, t)|^2
+
+    is minimised through the parameters of pi alone, at fixed x_t. The student must be a `PolicyFlowMap`.
+
+    Attributes:
+        sequence: begin with noise at t = 1 and train all segments in turn, each from where the policy of the one before
+            has ended; no data are needed. False trains the segment below the time of each state, for data that are
+            noised to the edges of the segments (``noised_data.times = @grid()``).
+        states_per_segment: how many times t for each evaluation of the student.
+        times: law of t in its segment: 1 is the start and 0 the end.
+        dropout: probability with which the followed policy, but not the trained one, misses each component of a
+            Gaussian mixture.
+    """
+
+    citation = CITATION
+
+    sequence: bool = True
+    states_per_segment: int = attrs.field(default=2, validator=ge(1))
+    times: TimeSampler = attrs.field(factory=Uniform, validator=instance_of(TimeSampler))
+    dropout: float = attrs.field(default=0.05, validator=[ge(0.0), lt(1.0)])
+
+    def setup(self, student: FlowMap, teacher: Teacher | None) -> None:
+        """Check that the student follows a policy."""
+        if not isinstance(student, PolicyFlowMap):
+            raise ConfigError(f"piflow trains a policy, not {type(student).__name__}: set train.flow_map = @policy")
+
+    def loss(
+        self, student: FlowMap, teacher: Teacher | None, states: States, *, step: int, generator: torch.Generator
+    ) -> ObjectiveOutput:
+        """The mean over the segments, each with one evaluation of the student and a few of the teacher."""
+        assert teacher is not None
+        assert isinstance(student, PolicyFlowMap)
+        start = states.at_prior() if self.sequence else states
+        x, t, condition = start.x, start.t, start.condition
+        velocities, targets = [], []
+        for remaining in reversed(range(student.segments if self.sequence else 1)):
+            policy, end = student.policy(x, t, condition), student.segment_end(t)
+            leader = policy.dropout(self.dropout, generator)
+            for _ in range(self.states_per_segment):
+                position = self.times.sample(len(t), generator).to(t.dtype)
+                with torch.no_grad():
+                    now = student.between(t, end, position)
+                    reached = x - expand_time(t - now, x) * student.average(leader, x, t, now)
+                    targets.append(teacher.velocity(reached, now, condition))
+                velocities.append(policy.velocity(reached, now))
+            if remaining:
+                with torch.no_grad():
+                    x, t = x - expand_time(t - end, x) * student.average(leader, x, t, end), end
+        velocity, target = torch.cat(velocities), torch.cat(targets)
+        return pull(velocity, velocity.detach() - target, scale=velocity.new_full((len(velocity),), 0.5))

@@ -1,0 +1,439 @@
+"""Secant losses: what vanishes on average over r, the laws that this needs, and what a single r leaves."""
+
+import attrs
+import numpy
+import pytest
+import torch
+from exact import data_states, gaussian_teachers, gradient, path_states, perturbed, prior_states
+from hypothesis import given, settings
+
+from flowdistill import Condition, ConfigError, States
+from flowdistill.algorithms import identities
+from flowdistill.algorithms.secant import SDEE, SDEI, STEE, STEI
+from flowdistill.algorithms.secant import objective as secant
+from flowdistill.data import ExactSamples
+from flowdistill.flow_maps import NetworkFlowMap
+from flowdistill.interfaces import FlowMap
+from flowdistill.networks import MLP
+from flowdistill.states import NoisedData, TeacherTrajectories
+from flowdistill.target_velocities import ConditionalVelocity, TeacherVelocity
+from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
+from flowdistill.testing import check_objective
+from flowdistill.times import Always, Grid, Uniform, WithPointMass
+
+NODES, WEIGHTS = (torch.from_numpy(a) / 2 for a in numpy.polynomial.legendre.leggauss(64))
+NODES = NODES + 0.5  # in (0, 1), where the weights add up to 1
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def example():
+    return GaussianTeacher(torch.tensor([1.0, -0.5]).double(), torch.tensor([0.3, 2.5]).double())
+
+
+def over_nodes(states):
+    """Each state once for every node, and the weight of each row."""
+    rows = torch.arange(len(states)).repeat_interleave(len(NODES))
+    return states[rows], NODES.repeat(len(states)), (WEIGHTS / len(states)).repeat(len(states))
+
+
+def expectation(average, residual, weights, student):
+    """The mean residual of each state over r, and the mean gradient."""
+    mean = (weights[:, None] * residual).unflatten(0, (-1, len(NODES))).sum(1) * (len(residual) // len(NODES))
+    return float(mean.norm(dim=1).max()), float(gradient((weights[:, None] * residual * average).sum(), student).norm())
+
+
+def interior(objective, student, teacher, states, monkeypatch, end=0.3):
+    """The expectation of what an objective with interior points does, by Gauss-Legendre quadrature over r."""
+    states, nodes, weights = over_nodes(states)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "rand", lambda n, **_: nodes)
+        parts = objective.residual(student, teacher, states, end * states.t, step=0, generator=generator())
+    return *expectation(*parts, weights, student), float(parts[1].square().mean().sqrt())
+
+
+def end_point(student, teacher, starts, t, s, residual=identities.end_point_residual):
+    """The expectation of the end-point residual for states whose images at t are ``starts``, for all r."""
+    states, nodes, weights = over_nodes(starts)
+    t, s = torch.full_like(nodes, t), torch.full_like(nodes, s)
+    r = s + nodes * (t - s)
+    x = GaussianFlowMap(teacher)(states.x, t, r).detach()
+    parts = residual(student, teacher.velocity(x, r), x, r, t, s, states.condition)
+    return *expectation(*parts, weights, student), float(parts[1].square().mean().sqrt())
+
+
+@pytest.mark.parametrize("objective", [SDEI(), STEI(equal=0.0)], ids=["sdei", "stei"])
+@pytest.mark.parametrize("draw", [prior_states, path_states])
+@given(teacher=gaussian_teachers(max_dim=8))
+@settings(max_examples=8)
+def test_interior_points_are_exact_on_average_over_r(objective, draw, teacher):
+    states = draw(teacher, n=8)
+    with pytest.MonkeyPatch.context() as patch:
+        residual, slope, single = interior(objective, GaussianFlowMap(teacher), teacher, states, patch)
+        assert residual < 1e-10
+        assert slope < 1e-10
+        assert single > 1e-3  # one r leaves how u varies along the path
+        residual, slope, _ = interior(objective, perturbed(teacher), teacher, states, patch)
+    if isinstance(objective, STEI):  # a flow map has its own diagonal as its velocity, whatever the data
+        assert residual < 1e-10
+    else:
+        assert residual > 1e-2
+        assert slope > 1e-3
+
+
+@pytest.mark.parametrize(("t", "s"), [(0.9, 0.2), (1.0, 0.0), (0.2, 0.9), (0.0, 1.0)])
+@given(teacher=gaussian_teachers(max_dim=8))
+@settings(max_examples=8)
+def test_end_points_are_exact_on_average_over_r(t, s, teacher):
+    starts = path_states(teacher, n=8)
+    residual, slope, single = end_point(GaussianFlowMap(teacher), teacher, starts, t, s)
+    assert residual < 1e-10
+    assert slope < 1e-10
+    assert single > 1e-3
+    moved = perturbed(teacher)
+    assert end_point(moved, teacher, starts, t, s)[0] > 1e-2
+    assert end_point(moved, teacher, starts, t, s)[1] > 1e-3
+
+
+def test_a_single_r_leaves_the_spread_of_the_velocity_along_the_path():
+    teacher = example()
+    states, nodes, _ = over_nodes(prior_states(teacher, n=4))
+    zero = torch.zeros_like(nodes)
+    student = GaussianFlowMap(teacher)
+    _, residual = identities.secant_residual(
+        student, teacher.velocity, states.x, states.t, nodes, zero, states.condition
+    )
+    velocity = teacher.velocity(student(states.x, states.t, nodes), nodes).unflatten(0, (4, -1))
+    spread = velocity - (WEIGHTS[:, None] * velocity).sum(1, keepdim=True)
+    torch.testing.assert_close(residual, -spread.flatten(0, 1).detach(), rtol=0, atol=1e-10)
+
+
+# Laws.
+
+
+@pytest.mark.parametrize(
+    "cuts", [Uniform(), Grid(steps=4), WithPointMass(fraction=0.5)], ids=["uniform", "grid", "mass"]
+)
+def test_r_is_uniform_given_the_pair(cuts):
+    r = torch.rand(200_000, generator=generator(), dtype=torch.float64)
+    t, s = SDEE(cuts=cuts).pairs(r, generator(1))
+    assert_uniform_inside(r, t, s)
+    assert abs(float((t < s).double().mean()) - 0.5) < 0.01
+    if isinstance(cuts, Grid):
+        pairs = {(round(4 * float(a)), round(4 * float(b))) for a, b in zip(t[:5000], s[:5000], strict=True)}
+        assert pairs == {(i, j) for i in range(5) for j in range(5) if i != j}
+        assert (torch.stack([4 * t, 4 * s]) % 1 == 0).all()
+    if isinstance(cuts, WithPointMass):
+        assert abs(float(((t - s).abs() == 1).double().mean()) - 0.25) < 0.01
+
+
+def assert_uniform_inside(r, t, s):
+    """Kolmogorov-Smirnov of r in (s, t), for all pairs and for those of some lengths, starts and ends."""
+    low, high = torch.minimum(t, s), torch.maximum(t, s)
+    assert (low <= r).all()
+    assert (r <= high).all()
+    share = (r - low) / (high - low)
+    length = high - low
+    groups = (length > 0, length < 0.4, length > 0.6, low == 0, high == 1, (low > 0.2) & (high < 0.9), t > s, t < s)
+    for chosen in groups:
+        kept = share[chosen].sort().values
+        if len(kept) > 500:
+            steps = torch.arange(1, len(kept) + 1) / len(kept)
+            assert float((kept - steps).abs().max()) < 2.2 / len(kept) ** 0.5
+
+
+def test_ends_drawn_independently_on_both_sides_are_not():
+    r = torch.rand(200_000, generator=generator(), dtype=torch.float64)
+    s, t = Uniform().sample_below(r, generator(1)), 1 - Uniform().sample_below(1 - r, generator(2))
+    with pytest.raises(AssertionError):
+        assert_uniform_inside(r, t, s)
+
+
+@pytest.mark.parametrize("end", [0.0, 0.25])
+def test_interior_times_are_uniform(end, monkeypatch):
+    seen = []
+
+    def residual(student, field, x, t, r, s, condition):
+        seen.append((t, r, s))
+        return identities.secant_residual(student, field, x, t, r, s, condition)
+
+    monkeypatch.setattr(secant, "secant_residual", residual)
+    teacher = example()
+    objective = SDEI(ends=Always(value=end))
+    states = path_states(teacher, n=20_000)
+    objective.loss(GaussianFlowMap(teacher), teacher, states, step=0, generator=generator())
+    ((t, r, s),) = seen
+    assert torch.equal(s, states.t.clamp(max=end))
+    inside = t > s
+    assert_uniform_inside(r[inside], t[inside], s[inside])
+
+
+# From data, and with states of a batch: the mean gradient.
+
+
+def mean_gradient(objective, student, teacher, draw, batches=48):
+    """The mean gradient in units of its standard error, largest component."""
+    rows = []
+    for seed in range(batches):
+        loss = objective.loss(student, teacher, draw(seed), step=seed, generator=generator(1000 + seed)).loss
+        rows.append(gradient(loss, student))
+    stacked = torch.stack(rows)
+    return float((stacked.mean(0) / (stacked.std(0) / batches**0.5)).abs().max())
+
+
+OBJECTIVES = {
+    "sdei": SDEI(),
+    "sdei with a diagonal": SDEI(equal=0.25),
+    "stei": STEI(),
+    "stei with a teacher": STEI(velocity=TeacherVelocity()),
+    "sdei from data": SDEI(velocity=ConditionalVelocity(), equal=0.5),
+    "sdee": SDEE(),
+    "stee": STEE(),
+    "stee on a grid": STEE(cuts=Grid(steps=3)),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_no_mean_gradient_at_the_exact_map(name):
+    teacher, objective = example(), OBJECTIVES[name]
+
+    def draw(seed):
+        return data_states(teacher, n=512, seed=seed, low=0.0)
+
+    assert mean_gradient(objective, GaussianFlowMap(teacher), teacher, draw) < 4
+    assert mean_gradient(objective, perturbed(teacher), teacher, draw) > 12
+
+
+def shifted(seed):
+    """Data of another distribution than that of `example`."""
+    return data_states(
+        GaussianTeacher(torch.tensor([2.0, -0.5]).double(), torch.tensor([0.3, 2.5]).double()), 512, seed, 0
+    )
+
+
+def test_end_points_need_states_of_the_teachers_distribution():
+    """Elsewhere the image at t tells from which r it came, and the mean over r is not uniform."""
+    teacher = example()
+    assert mean_gradient(SDEE(), GaussianFlowMap(teacher), teacher, shifted) > 8
+    assert mean_gradient(SDEI(), GaussianFlowMap(teacher), teacher, shifted) < 4
+
+
+# Mistakes, planted.
+
+
+INTERIOR = {
+    "right": (lambda f, u, x, gap, r, t, c: u(x - gap * f, r, c), False),
+    "velocity at the start": (lambda f, u, x, gap, r, t, c: u(x, t, c), True),
+    "velocity at the start's time": (lambda f, u, x, gap, r, t, c: u(x - gap * f, t, c), True),
+    "jump of the wrong sign": (lambda f, u, x, gap, r, t, c: u(x + gap * f, r, c), True),
+    "velocity of the wrong sign": (lambda f, u, x, gap, r, t, c: -u(x - gap * f, r, c), True),
+}
+
+
+@pytest.mark.parametrize("name", INTERIOR)
+def test_mutants_of_the_interior_point(name, monkeypatch):
+    target, wrong = INTERIOR[name]
+
+    def residual(student, field, x, t, r, s, condition):
+        average = student.average_velocity(x, t, s, condition)
+        with torch.no_grad():
+            inner = student.average_velocity(x, t, r, condition)
+            return average, average - target(inner, field, x, (t - r)[:, None], r, t, condition)
+
+    monkeypatch.setattr(secant, "secant_residual", residual)
+    teacher = example()
+    mean, slope, _ = interior(SDEI(), GaussianFlowMap(teacher), teacher, path_states(teacher), monkeypatch)
+    assert (mean > 0.1) == wrong
+    assert (slope > 0.05) == wrong
+
+
+def test_the_average_to_s_in_place_of_r_is_seen():
+    """With F(x_t, t, s) for F(x_t, t, r) the path is a straight line."""
+    teacher, student = example(), GaussianFlowMap(example())
+    states, nodes, weights = over_nodes(path_states(teacher))
+    s = 0.3 * states.t
+    r = s + nodes * (states.t - s)
+    average = student.average_velocity(states.x, states.t, s)
+    residual = (average - teacher.velocity(states.x - (states.t - r)[:, None] * average, r)).detach()
+    assert expectation(average, residual, weights, student)[0] > 0.1
+
+
+def end_point_mutant(change):
+    def residual(student, velocity, x, r, t, s, condition):
+        start, t, s = change(student, x, r, t, s)
+        average = student.average_velocity(start.detach(), t, s, condition)
+        return average, average.detach() - velocity
+
+    return residual
+
+
+END_POINT = {
+    "right": (lambda student, x, r, t, s: (student(x, r, t), t, s), False),
+    "state itself": (lambda student, x, r, t, s: (x, t, s), True),
+    "jump of the wrong sign": (lambda student, x, r, t, s: (x - (t - r)[:, None] * student.velocity(x, r), t, s), True),
+    "jump to the end": (lambda student, x, r, t, s: (student(x, r, s), t, s), True),
+    "times exchanged": (lambda student, x, r, t, s: (student(x, r, t), s, t), True),
+}
+
+
+@pytest.mark.parametrize("name", END_POINT)
+def test_mutants_of_the_end_point(name):
+    change, wrong = END_POINT[name]
+    teacher = example()
+    residual = end_point_mutant(change)
+    mean, slope, _ = end_point(GaussianFlowMap(teacher), teacher, path_states(teacher), 0.9, 0.2, residual)
+    assert (mean > 0.1) == wrong
+    assert (slope > 0.05) == wrong
+
+
+# What zero gradients cannot see.
+
+
+@pytest.mark.parametrize("name", ["sdei", "stei", "sdee", "stee"])
+def test_gradient_off_the_optimum_is_that_of_a_detached_target(name, monkeypatch):
+    """And one with a graph through the estimated point or through the target is another."""
+    teacher, objective = example(), attrs.evolve(OBJECTIVES[name])
+    student, states = perturbed(teacher), data_states(teacher)
+    kept = []
+
+    def keep(function, graph):
+        def residual(*arguments):
+            with torch.enable_grad():
+                if function is identities.secant_residual:
+                    _, field, x, t, r, s, condition = arguments
+                    average = student.average_velocity(x, t, s, condition)
+                    target = field(student(x, t, r, condition), r, condition)
+                else:
+                    _, target, x, r, t, s, condition = arguments
+                    average = student.average_velocity(student(x, r, t, condition), t, s, condition)
+            if graph:
+                return average, average - target
+            pair = function(*arguments)
+            kept.append(pair)
+            torch.testing.assert_close(pair[1], (average - target).detach())
+            return pair
+
+        return residual
+
+    def loss_gradient(graph):
+        for function in (identities.secant_residual, identities.end_point_residual):
+            monkeypatch.setattr(secant, function.__name__, keep(function, graph))
+        return gradient(objective.loss(student, teacher, states, step=0, generator=generator()).loss, student)
+
+    right = loss_gradient(graph=False)
+    average, residual = kept[0]
+    wanted = gradient((2 * residual * average).sum() / (len(states) * 2), student)
+    if name == "stei":
+        on = states[: len(states) // 2]
+        parts = identities.velocity_residual(student, on.noise - on.clean, on.x, on.t, on.condition)
+        wanted = wanted + gradient((2 * parts[1] * parts[0]).sum() / (len(states) * 2), student)
+    torch.testing.assert_close(right, wanted, rtol=1e-9, atol=1e-12)
+    assert (loss_gradient(graph=True) - right).norm() > 0.02 * right.norm()
+
+
+@pytest.mark.parametrize("equal", [0.25, 0.5])
+def test_a_fraction_of_rows_is_a_weight_of_flow_matching(equal):
+    """The mean over all rows is (1 - e) (secant + lambda diagonal) with lambda = e/(1 - e)."""
+    teacher = example()
+    student, states = perturbed(teacher), data_states(teacher, n=512)
+    whole = STEI(equal=equal).loss(student, None, states, step=0, generator=generator())
+    rows = round(equal * 512)
+    diagonal = STEI(equal=1.0).loss(student, None, states[:rows], step=0, generator=generator()).loss
+    g = generator()
+    s = Uniform().sample_below(states.t, g)[rows:]
+    rest = identities.pull(*STEI().residual(student, None, states[rows:], s, step=0, generator=g)).loss
+    torch.testing.assert_close(whole.loss, (1 - equal) * (rest + equal / (1 - equal) * diagonal))
+
+
+COUNTS = {"sdei": (2, 1), "stei": (2, 0), "sdee": (2, 1), "stee": (2, 0)}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_evaluations(name):
+    """Three for each secant row, two where the velocity is the data's; STEI adds one for a row of flow matching."""
+    teacher, objective = example(), OBJECTIVES[name]
+    student, states = GaussianFlowMap(teacher), data_states(teacher, n=64)
+    objective.loss(student, teacher, states, step=0, generator=generator())
+    assert (student.evaluations / 64, teacher.evaluations / 64) == COUNTS[name]
+    if name == "stei":
+        before = student.evaluations
+        attrs.evolve(objective, equal=0.0).loss(student, None, states, step=0, generator=generator())
+        attrs.evolve(objective, equal=1.0).loss(student, None, states, step=0, generator=generator())
+        assert student.evaluations - before == (3 + 1) * 64
+
+
+# Picard's iteration.
+
+
+class _Picard(FlowMap):
+    """The ``count``-th iterate of F <- E_r u(x - (t - r) F(x, t, r), r), by the secant residual, from F = u(x, t)."""
+
+    def __init__(self, teacher, count):
+        super().__init__()
+        self.teacher, self.sample_shape = teacher, teacher.sample_shape
+        self.previous = _Picard(teacher, count - 1) if count else None
+
+    def average_velocity(self, x, t, s, condition=None):
+        if self.previous is None:
+            return self.teacher.velocity(x, t)
+        nodes, weights = (torch.from_numpy(a) / 2 for a in numpy.polynomial.legendre.leggauss(12))
+        wide = [a.repeat_interleave(12, 0) for a in (x, t, s)]
+        r = wide[2] + (nodes + 0.5).repeat(len(x)) * (wide[1] - wide[2])
+        average, residual = identities.secant_residual(
+            self.previous, self.teacher.velocity, wide[0], wide[1], r, wide[2], Condition()
+        )
+        return (weights[:, None] * (average - residual).unflatten(0, (len(x), 12))).sum(1)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_each_mean_residual_is_a_picard_step(count):
+    """From the velocity, ``count`` steps leave an error of the order count + 1 in the duration."""
+    teacher = example()
+    x = path_states(teacher, n=4).x
+    errors = []
+    for gap in (0.1, 0.05):
+        t, s = torch.full((4,), 0.6).double(), torch.full((4,), 0.6 - gap).double()
+        exact = GaussianFlowMap(teacher).average_velocity(x, t, s)
+        errors.append(float((_Picard(teacher, count).average_velocity(x, t, s) - exact).detach().norm()))
+    assert abs(numpy.log2(errors[0] / errors[1]) - (count + 1)) < 0.15
+
+
+# Sources and interfaces.
+
+
+def test_interior_points_need_no_data():
+    assert not SDEI().needs_data
+    teacher = example()
+    states = prior_states(teacher)
+    output = SDEI().loss(
+        perturbed(teacher),
+        teacher,
+        States(x=states.x, t=states.t, condition=Condition()),
+        step=0,
+        generator=generator(),
+    )
+    assert output.loss.isfinite()
+
+
+@pytest.mark.parametrize("objective", [SDEE(), STEE()], ids=["sdee", "stee"])
+def test_end_points_refuse_states_at_one_time(objective):
+    teacher = example()
+    states = attrs.evolve(data_states(teacher), t=torch.ones(64, dtype=torch.float64))
+    with pytest.raises(ConfigError, match="uniform times"):
+        objective.loss(GaussianFlowMap(teacher), teacher, states, step=0, generator=generator())
+    objective.loss(GaussianFlowMap(teacher), teacher, states, step=1, generator=generator())
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_conformance(name):
+    teacher = GaussianTeacher([0.0, 0.0], 0.5, class_means=[[1.0, 0.0], [-1.0, 0.0]])
+    torch.manual_seed(0)
+    student = NetworkFlowMap(MLP(dim=2, hidden_size=16, num_classes=2))
+    for parameter in student.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    source = NoisedData(dataset=ExactSamples(teacher))
+    if not OBJECTIVES[name].needs_data:
+        source = TeacherTrajectories(steps=4)
+    check_objective(OBJECTIVES[name], student, teacher if OBJECTIVES[name].needs_teacher else None, source)
