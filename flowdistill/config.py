@@ -30,11 +30,11 @@ def recipe_roots() -> list[Path]:
 
 
 def recipes() -> list[str]:
-    """The names of all packaged recipes: the gin files that name an objective and a flow map, or include one that does.
+    """The names of all packaged recipes: the gin files that name an objective and a number of steps, or include one that does.
 
     The others hold settings that recipes share.
     """
-    whole = re.compile(r"(?=.*^train\.objective =)(?=.*^train\.flow_map =)", re.MULTILINE | re.DOTALL)
+    whole = re.compile(r"(?=.*^train\.objective =)(?=.*^train\.steps =)", re.MULTILINE | re.DOTALL)
     return [name for name in gin_files() if whole.search(expanded(name))]
 
 

@@ -50,7 +50,7 @@ class IMM(Objective):
         weight_power: a of the weight.
     """
 
-    citation = """\\
+    citation = """\
 @inproceedings{zhou2025inductive,
   title     = {Inductive Moment Matching},
   author    = {Zhou, Linqi and Ermon, Stefano and Song, Jiaming},

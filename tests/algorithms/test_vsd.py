@@ -121,7 +121,7 @@ def test_unweighted_update_is_the_gradient_of_the_divergence(time):
     student = GaussianFlowMap(GaussianTeacher(torch.tensor([mu]).double(), torch.tensor([rho**2]).double()))
     objective = build("vsd", student, times=Always(value=time), weighting="none")
     states = prior_states(teacher, 2**20)
-    loss = objective.loss(student, teacher, states, step=0, generator=generator()).loss
+    loss = objective.loss(student, teacher, states, step=0, generator=generator(1)).loss
     by_mean, by_log_variance = torch.autograd.grad(loss, [student.mean, student.log_variances])
     factor = (1 - time) ** 2 / time / 2  # the loss is |R|^2, without a half
     truth, own = ((1 - time) ** 2 * v**2 + time**2 for v in (sigma, rho))
@@ -139,7 +139,8 @@ def test_states_start_from_their_noise():
     assert torch.equal(*losses)
 
 
-# Runs in one dimension: a Gaussian student, and a Gaussian for its noising velocity that is trained online.
+# Runs in one dimension, where 1/W has no mean, so without it: a Gaussian student, and a Gaussian for its noising velocity
+# that is trained online.
 
 
 class OnlineGaussian(NoisingVelocity):
@@ -192,19 +193,19 @@ def trained(objective, tmp_path, steps=250, online_rate=1.0):
 
 @pytest.mark.parametrize("updates", [1, 5])
 def test_a_student_reaches_its_teacher(updates, tmp_path):
-    path = trained(DMD2(noising=OnlineGaussian(), auxiliary_updates=updates), tmp_path)
+    path = trained(DMD2(noising=OnlineGaussian(), auxiliary_updates=updates, weighting="none"), tmp_path)
     torch.testing.assert_close(path[-50:].mean(0), torch.tensor([1.0, 0.5]), atol=0.05, rtol=0)
     assert path[:, 0].max() < 1.15
 
 
 def test_a_slow_online_network_makes_the_student_overshoot(tmp_path):
-    path = trained(VSD(noising=OnlineGaussian()), tmp_path, online_rate=0.1)
-    assert path[:, 0].max() > 1.3
-    assert path[:, 1].min() < 0.3
+    path = trained(VSD(noising=OnlineGaussian(), weighting="none"), tmp_path, online_rate=0.1)
+    assert path[:, 0].max() > 1.5
+    assert path[-1, 1] < 0.35
 
 
 def test_the_wrong_sign_diverges(tmp_path):
-    path = trained(_WrongSign(noising=OnlineGaussian()), tmp_path, steps=60)
+    path = trained(_WrongSign(noising=OnlineGaussian(), weighting="none"), tmp_path, steps=60)
     assert path[-1, 0] < -0.5
 
 
