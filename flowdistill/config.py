@@ -30,7 +30,7 @@ def recipe_roots() -> list[Path]:
 
 
 def recipes() -> list[str]:
-    """The names of all packaged recipes: the gin files that name an objective and a number of steps, or include one that does.
+    """The names of all packaged recipes: the gin files that name an objective and its steps, or include one that does.
 
     The others hold settings that recipes share.
     """

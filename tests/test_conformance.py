@@ -28,6 +28,7 @@ from flowdistill.testing import (
     check_teacher,
     check_velocity_estimator,
 )
+from flowdistill.times import Grouped, Uniform
 from flowdistill.velocity_estimators import FiniteDifference, OnlineNetwork
 
 
@@ -147,7 +148,8 @@ def test_objectives(name):
     objective = OBJECTIVES.build(name, **OBJECTIVE_ARGUMENTS.get(name, dict)())
     assert objective.citation.startswith("@")
     needs_times = objective.needs_data or name == "sdee"
-    source = NoisedData(dataset=ExactSamples(classes())) if needs_times else None
+    times = Grouped() if name == "imm" else Uniform()
+    source = NoisedData(dataset=ExactSamples(classes()), times=times) if needs_times else None
     check_objective(objective, student_of(classes()), classes() if objective.needs_teacher else None, source)
 
 
