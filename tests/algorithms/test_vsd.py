@@ -139,7 +139,7 @@ def test_states_start_from_their_noise():
     assert torch.equal(*losses)
 
 
-# Runs in one dimension, where 1/W has no mean, so without it: a Gaussian student, and a Gaussian for its noising velocity
+# In one dimension, where 1/W has no mean, so without it: a Gaussian student, and for its noising velocity a Gaussian
 # that is trained online.
 
 
