@@ -14,11 +14,15 @@ Whatever wraps a student (data parallelism, compilation, a fused kernel) is to b
 
 from __future__ import annotations
 
-from typing import Literal
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from flowdistill.interfaces import Condition, FlowMap
 from flowdistill.paths import expand_time
@@ -47,7 +51,8 @@ def jvp(
     Jacobian-vector product without one. The plain pass is first because networks in training mode may replace their
     weights on the way, which a product cannot. Attention runs in its plain form within the product, since fused kernels
     have no forward-mode derivative. With ``graph`` the derivative has one as well, from a single pass that keeps about
-    2.5 times the memory; layers that replace their weights do so before, by a method ``replace_weight``.
+    2.5 times the memory; layers that replace their weights do so before, by a method ``replace_weight``, and layer
+    normalisation is in its plain form, too.
     """
     tangents = (
         torch.zeros_like(x) if dx is None else dx,
@@ -62,11 +67,45 @@ def jvp(
                 replace()
     else:
         plain = evaluate(student, x, t, s, condition)
-    with torch.set_grad_enabled(graph), sdpa_kernel(SDPBackend.MATH):
+    plain_norms = _PlainLayerNorm() if graph else contextlib.nullcontext()
+    with torch.set_grad_enabled(graph), sdpa_kernel(SDPBackend.MATH), plain_norms:
         average, slope = torch.func.jvp(  # type: ignore[misc]
             lambda x, t, s: student.average_velocity(x, t, s, condition), (x, t, s), tangents
         )
     return (average if plain is None else plain), slope
+
+
+class _PlainLayerNorm(TorchFunctionMode):
+    """Layer normalisation from elementary operations.
+
+    In PyTorch 2.13 the derivative of the fused one has the right values and wrong gradients: they leave out what comes
+    through the mean and the deviation that it keeps.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        return (_layer_norm if func is F.layer_norm else func)(*args, **(kwargs or {}))
+
+
+def _layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    dims = list(range(-len(normalized_shape), 0))
+    centred = wide - wide.mean(dims, keepdim=True)
+    result = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    result = result if weight is None else result * weight
+    result = result if bias is None else result + bias
+    return result.to(x.dtype)
 
 
 def finite_difference(

@@ -3,8 +3,8 @@ import pytest
 import torch
 from hypothesis import given
 
-from flowdistill import TIME_SAMPLERS
-from flowdistill.times import LogitNormal, Maximum, Uniform, WithPointMass
+from flowdistill import TIME_SAMPLERS, ConfigError
+from flowdistill.times import Always, Dyadic, EndSampler, Grid, Grouped, LogitNormal, Maximum, Uniform, WithPointMass
 
 LAWS = [Uniform(), Uniform(low=0.2, high=0.7), LogitNormal(mean=-0.4, std=1.0), LogitNormal(mean=0.8, std=1.6)]
 
@@ -63,6 +63,92 @@ def test_point_mass():
     assert (WithPointMass(fraction=1.0, value=0.3).sample(10, generator()) == 0.3).all()
 
 
+ENDS = [name for name in TIME_SAMPLERS.names() if isinstance(TIME_SAMPLERS.build(name), EndSampler)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ENDS)
+def test_ends_lie_below_any_time(name, dtype):
+    """Of the dtype of t, in [0, t], at the ends of the interval and off every grid as well."""
+    t = torch.cat([torch.tensor([0.0, 1.0, 0.5, 1 / 128, 1e-4]), torch.rand(200, generator=generator())]).to(dtype)
+    s = TIME_SAMPLERS.build(name).sample_below(t, generator())
+    assert s.dtype == dtype
+    assert ((s >= 0) & (s <= t)).all()
+    assert torch.equal(s, TIME_SAMPLERS.build(name).sample_below(t, generator()))
+
+
+def test_always():
+    assert torch.equal(Always(value=0.3).sample(3, generator()), torch.full((3,), 0.3))
+    assert torch.equal(
+        Always(value=0.25).sample_below(torch.tensor([1.0, 0.1, 0.25]), generator()), torch.tensor([0.25, 0.1, 0.25])
+    )
+
+
+def shares(values, of):
+    """The fraction of the values that equals each of some numbers."""
+    found = torch.stack([(values - number).abs() < 1e-6 for number in of])
+    assert found.any(0).all()
+    return found.float().mean(1).tolist()
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 49])
+def test_grid(steps):
+    """Starts are the steps' own, all equally likely; so are the ends among the steps below, 0 included."""
+    grid = torch.arange(steps + 1) / steps
+    t = Grid(steps=steps).sample(50_000, generator())
+    assert shares(t, grid[1:]) == pytest.approx([1 / steps] * steps, abs=0.01)
+    for k in {1, (steps + 1) // 2, steps}:
+        s = Grid(steps=steps).sample_below(torch.full((20_000,), k / steps), generator())
+        assert (s < k / steps - 1e-3).all()
+        assert shares(s, grid[:k]) == pytest.approx([1 / k] * k, abs=0.015)
+
+
+def test_grid_from_a_time_between_its_steps():
+    s = Grid(steps=4).sample_below(torch.full((20_000,), 0.6), generator())
+    assert shares(s, [0.0, 0.25, 0.5]) == pytest.approx([1 / 3] * 3, abs=0.015)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dyadic_jumps_are_a_uniform_level_and_a_uniform_step_of_it(dtype):
+    law, g = Dyadic(levels=4), generator()
+    t = law.sample(64_000, g).to(dtype)
+    s = law.sample_below(t, g)
+    level = torch.log2(1 / (t - s))
+    assert torch.equal(level, level.round())
+    assert shares(level, range(4)) == pytest.approx([0.25] * 4, abs=0.01)
+    for number in range(4):
+        ends = s[level == number] * 2**number
+        assert shares(ends, range(2**number)) == pytest.approx([0.5**number] * 2**number, abs=0.02)
+    assert law.shortest == 1 / 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dyadic_from_a_time_off_its_grid_is_the_shortest_jump(dtype):
+    t = torch.tensor([0.3, 0.9, 1 / 128, 0.0], dtype=dtype)
+    s = Dyadic(levels=7).sample_below(t, generator())
+    assert torch.equal(s, (t - 1 / 64).clamp(min=0))
+
+
+def test_grouped():
+    times = Grouped(law=Uniform(), size=4).sample(10, generator())
+    assert times.shape == (10,)
+    assert torch.equal(times, Uniform().sample(3, generator()).repeat_interleave(4)[:10])
+
+
+def test_point_mass_below_a_time():
+    """The value where it is below t, else t; the other draws are those of the other law below t."""
+    law = WithPointMass(value=0.25, fraction=0.4)
+    t = torch.full((50_000,), 0.5)
+    s = law.sample_below(t, generator())
+    assert float((s == 0.25).float().mean()) == pytest.approx(0.4, abs=0.01)
+    assert float(s[s != 0.25].mean()) == pytest.approx(0.25, abs=0.005)
+    assert s.max() <= 0.5
+    s = law.sample_below(torch.full((50_000,), 0.125), generator())
+    assert float((s == 0.125).float().mean()) == pytest.approx(0.4, abs=0.01)
+    with pytest.raises(ConfigError, match="Maximum"):
+        WithPointMass(law=Maximum()).sample_below(t, generator())
+
+
 @pytest.mark.parametrize(
     ("law", "kwargs"),
     [
@@ -70,6 +156,10 @@ def test_point_mass():
         (Uniform, {"low": -0.1}),
         (LogitNormal, {"std": 0.0}),
         (WithPointMass, {"value": 2.0}),
+        (Always, {"value": -0.5}),
+        (Grid, {"steps": 0}),
+        (Dyadic, {"levels": 0}),
+        (Grouped, {"size": 0}),
     ],
 )
 def test_wrong_ranges(law, kwargs):

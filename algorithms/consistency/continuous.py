@@ -158,7 +158,7 @@ class Scd(Sct):
 
 def _vsd() -> Objective:
     noising = OnlineNetwork(times=LogitNormal(mean=-0.8, std=1.6))
-    result: Objective = OBJECTIVES.build("vsd", noising=noising, times=LogitNormal(mean=0.4, std=2.0))
+    result: Objective = OBJECTIVES.build("vsd", noising=noising, times=LogitNormal(mean=0.4, std=2.0), weighting="none")
     return result
 
 

@@ -76,3 +76,21 @@ def data_states(teacher, n=64, seed=0, low=0.05) -> States:
     noise = torch.randn(clean.shape, generator=g, dtype=clean.dtype)
     t = low + (1 - low) * torch.rand(n, generator=g, dtype=clean.dtype)
     return States(x=interpolate(clean, noise, t), t=t, condition=Condition(), clean=clean, noise=noise)
+
+
+class _Bent(GaussianFlowMap):
+    """The exact map with a bend in its jumps, which leaves the diagonal as it is."""
+
+    def __init__(self, teacher, amount):
+        super().__init__(teacher)
+        self.bend = torch.nn.Parameter(torch.full((), amount, dtype=torch.float64))
+
+    def average_velocity(self, x, t, s, condition=None):
+        t, s = t[:, None], s[:, None]
+        exact = super().average_velocity(x, t[:, 0], s[:, 0], condition)
+        return exact + self.bend * (t - s) * torch.sin(x + t + 2 * s)
+
+
+def bent(teacher: GaussianTeacher, amount: float = 0.5) -> GaussianFlowMap:
+    """A student whose jumps do not compose: `perturbed` ones do, being exact maps of other Gaussians."""
+    return _Bent(teacher, amount)

@@ -1,0 +1,376 @@
+"""Terminal velocity matching, and gradients through derivatives."""
+
+import pytest
+import torch
+from exact import assert_exact, bent, data_states, gradient, judge, path_states, perturbed, prior_states
+
+from flowdistill import Condition, differentiation
+from flowdistill.algorithms.freeflow import FreeFlowPrediction
+from flowdistill.algorithms.identities import pull
+from flowdistill.algorithms.tvm import TerminalVelocityMatching
+from flowdistill.algorithms.tvm import objective as module
+from flowdistill.data import ExactSamples
+from flowdistill.differentiation import jvp
+from flowdistill.flow_maps import NetworkFlowMap
+from flowdistill.networks import EDM2, MLP, SiT
+from flowdistill.paths import interpolate
+from flowdistill.states import NoisedData
+from flowdistill.target_velocities import TeacherVelocity
+from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
+from flowdistill.testing import check_objective
+from flowdistill.times import Always, Uniform
+from flowdistill.velocity_estimators import FiniteDifference, Jvp
+
+
+def generator(seed=0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def gaussian() -> GaussianTeacher:
+    return GaussianTeacher(torch.tensor([1.0, -0.5]).double(), torch.tensor([0.3, 2.5]).double())
+
+
+def distillation(**fields) -> TerminalVelocityMatching:
+    return TerminalVelocityMatching(**{"velocity": TeacherVelocity(), "equal": 0.25, "ends": Uniform(), **fields})
+
+
+@pytest.mark.parametrize("fields", [{}, {"power": 1.0}, {"estimator": Jvp()}, {"equal": 0.0}])
+@pytest.mark.parametrize("draw", [prior_states, path_states, data_states])
+def test_exact_map_has_no_residual_and_no_gradient(draw, fields):
+    teacher = gaussian()
+    assert_exact(distillation(**fields), teacher, draw(teacher))
+
+
+def test_an_exact_map_of_another_distribution_is_caught_by_the_teacher_alone():
+    """Without one its end moves with its own velocity: only flow matching tells it from the data's."""
+    teacher = gaussian()
+    states = data_states(teacher)
+    alone = TerminalVelocityMatching(equal=0.0, target_decay=0.0)
+    assert judge(alone, perturbed(teacher), None, states)[0] < 1e-12
+    assert judge(alone, bent(teacher), None, states)[0] > 0.1
+    assert judge(distillation(equal=0.0), perturbed(teacher), teacher, states)[0] > 1e-2
+
+
+def test_no_mean_gradient_from_data_at_the_exact_map():
+    """Over 64 batches, within 4 standard errors; elsewhere far outside."""
+    teacher = gaussian()
+    objective = TerminalVelocityMatching(target_decay=0.0)
+    student, moved = bent(teacher, 0.0), bent(teacher)
+    with torch.no_grad():
+        moved.mean += 0.3
+    exact, wrong = [], []
+    for seed in range(64):
+        states = data_states(teacher, n=256, seed=seed)
+        for model, into in ((student, exact), (moved, wrong)):
+            loss = objective.loss(model, None, states, step=0, generator=generator(seed)).loss
+            into.append(gradient(loss, model))
+    gradients = torch.stack(exact)
+    error = gradients.std(0) / len(gradients) ** 0.5
+    assert (gradients.mean(0).abs() < 4 * error + 1e-12).all()
+    far = torch.stack(wrong).mean(0).abs() > 8 * error
+    assert far[:2].any()  # the mean
+    assert far[-1]  # the bend
+
+
+# With a teacher and from noise alone it is FreeFlow's prediction but for one stop-gradient.
+
+
+def both(student, teacher, **fields):
+    """The outputs of matching, and of FreeFlow's prediction at the same durations."""
+    states = prior_states(teacher)
+    return tuple(
+        objective.loss(student, teacher, states, step=0, generator=generator())
+        for objective in (
+            distillation(equal=0.0, ends=Always(value=0.3), **fields),
+            FreeFlowPrediction(durations=Always(value=0.7), estimator=Jvp(), power=0.0),
+        )
+    )
+
+
+def test_from_noise_its_residual_is_that_of_freeflow_and_its_gradient_is_not():
+    teacher = gaussian()
+    for student in (perturbed(teacher), bent(teacher)):
+        own, freeflow = both(student, teacher)
+        torch.testing.assert_close(own.metrics["error"], freeflow.metrics["error"])
+        torch.testing.assert_close(own.loss, freeflow.loss)
+        torch.testing.assert_close(own.residual_norm, freeflow.residual_norm)
+        a, b = gradient(own.loss, student), gradient(freeflow.loss, student)
+        assert (a - b).norm() > 0.1 * b.norm() > 1e-3
+        own, freeflow = both(student, teacher, estimator=Jvp())
+        torch.testing.assert_close(gradient(own.loss, student), gradient(freeflow.loss, student))
+
+
+def test_both_gradients_vanish_at_the_exact_map():
+    student = GaussianFlowMap(gaussian())
+    for output in both(student, gaussian()):
+        assert gradient(output.loss, student).norm() < 1e-12
+
+
+# Both terms and their parts.
+
+
+def first_term(student, field, states, s) -> torch.Tensor:
+    """|dX/ds - sg v(X, s)|^2 by reverse-mode differentiation."""
+    s = s.clone().requires_grad_()
+    average = student.average_velocity(states.x, states.t, s)
+    dummy = torch.zeros_like(average, requires_grad=True)
+    (slope,) = torch.autograd.grad(average, s, dummy, create_graph=True)
+    (derivative,) = torch.autograd.grad(slope, dummy, torch.ones_like(s), create_graph=True)
+    gap = (states.t - s.detach())[:, None]
+    target = field((states.x - gap * average).detach(), s.detach(), Condition()).detach()
+    return (average - gap * derivative - target).square().mean()
+
+
+@pytest.mark.parametrize("taught", [False, True])
+def test_gradient_is_that_of_both_terms(taught):
+    """The second term at the terminal time of the state's own data and noise, the first with the average as target."""
+    teacher, student = gaussian(), bent(gaussian())
+    states = data_states(teacher)
+    s = torch.full((32,), 0.04).double()
+    objective = TerminalVelocityMatching(ends=Always(value=0.04))
+    if taught:
+        objective = distillation(ends=Always(value=0.04), equal=0.5)
+    objective.setup(student, teacher)
+    assert list(objective.modules()) == ([] if taught else ["target"])
+    with torch.no_grad():
+        student.mean += 0.2
+    field = teacher.velocity if taught else objective.target(student).velocity
+    assert taught or objective.target(student) is not student
+    x = interpolate(states.clean[:32], states.noise[:32], s)
+    wanted = teacher.velocity(x, s) if taught else states.noise[:32] - states.clean[:32]
+    second = (student.velocity(x, s) - wanted).square().mean()
+    first = first_term(student, field, states[32:], s)
+    output = objective.loss(student, teacher, states, step=0, generator=generator())
+    torch.testing.assert_close(output.loss, (first + second) / 2)
+    got, terms = gradient(output.loss, student), [gradient(term, student) for term in (first, second)]
+    assert min(term.norm() for term in terms) > 1e-3
+    torch.testing.assert_close(got, (terms[0] + terms[1]) / 2)
+
+
+def test_without_data_the_second_term_is_where_the_student_lands():
+    teacher, student = gaussian(), bent(gaussian())
+    states = prior_states(teacher)
+    objective = distillation(ends=Always(value=0.3), equal=1.0)
+    s = torch.full_like(states.t, 0.3)
+    with torch.no_grad():
+        student.mean += 0.2
+    x = student(states.x, states.t, s).detach()
+    wanted = (student.velocity(x, s) - teacher.velocity(x, s)).square().mean()
+    output = objective.loss(student, teacher, states, step=0, generator=generator())
+    torch.testing.assert_close(output.loss, wanted)
+    torch.testing.assert_close(gradient(output.loss, student), gradient(wanted, student))
+    assert gradient(wanted, student).norm() > 1e-2
+
+
+def test_the_second_term_is_not_at_the_start():
+    """Flow matching at t, a mistake that the exact map cannot show, is another loss."""
+    teacher, student = gaussian(), perturbed(gaussian())
+    states = data_states(teacher, low=0.7)
+    objective = distillation(ends=Always(value=0.04), equal=1.0)
+    right = objective.loss(student, teacher, states, step=0, generator=generator()).loss
+    wrong = (student.velocity(states.x, states.t) - teacher.velocity(states.x, states.t)).square().mean()
+    assert (right - wrong).abs() > 0.1 * right
+
+
+def _derivative_of(change):
+    def residual(student, field, estimator, x, t, s, condition, *, step=0):
+        average, slope = estimator.derivative(student, x, t, s, condition, ds=1.0, step=step)
+        gap = (t - s)[:, None]
+        return average, change(average, gap, slope) - field((x - gap * average).detach(), s, condition).detach()
+
+    return residual
+
+
+CHANGES = {
+    "right": (lambda f, gap, d: f - gap * d, False),
+    "no derivative": (lambda f, gap, d: f, True),
+    "wrong sign": (lambda f, gap, d: f + gap * d, True),
+    "factor t - s dropped": (lambda f, gap, d: f - d, True),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("taught", [False, True])
+def test_mistakes_leave_a_residual_at_the_exact_map(name, taught, monkeypatch):
+    change, wrong = CHANGES[name]
+    monkeypatch.setattr(module, "lagrangian_residual", _derivative_of(change))
+    teacher = gaussian()
+    fields = {"equal": 0.0, "target_decay": 0.0, "ends": Uniform()}
+    objective = distillation(**fields) if taught else TerminalVelocityMatching(**fields)
+    assert (judge(objective, GaussianFlowMap(teacher), teacher, data_states(teacher))[0] > 0.1) == wrong
+
+
+@pytest.mark.parametrize(
+    ("draw", "taught", "student_rows", "target_rows", "teacher_rows"),
+    [(data_states, False, 64, 32, 0), (data_states, True, 64, 0, 64), (prior_states, True, 96, 0, 64)],
+)
+def test_evaluations_of_a_step(draw, taught, student_rows, target_rows, teacher_rows):
+    """Of 64 rows half are for each term: F once in both, one velocity of the end, and landings without data."""
+    teacher = gaussian()
+    student = GaussianFlowMap(teacher)
+    objective = TerminalVelocityMatching(velocity=TeacherVelocity()) if taught else TerminalVelocityMatching()
+    objective.setup(student, teacher)
+    states = draw(teacher)
+    objective.loss(student, teacher if taught else None, states, step=0, generator=generator())
+    assert student.evaluations == student_rows
+    assert teacher.evaluations == teacher_rows
+    if target_rows:
+        assert objective.target(student).evaluations == target_rows
+
+
+def test_it_passes_the_kit_with_data_and_with_a_teacher():
+    torch.manual_seed(0)
+    student = NetworkFlowMap(MLP(dim=2, hidden_size=16, num_classes=2), "two_time")
+    for parameter in student.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    teacher = GaussianTeacher([0.0, 0.0], 0.5, class_means=[[1.0, 0.0], [-1.0, 0.0]])
+    source = NoisedData(dataset=ExactSamples(teacher))
+    check_objective(distillation(), student, teacher)
+    check_objective(distillation(), student, teacher, source)
+    check_objective(TerminalVelocityMatching(), student, None, source)
+    check_objective(TerminalVelocityMatching(estimator=FiniteDifference()), student, None, source)
+
+
+# Derivatives with a graph.
+
+
+def sit_map() -> NetworkFlowMap:
+    network = SiT(4, 2, 1, hidden_size=16, depth=2, num_heads=2, num_classes=3, qk_norm=True)
+    return NetworkFlowMap(network, "two_time")
+
+
+def edm2_map() -> NetworkFlowMap:
+    network = EDM2(8, 1, 3, 8, (1, 2), num_blocks=1, attn_resolutions=(4,), channels_per_head=8)
+    return NetworkFlowMap(network, "two_time")
+
+
+MAPS = {
+    "gaussian": (lambda: GaussianFlowMap(GaussianTeacher(torch.ones(3).double(), 0.5)), (3,)),
+    "mlp": (lambda: NetworkFlowMap(MLP(dim=3, hidden_size=16), "two_time"), (3,)),
+    "sit": (sit_map, (1, 4, 4)),
+    "edm2": (edm2_map, (1, 8, 8)),
+}
+DIRECTIONS = {"end": (0.0, 0.0, 1.0), "start": (0.0, 1.0, 0.0), "trajectory": (1.0, 1.0, 0.0)}
+
+
+@pytest.fixture(params=MAPS)
+def case(request):
+    """A flow map in float64, and x, t, s, a direction of x, something of the shape of F, and a condition."""
+    torch.manual_seed(0)
+    build, shape = MAPS[request.param]
+    student = build().double().eval()
+    with torch.no_grad():
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    x, v, w = torch.randn(3, 5, *shape, dtype=torch.float64)
+    t, s = torch.linspace(0.5, 0.9, 5).double(), torch.linspace(0.1, 0.4, 5).double()
+    labels = torch.arange(5) % 3 if student.num_classes else None
+    return student, x, t, s, v, w, Condition(labels)
+
+
+def scalar(average, slope, w) -> torch.Tensor:
+    """Something in which both matter, and the derivative not linearly."""
+    return ((average - 0.4 * slope - w).square() * (1 + slope)).mean()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_gradients_through_a_derivative(case, direction):
+    """With respect to all parameters, against a central difference along a random direction of them."""
+    student, x, t, s, v, w, condition = case
+    a, dt, ds = DIRECTIONS[direction]
+    arguments = {"dx": a * v, "dt": dt, "ds": ds}
+    average, slope = jvp(student, x, t, s, condition, **arguments, graph=True)
+    plain, wanted = jvp(student, x, t, s, condition, **arguments)
+    assert average.requires_grad
+    assert slope.requires_grad
+    torch.testing.assert_close(average, plain)
+    torch.testing.assert_close(slope, wanted)
+    got = gradient(scalar(average, slope, w), student)
+    detached = gradient(scalar(average, slope.detach(), w), student)
+
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    direction = [torch.randn_like(p) for p in parameters]
+    step, values = 1e-5, []
+    for sign in (1, -2):
+        with torch.no_grad():
+            for p, d in zip(parameters, direction, strict=True):
+                p.add_(sign * step * d)
+            values.append(scalar(*jvp(student, x, t, s, condition, **arguments), w))
+    flat = torch.cat([d.flatten() for d in direction])
+    difference = (values[0] - values[1]) / (2 * step)
+    assert float(got @ flat) == pytest.approx(float(difference), rel=1e-5)
+    assert float(detached @ flat) != pytest.approx(float(difference), rel=1e-3)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("case", ["gaussian", "mlp"], indirect=True)
+def test_gradients_through_a_derivative_are_those_of_double_backward(case, direction):
+    student, x, t, s, v, w, condition = case
+    a, dt, ds = DIRECTIONS[direction]
+    average, slope = jvp(student, x, t, s, condition, dx=a * v, dt=dt, ds=ds, graph=True)
+    inputs = [value.clone().requires_grad_() for value in (x, t, s)]
+    plain = student.average_velocity(*inputs, condition)
+    dummy = torch.zeros_like(plain, requires_grad=True)
+    slopes = torch.autograd.grad(plain, inputs, dummy, create_graph=True)
+    tangents = (a * v, torch.full_like(t, dt), torch.full_like(s, ds))
+    (wanted,) = torch.autograd.grad(slopes, dummy, tangents, create_graph=True)
+    torch.testing.assert_close(slope, wanted)
+    right = gradient(scalar(plain, wanted, w), student)
+    assert right.norm() > 1e-3
+    torch.testing.assert_close(gradient(scalar(average, slope, w), student), right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+def test_plain_layer_normalisation_is_layer_normalisation(affine, autocast, dtype):
+    """In values and dtypes, with the shape of several dimensions."""
+    layer = torch.nn.LayerNorm((3, 4), eps=1e-3, elementwise_affine=affine).to(dtype)
+    if affine:
+        torch.nn.init.normal_(layer.weight)
+        torch.nn.init.normal_(layer.bias)
+    x = (3 * torch.randn(5, 3, 4, generator=generator()) + 1).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        wanted = layer(x)
+        with differentiation._PlainLayerNorm():
+            got = layer(x)
+    assert got.dtype == wanted.dtype
+    torch.testing.assert_close(got, wanted)
+
+
+def test_layers_that_replace_their_weights_do_so_before_a_derivative_with_a_graph():
+    """In training mode, after an update, without an evaluation before; the derivative is that of the plain way."""
+    torch.manual_seed(0)
+    student = edm2_map().train()
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    x, t, s = torch.randn(2, 1, 8, 8), torch.ones(2), torch.full((2,), 0.25)
+    average, slope = jvp(student, x, t, s, ds=1.0, graph=True)
+    (average + slope).square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in student.parameters() if p.grad is not None)
+    plain, wanted = jvp(student, x, t, s, ds=1.0)
+    torch.testing.assert_close(average, plain)
+    torch.testing.assert_close(slope, wanted)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_a_residual_with_a_graph_is_the_distance_itself(power, reduction):
+    """Its gradient is that of a w |R|^2 with a detached weight; F's own graph is not in it."""
+    g = generator()
+    average = torch.randn(5, 3, 2, generator=g, dtype=torch.float64, requires_grad=True)
+    base = torch.randn(5, 3, 2, generator=g, dtype=torch.float64, requires_grad=True)
+    scale = torch.rand(5, generator=g, dtype=torch.float64)
+    residual = base.sin()
+    output = pull(average, residual, power=power, eps=0.01, reduction=reduction, scale=scale)
+    norm = getattr(residual.square().flatten(1), reduction)(1)
+    weight = scale * (norm.detach() + 0.01) ** -power
+    (wanted,) = torch.autograd.grad((weight * norm).mean(), base, retain_graph=True)
+    got, none = torch.autograd.grad(output.loss, (base, average), allow_unused=True)
+    assert none is None
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(output.loss, (weight * norm).mean())
+    assert not output.metrics["error"].requires_grad
+    assert not output.residual_norm.requires_grad
