@@ -25,6 +25,7 @@ from flowdistill.interfaces import (
     Teacher,
     VelocityEstimator,
 )
+from flowdistill.planning import Plan, plan
 from flowdistill.registry import (
     DATASETS,
     DECODERS,
@@ -86,6 +87,7 @@ __all__ = [
     "OBJECTIVES",
     "Objective",
     "ObjectiveOutput",
+    "Plan",
     "SOLVERS",
     "STATE_SOURCES",
     "StateSource",
@@ -102,6 +104,7 @@ __all__ = [
     "evaluate",
     "load_flow_map",
     "load_teacher",
+    "plan",
     "register_dataset",
     "register_decoder",
     "register_flow_map",

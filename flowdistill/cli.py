@@ -1,10 +1,11 @@
-"""The command line: ``flowdistill train | sample | evaluate | convert | list | show | cite``."""
+"""The command line: ``flowdistill train | plan | sample | evaluate | convert | list | show | cite``."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -20,8 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     bindings = [a.removeprefix("--gin.") for a in given if a.startswith("--gin.")]
     parser = _parser()
     options = parser.parse_args([a for a in given if not a.startswith("--gin.")])
-    if bindings and options.command is not _train:
-        parser.error("--gin.NAME=VALUE belongs to train")
+    if bindings and options.command not in (_train, _plan):
+        parser.error("--gin.NAME=VALUE belongs to train and plan")
     if malformed := [b for b in bindings if "=" not in b]:
         parser.error(f"--gin.{malformed[0]} lacks =VALUE")
     options.bindings = bindings
@@ -60,8 +61,15 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--workdir", help="the run directory; by default runs/ and the recipe's name")
     train.add_argument("--resume", choices=["auto", "never"], default="auto")
     train.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
-    train.epilog = "--gin.NAME=VALUE sets a binding, as in --gin.train.steps=100; repeatable"
+    train.add_argument("--dry_run", action="store_true", help="print the plan of the recipe and train nothing")
     train.set_defaults(command=_train)
+
+    plan = commands.add_parser("plan", help="check a recipe and print what it would cost, without its files or a GPU")
+    plan.add_argument("--gin_file", action="append", required=True, help="a gin file or packaged recipe; repeatable")
+    for command in (train, plan):
+        command.add_argument("--flops", type=float, default=4e14, help="FLOP/s at which a plan states hours")
+        command.epilog = "--gin.NAME=VALUE sets a binding, as in --gin.train.steps=100; repeatable"
+    plan.set_defaults(command=_plan)
 
     sample = commands.add_parser("sample", help="draw samples of a run's student")
     sample.add_argument("run", help="a run directory, or a checkpoint in it")
@@ -110,6 +118,9 @@ def _parser() -> argparse.ArgumentParser:
 def _train(options: argparse.Namespace) -> None:
     from flowdistill.training import train
 
+    if options.dry_run:
+        _plan(options)
+        return
     result = train(
         gin_files=options.gin_file,
         gin_bindings=options.bindings,
@@ -118,6 +129,12 @@ def _train(options: argparse.Namespace) -> None:
         device=options.device,
     )
     print(result.workdir / "report.md")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from flowdistill.planning import plan
+
+    print(plan(gin_files=options.gin_file, gin_bindings=options.bindings, flops_per_second=options.flops))
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -178,7 +195,7 @@ def _list(options: argparse.Namespace) -> None:
             print(f"{kind}: {', '.join(names)}")
     elif options.kind in kinds:
         for name in kinds[options.kind]:
-            print(name)
+            print(_line(options.kind, name))
             variants = REGISTRIES[options.kind].variants(name) if options.kind in REGISTRIES else []
             if variants:
                 print(
@@ -194,8 +211,28 @@ def _list(options: argparse.Namespace) -> None:
         raise unknown_name("kind", options.kind, list(kinds))
 
 
+def _line(kind: str, name: str) -> str:
+    """A name with the first sentence of its documentation, and for an objective what it needs."""
+    from flowdistill.registry import REGISTRIES
+
+    if kind not in REGISTRIES:
+        return name
+    entry = REGISTRIES[kind].get(name)
+    summary = (inspect.getdoc(entry) or "").splitlines()[0]
+    return f"{name:24}{needs(entry):16}{summary}" if kind == "objectives" else f"{name:24}{summary}"
+
+
+def needs(objective: Any) -> str:
+    """What an objective needs as it stands by default."""
+    try:
+        built = objective()
+    except TypeError:  # it has parts without a default
+        return "of its parts"
+    return ", ".join(word for word in ("data", "teacher") if getattr(built, f"needs_{word}")) or "nothing"
+
+
 def _show(options: argparse.Namespace) -> None:
-    from flowdistill.config import find_gin_file
+    from flowdistill.config import expanded, find_gin_file, recipes
     from flowdistill.registry import REGISTRIES, unknown_name
 
     if options.kind == "recipes":
@@ -205,10 +242,19 @@ def _show(options: argparse.Namespace) -> None:
         raise unknown_name("kind", options.kind, [*REGISTRIES, "recipes"])
     entry: Any = REGISTRIES[options.kind].get(options.name)
     parameters = inspect.signature(entry).parameters.values()
-    print(f"{options.name}({', '.join(p.name for p in parameters)})\n")
+    print(f"{options.name}({', '.join(map(_default, parameters))})\n")
     print(inspect.getdoc(entry))
     if isinstance(citation := getattr(entry, "citation", None), str):
         print(f"\n{citation}")
+    used = [recipe for recipe in recipes() if re.search(rf"@([\w/]*/)?{options.name}\b", expanded(recipe))]
+    if used:
+        print(textwrap.fill(f"Recipes: {', '.join(used)}", 100, initial_indent="\n", break_on_hyphens=False))
+
+
+def _default(parameter: inspect.Parameter) -> str:
+    value = parameter.default
+    simple = isinstance(value, (bool, int, float, str, tuple, type(None)))
+    return parameter.name if value is parameter.empty or not simple else f"{parameter.name}={value!r}"
 
 
 def _cite(options: argparse.Namespace) -> None:

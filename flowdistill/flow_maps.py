@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from flowdistill._unread import placed
 from flowdistill.errors import ConfigError
 from flowdistill.interfaces import Condition, Decoder, FlowMap, Teacher
 from flowdistill.networks import EDM2, ScalarEmbedding, VelocityNetwork
@@ -93,7 +94,7 @@ class _ResidualNetwork(VelocityNetwork):
 
     def __init__(self, teacher: Teacher, network: VelocityNetwork) -> None:
         super().__init__()
-        self.teacher = copy.deepcopy(teacher).requires_grad_(False)
+        self.teacher = teacher
         self.network = network
         self.sample_shape, self.num_classes = network.sample_shape, network.num_classes
         self.embedding_size = network.embedding_size
@@ -154,9 +155,9 @@ def from_teacher(
             f"the network's samples have shape {network.sample_shape}, the teacher's {teacher.sample_shape}"
         )
     else:
-        network = _ResidualNetwork(teacher, network)
+        network = _ResidualNetwork(copy.deepcopy(teacher).requires_grad_(False), network)
     student = NetworkFlowMap(network, conditioning, guidance, early_blocks, teacher.decoder)
-    return student.to(teacher.device).eval()
+    return placed(student, teacher.device).eval()
 
 
 class NetworkTeacher(Teacher):

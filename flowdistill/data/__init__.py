@@ -1,6 +1,7 @@
 """Data sets. Only data-based objectives ever build one."""
 
 from flowdistill.data.datasets import Dataset, Digits, ExactSamples, ImageDataset
+from flowdistill.data.latents import Latents
 from flowdistill.data.mnist import Mnist
 
-__all__ = ["Dataset", "Digits", "ExactSamples", "ImageDataset", "Mnist"]
+__all__ = ["Dataset", "Digits", "ExactSamples", "ImageDataset", "Latents", "Mnist"]

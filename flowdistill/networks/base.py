@@ -10,6 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowdistill._unread import weights
 from flowdistill.errors import ConfigError
 from flowdistill.networks.linear import Linear
 
@@ -37,7 +38,8 @@ class VelocityNetwork(nn.Module, ABC):
 
         @functools.wraps(init)
         def recording(self: VelocityNetwork, *args: Any, **kwargs: Any) -> None:
-            init(self, *args, **kwargs)
+            with weights():
+                init(self, *args, **kwargs)
             if type(self) is cls:
                 bound = inspect.signature(init).bind(self, *args, **kwargs)
                 bound.apply_defaults()

@@ -13,6 +13,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from flowdistill._unread import placed
 from flowdistill.errors import NonFiniteError
 from flowdistill.interfaces import FlowMap, Objective, ObjectiveOutput, States, StateSource, Teacher
 from flowdistill.training.checkpoints import (
@@ -47,7 +48,7 @@ class _Trained:
     def __init__(self, module: nn.Module, builder: OptimizerBuilder) -> None:
         self.module = module.train()
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = builder(self.parameters)
+        self.builder, self.optimizer = builder, builder(self.parameters)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def update(self, factor: float, clip: float | None) -> Tensor:
@@ -85,14 +86,14 @@ class Loop:
         self.schedule, self.settings, self.workdir = schedule, settings, workdir
         self.device = next(student.parameters()).device
         self.step = 0
-        self._student = _Trained(student, optimizer)
-        self._extra = {name: module.to(self.device) for name, module in objective.modules().items()}
-        self._auxiliary = {
+        self.trained = _Trained(student, optimizer)
+        self._extra = {name: placed(module, self.device) for name, module in objective.modules().items()}
+        self.auxiliary = {
             name: _Trained(module, auxiliary_optimizer)
             for name, module in self._extra.items()
             if any(p.requires_grad for p in module.parameters())
         }
-        self._average = None if averaging is None else AveragedModel(student, averaging)
+        self.average = None if averaging is None else AveragedModel(student, averaging)
         self._sums: dict[str, Tensor] = {}
         self._counts: Counter[str] = Counter()
         self._recorded = 0
@@ -102,13 +103,14 @@ class Loop:
     @property
     def result(self) -> FlowMap:
         """The averaged student, or the student itself where no average is kept, in evaluation mode."""
-        return (self.student if self._average is None else self._average.module).eval()
+        return (self.student if self.average is None else self.average.module).eval()
 
     def _random(self, stream: str, micro: int) -> torch.Generator:
         number = self.step * self.settings.accumulation + micro
         return step_generator(self.settings.seed, number, stream, self.device)
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision in which losses are evaluated."""
         if self.settings.precision == "bf16":
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
@@ -141,7 +143,7 @@ class Loop:
         for micro in range(settings.accumulation):
             states = self.source.sample(settings.batch_size, self._random("states", micro))
             batches.append(states)
-            with self._autocast():
+            with self.autocast():
                 output = self.objective.loss(
                     self.student,
                     self.teacher,
@@ -150,18 +152,18 @@ class Loop:
                     generator=self._random("loss", micro),
                 )
             self._backward(output)
-        norm = self._student.update(factor, settings.gradient_clip)
+        norm = self.trained.update(factor, settings.gradient_clip)
         self._watch(norm)
         self._add({"gradient_norm": norm})
-        if self._average is not None:
-            self._average.update(self.step)
+        if self.average is not None:
+            self.average.update(self.step)
         self.objective.after_step(self.student, self.step)
-        for number in range(self.objective.auxiliary_updates if self._auxiliary else 0):
+        for number in range(self.objective.auxiliary_updates if self.auxiliary else 0):
             stream = f" {number}" if number else ""
             if number:
                 micros = range(settings.accumulation)
                 batches = [self.source.sample(settings.batch_size, self._random(f"states{stream}", m)) for m in micros]
-            for name, auxiliary in self._auxiliary.items():
+            for name, auxiliary in self.auxiliary.items():
                 if self._train_auxiliary(name, batches, f"auxiliary {name}{stream}"):
                     auxiliary.update(factor, settings.gradient_clip)
         self.step += 1
@@ -169,7 +171,7 @@ class Loop:
     def _train_auxiliary(self, name: str, batches: list[States], stream: str) -> bool:
         trained = False
         for micro, states in enumerate(batches):
-            with self._autocast():
+            with self.autocast():
                 output = self.objective.auxiliary_loss(
                     name,
                     self.student,
@@ -218,13 +220,13 @@ class Loop:
             )
 
     def _modules(self) -> dict[str, nn.Module]:
-        average = {} if self._average is None else {"ema": self._average.module}
+        average = {} if self.average is None else {"ema": self.average.module}
         return {"student": self.student, **average, **self._extra}
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {
-            "student": self._student.optimizer,
-            **{name: auxiliary.optimizer for name, auxiliary in self._auxiliary.items()},
+            "student": self.trained.optimizer,
+            **{name: auxiliary.optimizer for name, auxiliary in self.auxiliary.items()},
         }
 
     def save(self, keep: int) -> Path:

@@ -12,6 +12,7 @@ import gin
 import torch
 
 from flowdistill import config
+from flowdistill._unread import placed
 from flowdistill.errors import ConfigError
 from flowdistill.evaluation.report import Evaluation, save_samples, write_report
 from flowdistill.interfaces import FlowMap, Objective, StateSource, Teacher
@@ -87,8 +88,8 @@ def train(
         with config.errors_located():
             seed = config.value("train.seed", 0)
             _check("seed", seed, int)
-            torch.manual_seed(seed)  # networks are built as gin calls _setup
-            run = _setup(workdir=Path(workdir), device=torch.device(default if device is None else device))
+            torch.manual_seed(seed)  # networks are built as gin calls build
+            run = build(workdir=Path(workdir), device=torch.device(default if device is None else device))
             config.check_all_used()
         _claim(run.loop.workdir, resume, gin.operative_config_str())
         return _run(run)
@@ -119,7 +120,7 @@ def _short(value: object) -> str:
 
 
 @gin.configurable("train", denylist=["workdir", "device"])  # type: ignore[untyped-decorator]
-def _setup(
+def build(
     *,
     workdir: Path,
     device: torch.device,
@@ -197,8 +198,8 @@ def _setup(
     if objective.needs_data and (states is None or not states.needs_data):
         raise ConfigError(f"{type(objective).__name__} needs data: set train.states = @noised_data() and its dataset")
     if teacher is not None:
-        teacher = teacher.to(device).eval().requires_grad_(False)
-    student = build_flow_map(flow_map, teacher).to(device)
+        teacher = placed(teacher, device).eval().requires_grad_(False)
+    student = placed(build_flow_map(flow_map, teacher), device)
     states = Prior() if states is None else states
     states.setup(student, teacher)
     objective.setup(student, teacher)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from flowdistill._unread import files_unread
 from flowdistill.decoders import Pixels, StableDiffusionVae
 from flowdistill.errors import CheckpointError, ConfigError
 from flowdistill.flow_maps import NetworkTeacher
@@ -53,6 +54,9 @@ class EDM2Teacher(NetworkTeacher):
     suffixes = (".pkl",)
 
     def __init__(self, checkpoint: str | Path, variant: str | None = None, vae: str | None = None) -> None:
+        if files_unread():
+            super().__init__(_of_variant(variant))
+            return
         path = locate(checkpoint)
         stored, tensors = read_release(path)
         arguments: dict[str, Any] = {**stored, "dropout": 0.0}  # a student must not see its teacher's dropout
@@ -76,15 +80,27 @@ class EDM2Teacher(NetworkTeacher):
         super().__init__(network, decoder)
 
 
-def _check_variant(path: Path, variant: str, arguments: Mapping[str, Any]) -> None:
+def _expected(variant: str) -> dict[str, Any]:
+    """What a variant has of the arguments of `EDM2`."""
     match = re.fullmatch(r"edm2-(\w+)-(512|64)(-uncond)?", variant)
     if match is None or variant not in VARIANTS:
         raise unknown_name("variant", variant, VARIANTS)
-    expected = {
+    return {
         "model_channels": SIZES[match[1]],
         "img_channels": 4 if match[2] == "512" else 3,
         "label_dim": 0 if match[3] else 1000,
     }
+
+
+def _of_variant(variant: str | None) -> EDM2:
+    """The network of a variant, with fresh weights."""
+    if variant is None:
+        raise ConfigError("a plan reads no checkpoint: give edm2_teacher.variant")
+    return EDM2(img_resolution=64, **_expected(variant))
+
+
+def _check_variant(path: Path, variant: str, arguments: Mapping[str, Any]) -> None:
+    expected = _expected(variant)
     wrong = [
         f"{name} {arguments.get(name)} in place of {v}" for name, v in expected.items() if arguments.get(name) != v
     ]

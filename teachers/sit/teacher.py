@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from flowdistill._unread import files_unread
 from flowdistill.decoders import StableDiffusionVae
 from flowdistill.errors import CheckpointError, ConfigError
 from flowdistill.flow_maps import NetworkTeacher
@@ -62,6 +63,9 @@ class SiTTeacher(NetworkTeacher):
         num_heads: int | None = None,
         noise_time: Literal[0, 1] | None = None,
     ) -> None:
+        if files_unread():
+            super().__init__(_of_variant(variant))
+            return
         path = locate(checkpoint)
         tensors = _read(path)
         try:
@@ -154,16 +158,30 @@ def _arguments(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _check_variant(path: Path, variant: str, arguments: Mapping[str, Any], has_projectors: bool) -> None:
+def _of_variant(variant: str | None) -> SiT:
+    """The network of a variant, with fresh weights."""
+    if variant is None:
+        raise ConfigError("a plan reads no checkpoint: give sit_teacher.variant")
+    size, patch, repa, pixels = _parts(variant)
+    arguments: dict[str, Any] = {"input_size": int(pixels) // 8, "patch_size": int(patch), **SIZES[size]}
+    return SiT(**arguments, num_classes=1000, learn_sigma=not repa, noise_time=1 if repa else 0)
+
+
+def _parts(variant: str) -> tuple[str, str, str | None, str]:
     match = re.fullmatch(r"sit-(\w+)/(\d)-(repa-)?(\d+)", variant)
     if match is None or variant not in VARIANTS:
         raise unknown_name("variant", variant, VARIANTS)
-    expected = {"patch_size": int(match[2]), "input_size": int(match[4]) // 8, **SIZES[match[1]]}
+    return match[1], match[2], match[3], match[4]
+
+
+def _check_variant(path: Path, variant: str, arguments: Mapping[str, Any], has_projectors: bool) -> None:
+    size, patch, repa, pixels = _parts(variant)
+    expected = {"patch_size": int(patch), "input_size": int(pixels) // 8, **SIZES[size]}
     del expected["num_heads"]
     wrong = [f"{name} {arguments[name]} in place of {v}" for name, v in expected.items() if arguments[name] != v]
-    if match[3] and arguments["learn_sigma"]:
+    if repa and arguments["learn_sigma"]:
         wrong.append("a doubled output, which REPA never has")
-    if not match[3] and has_projectors:
+    if not repa and has_projectors:
         wrong.append("the projectors of REPA")
     if wrong:
         raise CheckpointError(f"{path} is not {variant}: it has {', '.join(wrong)}")

@@ -1,0 +1,214 @@
+"""What a recipe would cost: its last training step on tensors without values."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from flowdistill import config
+from flowdistill._unread import without_files
+from flowdistill.data import Dataset
+from flowdistill.errors import ConfigError
+from flowdistill.interfaces import ObjectiveOutput
+from flowdistill.states import NoisedData
+from flowdistill.training.loop import Loop, OptimizerBuilder
+from flowdistill.training.trainer import build
+
+
+@attrs.frozen(kw_only=True)
+class Plan:
+    """The cost of a recipe.
+
+    Attributes:
+        steps: training steps.
+        batch_size: states of a step, accumulated ones included.
+        parameters: of student, teacher and the objective's own modules, by name.
+        evaluations: of each of them in a step, for each state of the batch.
+        flops: of a step: products and sums of matrix products, convolutions and attention, in all forward and backward
+            passes; other operations are not counted.
+        memory: bytes by part. "activations" is what autograd keeps of one backward pass, without recomputation.
+        flops_per_second: at which ``hours`` are stated, an assumption.
+    """
+
+    steps: int
+    batch_size: int
+    parameters: Mapping[str, int]
+    evaluations: Mapping[str, float]
+    flops: int
+    memory: Mapping[str, int]
+    flops_per_second: float
+
+    @property
+    def hours(self) -> float:
+        """Of the whole training."""
+        return self.steps * self.flops / self.flops_per_second / 3600
+
+    def __str__(self) -> str:
+        """A table."""
+        lines = [f"{self.steps} steps of {self.batch_size} states", ""]
+        lines += [f"{'':12}{'parameters':>14}{'evaluations of a state':>26}"]
+        for name, count in self.parameters.items():
+            lines.append(f"{name:12}{count:14,}{self.evaluations.get(name, 0):26.3g}")
+        lines += ["", f"{'memory':12}{'GiB':>14}"]
+        lines += [f"{name:12}{size / 2**30:14.3f}" for name, size in self.memory.items()]
+        lines += [f"{'all':12}{sum(self.memory.values()) / 2**30:14.3f}", ""]
+        lines.append(f"{self.flops:.4g} FLOP a step; {self.hours:.3g} hours at {self.flops_per_second:.3g} FLOP/s")
+        return "\n".join(lines)
+
+
+def plan(
+    gin_file: str | Path | None = None,
+    *,
+    gin_files: Sequence[str | Path] = (),
+    gin_bindings: Sequence[str] = (),
+    flops_per_second: float = 4e14,
+) -> Plan:
+    """Build a recipe and take its last step, without its files, its data, a GPU, or memory for its weights.
+
+    Everything is checked as in training: every name, every value, and that every binding is used. Of checkpoints
+    only the named variant is taken.
+
+    Args:
+        gin_file: see `train`.
+        gin_files: see `train`.
+        gin_bindings: see `train`.
+        flops_per_second: the speed at which hours are stated.
+
+    Raises:
+        ConfigError: the configuration cannot work.
+
+    Examples:
+        >>> result = plan("freeflow/ring.gin")
+        >>> result.evaluations["teacher"], result.memory["teacher"] < 1e4
+        (1.0, True)
+    """
+    if flops_per_second <= 0:
+        raise ConfigError(f"FLOP/s must be positive, not {flops_per_second}")
+    files = [*([] if gin_file is None else [gin_file]), *gin_files]
+    with torch.random.fork_rng(), config.parsed(files, gin_bindings), without_files():
+        with config.errors_located():
+            loop = build(workdir=Path("plan"), device=torch.device("cpu")).loop
+            config.check_all_used()
+        if isinstance(loop.source, NoisedData):
+            loop.source.dataset = _Blank(loop.source.dataset)
+        flops, activations = _Flops(), _Activations()  # type: ignore[no-untyped-call]
+        with flops, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+            _step(loop, activations)
+    settings = loop.settings
+    models: dict[str, nn.Module] = {"student": loop.student}
+    models |= {} if loop.teacher is None else {"teacher": loop.teacher}
+    models |= loop.objective.modules()
+    return Plan(
+        steps=settings.steps,
+        batch_size=settings.batch_size * settings.accumulation,
+        parameters={name: sum(p.numel() for p in model.parameters()) for name, model in models.items()},
+        evaluations={
+            name.removesuffix("_evaluations"): count / settings.batch_size for name, count in loop.counters.items()
+        },
+        flops=flops.total * settings.accumulation,
+        memory=_memory(loop, models, activations.most),
+        flops_per_second=flops_per_second,
+    )
+
+
+class _Blank(Dataset):
+    """Data without values."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.sample_shape, self.num_classes = dataset.sample_shape, dataset.num_classes
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        labels = None if self.num_classes is None else torch.zeros(batch_size, dtype=torch.long)
+        return torch.zeros(batch_size, *self.sample_shape), labels
+
+
+class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the operations of what runs inside."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
+        return result
+
+
+class _Activations:
+    """The most bytes that autograd keeps for a backward pass, parameters left out."""
+
+    def __init__(self) -> None:
+        self.most = 0
+        self._kept: dict[int, Any] = {}
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if not isinstance(tensor, nn.Parameter):
+            self._kept[storage._cdata] = storage
+        return tensor
+
+    def count(self) -> None:
+        self.most = max(self.most, sum(storage.nbytes() for storage in self._kept.values()))
+        self._kept.clear()
+
+
+def _step(loop: Loop, activations: _Activations) -> None:
+    """The losses of one backward pass each of the student and of the objective's own modules, and these passes."""
+    generator, step = torch.Generator(), loop.settings.steps - 1
+    loop.student.train()
+
+    def states() -> Any:
+        return loop.source.sample(loop.settings.batch_size, generator)
+
+    def backward(output: ObjectiveOutput | None) -> None:
+        activations.count()
+        if output is not None:
+            output.loss.backward()  # type: ignore[no-untyped-call]
+
+    batch = states()
+    with torch.autograd.graph.saved_tensors_hooks(activations.keep, lambda tensor: tensor):
+        with loop.autocast():
+            output = loop.objective.loss(loop.student, loop.teacher, batch, step=step, generator=generator)
+        backward(output)
+        for number in range(loop.objective.auxiliary_updates if loop.auxiliary else 0):
+            batch = states() if number else batch
+            for name in loop.auxiliary:
+                with loop.autocast():
+                    extra = loop.objective.auxiliary_loss(
+                        name, loop.student, loop.teacher, batch, step=step, generator=generator
+                    )
+                backward(extra)
+
+
+def _memory(loop: Loop, models: Mapping[str, nn.Module], activations: int) -> dict[str, int]:
+    sizes = {name: _bytes(model) for name, model in models.items()}
+    trained = [loop.trained, *loop.auxiliary.values()]
+    sizes["gradients"] = sum(p.nbytes for module in trained for p in module.parameters)
+    sizes["optimisers"] = sum(round(_state(part.builder) * sum(p.nbytes for p in part.parameters)) for part in trained)
+    sizes["average"] = 0 if loop.average is None else _bytes(loop.average.module)
+    sizes["activations"] = activations
+    return sizes
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(v.nbytes for v in (*model.parameters(), *model.buffers()))
+
+
+def _state(builder: OptimizerBuilder) -> float:
+    """Bytes of an optimiser's state for each byte of a parameter, seen on a parameter of its own."""
+    parameter = nn.Parameter(torch.zeros(1000))
+    parameter.grad = torch.zeros(1000)
+    optimizer = builder([parameter])
+    optimizer.step()
+    stored = (v.nbytes for v in optimizer.state[parameter].values() if isinstance(v, Tensor) and v.numel() > 1)
+    return sum(stored) / parameter.nbytes
