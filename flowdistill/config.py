@@ -82,7 +82,7 @@ def parsed(files: Sequence[str | Path], bindings: Sequence[str]) -> Iterator[Non
     try:
         for file in files:
             path = find_gin_file(file)
-            with _located(path), _quiet():
+            with _located(path), _files_alone():
                 gin.parse_config_file(str(path))
                 _note_places(path.read_text(), str(path))
         for binding in bindings:
@@ -99,13 +99,19 @@ def parsed(files: Sequence[str | Path], bindings: Sequence[str]) -> Iterator[Non
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without gin's log of every folder in which an included file is not."""
-    before = logging.root.manager.disable
+def _files_alone() -> Iterator[None]:
+    """Included files are looked for as files.
+
+    Not in Python packages, where gin would fail at any folder that has the name of a recipe's, nor with a log of every
+    folder in which they are not.
+    """
+    before, readers = logging.root.manager.disable, gin.config._FILE_READERS
     logging.disable(logging.ERROR)
+    gin.config._FILE_READERS = readers[:1]
     try:
         yield
     finally:
+        gin.config._FILE_READERS = readers
         logging.disable(before)
 
 

@@ -195,7 +195,7 @@ def test_runs_that_cannot_be_read(tmp_path):
         flowdistill.load_teacher("rings")
 
 
-def test_shared_settings_are_found_quietly(tmp_path, caplog):
+def test_shared_settings_are_found_quietly(tmp_path, caplog, monkeypatch):
     """What a recipe includes is looked for among the packaged ones without a word; what is nowhere is named."""
     file = tmp_path / "mine.gin"
     file.write_text("include 'settings/plane.gin'\ntrain.steps = 7\ndistribution = @checkerboard()\n")
@@ -203,6 +203,10 @@ def test_shared_settings_are_found_quietly(tmp_path, caplog):
         assert config.value("train.steps") == 7
         assert type(config.value("train.teacher")).__name__ == "Checkerboard"
     assert not caplog.records
+    (tmp_path / "settings").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)  # as where the command line is run beside a folder of that name
+    with config.parsed([file], []):
+        assert config.value("train.steps") == 7
     file.write_text("include 'settings/nowhere.gin'\n")
     with pytest.raises(ConfigError, match=r"settings/nowhere\.gin"), config.parsed([file], []):
         pass

@@ -1,0 +1,111 @@
+"""Plans: recipes at scale, built and counted without their files, a GPU, or memory."""
+
+import resource
+
+import pytest
+import torch
+from runs import command
+
+import flowdistill
+from flowdistill import ConfigError, config, plan
+from flowdistill.networks import MLP
+
+LARGE = [name for name in config.recipes() if "imagenet" in name]
+MNIST = [name for name in config.recipes() if "mnist" in name]
+
+
+@pytest.mark.parametrize("recipe", ["meanflow/imagenet.gin", "consistency/ect_imagenet.gin", "freeflow/mnist_edm2.gin"])
+def test_recipes_at_scale_are_planned(recipe):
+    """In little memory, though the weights alone would take gigabytes."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = plan(recipe)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1.5e6  # KiB
+    assert result.flops > 1e10
+    assert all(size >= 0 for size in result.memory.values())
+    assert str(result).count("\n") > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [*LARGE, *MNIST])
+def test_every_large_recipe_is_planned(recipe):
+    assert plan(recipe).flops > 0
+
+
+def test_a_plan_says_what_training_does(tmp_path):
+    """Parameters, evaluations and memory of weights, against a run of the same recipe."""
+    bindings = ["train.steps = 3", "train.batch_size = 16", "evaluation.num_samples = 50"]
+    result = plan("freeflow/plane.gin", gin_bindings=bindings)
+    run = flowdistill.train("freeflow/plane.gin", gin_bindings=bindings, workdir=tmp_path / "run")
+    assert result.steps == 3
+    assert result.batch_size == 16
+    assert result.parameters["student"] == sum(p.numel() for p in run.flow_map.parameters())
+    for name in ("student", "teacher", "online"):
+        assert run.metrics[f"{name}_evaluations"] == 3 * 16 * result.evaluations[name]
+    weights = 4 * result.parameters["student"]
+    trained = weights + 4 * sum(p.numel() for p in MLP(hidden_size=128).parameters())
+    assert result.memory["student"] == result.memory["average"] == weights
+    assert result.memory["gradients"] == trained
+    assert result.memory["optimisers"] == 2 * trained  # AdamW keeps two numbers for each parameter
+
+
+def test_flops_of_a_perceptron_are_those_of_its_matrices():
+    """Flow matching: one forward pass, and a backward pass of twice its products but for the first layer's input."""
+    bindings = ["train.batch_size = 10", "train.steps = 2", "mlp.hidden_size = 32", "mlp.depth = 1"]
+    result = plan("flow_matching/ring.gin", gin_bindings=bindings)
+    size, sinusoids = 32, 256
+    inputs = [2 * size, sinusoids * size]  # whose inputs need no gradient
+    inner = [size * size, 2 * size * size, size * size, size * size, size * 2]
+    assert result.flops == 10 * 2 * (2 * sum(inputs) + 3 * sum(inner))
+
+
+def test_more_auxiliary_updates_cost_more():
+    once = plan("vsd/dmd2_plane.gin", gin_bindings=["dmd2.auxiliary_updates = 1"])
+    five = plan("vsd/dmd2_plane.gin", gin_bindings=["dmd2.auxiliary_updates = 5"])
+    assert five.evaluations["online"] == once.evaluations["online"] + 4
+    assert five.flops > 2 * once.flops
+
+
+def test_hours_are_stated_at_a_speed():
+    slow, fast = (plan("meanflow/plane.gin", flops_per_second=speed) for speed in (1e12, 2e12))
+    assert slow.hours == pytest.approx(2 * fast.hours)
+    with pytest.raises(ConfigError, match="positive"):
+        plan("meanflow/plane.gin", flops_per_second=0)
+
+
+def test_no_file_is_read(monkeypatch):
+    """Neither weights nor data, though the recipe names both; afterwards files are read again."""
+    import safetensors.torch
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a plan has read a file")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.torch, "load_file", refuse)
+        patch.setattr("flowdistill.data.mnist._read", refuse)
+        plan("meanflow/mnist_sit.gin", gin_bindings=["train.batch_size = 2"])
+    teacher = flowdistill.load_teacher("digits_teacher")
+    assert bool(teacher.velocity(teacher.sample_prior(1), torch.ones(1)).isfinite().all())
+
+
+def test_a_teacher_of_a_file_needs_its_variant():
+    with pytest.raises(ConfigError, match="variant"):
+        plan("meanflow/distillation_imagenet.gin", gin_bindings=["sit_teacher.variant = None"])
+
+
+def test_command_line(tmp_path):
+    planned = command(
+        "plan", "--gin_file", "meanflow/plane.gin", "--gin.train.steps=7", "--flops", "1e12", cwd=tmp_path
+    )
+    assert planned.returncode == 0, planned.stderr
+    assert planned.stdout.startswith("7 steps of 256 states")
+    assert "at 1e+12 FLOP/s" in planned.stdout
+    dry = command("train", "--dry_run", "--gin_file", "meanflow/plane.gin", "--gin.train.steps=7", cwd=tmp_path)
+    assert dry.returncode == 0, dry.stderr
+    assert dry.stdout.startswith("7 steps of 256 states")
+    assert list(tmp_path.iterdir()) == []
+    wrong = command("plan", "--gin_file", "meanflow/plane.gin", "--gin.train.stepps=7", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert "did you mean steps" in wrong.stderr
+    unused = command("plan", "--gin_file", "meanflow/plane.gin", "--gin.shortcut.guidance=2.0", cwd=tmp_path)
+    assert unused.returncode == 2
+    assert "nothing uses shortcut.guidance" in unused.stderr
