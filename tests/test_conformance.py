@@ -86,15 +86,22 @@ def test_teachers(name, tmp_path):
         check_exact_start(teacher, TRAINED.get(name, 1e-4))
 
 
+def policy_of(teacher):
+    torch.manual_seed(0)
+    network = MLP(dim=2, hidden_size=16, num_classes=teacher.num_classes)
+    return FLOW_MAPS.build("policy", teacher=teacher, velocity=NetworkFlowMap(network, "instantaneous"), substeps=4)
+
+
 FLOW_MAP_BUILDERS = {
     "network": lambda: NetworkFlowMap(MLP(dim=2, hidden_size=16)),
     "from_teacher": lambda: student_of(classes()),
+    "policy": lambda: policy_of(classes()),
     "exact_gaussian": lambda: GaussianFlowMap(GuidedTeacher(classes(), 2.0, (0.2, 0.7))),
     "exact_product_mixture": lambda: ProductMixtureFlowMap(ProductMixtureTeacher()),
 }
 
 
-@pytest.mark.parametrize("name", [name for name in FLOW_MAPS.names() if name != "policy"])  # not finished
+@pytest.mark.parametrize("name", FLOW_MAPS.names())
 def test_flow_maps(name):
     check_flow_map(FLOW_MAP_BUILDERS[name]())
 
@@ -143,14 +150,15 @@ OBJECTIVE_ARGUMENTS = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES.names() if name != "piflow"])  # not finished
+@pytest.mark.parametrize("name", OBJECTIVES.names())
 def test_objectives(name):
     objective = OBJECTIVES.build(name, **OBJECTIVE_ARGUMENTS.get(name, dict)())
     assert objective.citation.startswith("@")
     needs_times = objective.needs_data or name == "sdee"
     times = Grouped() if name == "imm" else Uniform()
     source = NoisedData(dataset=ExactSamples(classes()), times=times) if needs_times else None
-    check_objective(objective, student_of(classes()), classes() if objective.needs_teacher else None, source)
+    student = policy_of(classes()) if name == "piflow" else student_of(classes())
+    check_objective(objective, student, classes() if objective.needs_teacher else None, source)
 
 
 @pytest.mark.parametrize("source", STATE_SOURCES.names())

@@ -9,6 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from flowdistill._unread import placed
 from flowdistill.algorithms.piflow.policies import GMFlowHead, Policy, PolicyHead, shifted
 from flowdistill.errors import ConfigError
 from flowdistill.flow_maps import NetworkFlowMap
@@ -135,4 +136,4 @@ def policy(
     """
     field = velocity if isinstance(velocity, NetworkFlowMap) else velocity(teacher)
     student = PolicyFlowMap(field, head, substeps, segments, shift)
-    return student if teacher is None else student.to(teacher.device)
+    return student if teacher is None else placed(student, teacher.device)
