@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from runs import command, write
 
+import flowdistill
 from flowdistill.cli import main
 
 
@@ -53,13 +54,20 @@ def test_list_show_cite(folder):
     listed = command("list", cwd=folder).stdout
     for name in ("freeflow", "meanflow", "digits_teacher", "ring", "finite_difference", "freeflow/digits.gin"):
         assert name in listed
-    assert command("list", "solvers", cwd=folder).stdout.split() == ["dopri5", "edm", "euler", "heun", "rk4", "sde"]
+    solvers = command("list", "solvers", cwd=folder).stdout.splitlines()
+    assert [line.split()[0] for line in solvers] == ["dopri5", "edm", "euler", "heun", "rk4", "sde"]
+    objectives = {line.split()[0]: line for line in command("list", "objectives", cwd=folder).stdout.splitlines()}
+    assert objectives.keys() == set(flowdistill.OBJECTIVES.names())
+    assert objectives["meanflow"].split()[1] == "data"
+    assert objectives["meanflow_distillation"].split()[1] == "teacher"
     teachers = command("list", "teachers", cwd=folder).stdout
     for name in ("ring", "mnist_sit", "sit-xl/2-256", "sit-xl/2-repa-512", "edm2-xxl-512-uncond", "edm2-s-64"):
         assert name in re.split(r"[\s,]+", teachers)
     assert "EDM2 network" in command("show", "teachers", "edm2-s-512", cwd=folder).stdout
     shown = command("show", "objectives", "freeflow", cwd=folder).stdout
-    assert "alpha" in shown
+    assert "alpha=1.0" in shown
+    assert "freeflow/ring.gin" not in shown
+    assert "freeflow/mnist.gin" in shown
     assert "2511.19428" in shown
     assert "train.teacher = @ring()" in command("show", "recipes", "freeflow/ring.gin", cwd=folder).stdout
     for source in ("run", "freeflow/ring.gin"):

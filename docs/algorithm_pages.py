@@ -1,0 +1,81 @@
+"""Makes the page of each algorithm from its card, and the table of all objectives from the registry."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+from flowdistill import OBJECTIVES
+from flowdistill.cli import needs
+
+_ROOT = Path(__file__).parents[1]
+_TABLE = "<!-- the table of objectives -->"
+
+
+def _folders() -> dict[str, str]:
+    """The algorithms by the names of their folders, with the titles of their cards."""
+    cards = sorted((_ROOT / "algorithms").glob("*/card.md"))
+    titles = {card.parent.name: card.read_text().splitlines()[0].removeprefix("# ") for card in cards}
+    return dict(sorted(titles.items(), key=lambda item: item[1].lower()))
+
+
+def on_config(config: Any) -> Any:
+    """Called by mkdocs: puts a page for each algorithm into the navigation."""
+    for section in config["nav"]:
+        if "Algorithms" in section:
+            section["Algorithms"] += [{title: f"{name}.md"} for name, title in _folders().items()]
+    return config
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Called by mkdocs: adds a page of card and code for each algorithm that has no page of its own."""
+    for name in _folders():
+        if not (Path(config["docs_dir"]) / f"{name}.md").is_file():
+            files.append(File.generated(config, f"{name}.md", content=_page(name)))
+    return files
+
+
+def _page(name: str) -> str:
+    members = getattr(importlib.import_module(f"flowdistill.algorithms.{name}"), "__all__", [])
+    return "\n".join(
+        [
+            (_ROOT / "algorithms" / name / "card.md").read_text(),
+            "## Code",
+            "",
+            f"::: flowdistill.algorithms.{name}",
+            "    options:",
+            "      show_root_heading: false",
+            "      show_root_toc_entry: false",
+            f"      members: {list(members)}",
+            "",
+        ]
+    )
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Called by mkdocs with the text of every page."""
+    return markdown.replace(_TABLE, _table()) if _TABLE in markdown else markdown
+
+
+def _table() -> str:
+    lines = ["| objective | needs | | source |", "|---|---|---|---|"]
+    for name in OBJECTIVES.names():
+        entry: Any = OBJECTIVES.get(name)
+        parts = entry.__module__.split(".")
+        cell = f"[`{name}`]({parts[2]}.md)" if len(parts) > 3 else f"`{name}`"
+        summary = (inspect.getdoc(entry) or "").splitlines()[0].replace("|", "\\|")
+        citation = entry.citation if isinstance(entry.citation, str) else ""
+        found = re.search(r"arXiv:(\d{4}\.\d{5})", citation) or re.search(r"(\d{4}\.\d{5})", _card(parts[2]))
+        source = f"[{found[1]}](https://arxiv.org/abs/{found[1]})" if found else ""
+        lines.append(f"| {cell} | {needs(entry)} | {summary} | {source} |")
+    return "\n".join(lines)
+
+
+def _card(folder: str) -> str:
+    path = _ROOT / "algorithms" / folder / "card.md"
+    return path.read_text() if path.is_file() else ""
