@@ -19,7 +19,28 @@ from flowdistill.training.ema import AveragedModel, Ema
 
 
 @attrs.define(kw_only=True)
-class TrajectoryObjective(Objective):
+class VelocityObjective(Objective):
+    """An objective that takes a velocity at its states: a teacher's, which it distils, or that of data.
+
+    Attributes:
+        velocity: the velocity at the states.
+    """
+
+    velocity: TargetVelocity = attrs.field(factory=TeacherVelocity, validator=instance_of(TargetVelocity))
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the velocity is that of the data."""
+        return self.velocity.needs_data
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the velocity is the teacher's."""
+        return self.velocity.needs_teacher
+
+
+@attrs.define(kw_only=True)
+class TrajectoryObjective(VelocityObjective):
     """An identity on the part of the batch that jumps from t to s < t, and F(x, t, t) = u(x, t) on the rest.
 
     Attributes:
@@ -31,22 +52,11 @@ class TrajectoryObjective(Objective):
         reduction: how the squared residual adds up elements; belongs to ``power`` and ``eps``.
     """
 
-    velocity: TargetVelocity = attrs.field(factory=TeacherVelocity, validator=instance_of(TargetVelocity))
     ends: EndSampler = attrs.field(factory=Uniform, validator=instance_of(EndSampler))
     equal: float = attrs.field(default=0.5, validator=and_(ge(0.0), le(1.0)))
     power: float = attrs.field(default=0.0, validator=ge(0.0))
     eps: float = attrs.field(default=1e-3, validator=ge(0.0))
     reduction: Literal["mean", "sum"] = attrs.field(default="mean", validator=in_(("mean", "sum")))
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether the velocity is that of the data."""
-        return self.velocity.needs_data
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether the velocity is the teacher's."""
-        return self.velocity.needs_teacher
 
     @abstractmethod
     def residual(

@@ -10,6 +10,7 @@ from attrs.validators import and_, ge, gt, instance_of, le, optional
 from torch import Tensor
 
 from flowdistill.algorithms.identities import eulerian_residual, lagrangian_residual, normalize, pull
+from flowdistill.algorithms.trajectory import VelocityObjective
 from flowdistill.interfaces import (
     FlowMap,
     GeneratingVelocity,
@@ -33,7 +34,7 @@ CITATION = """\
 }"""
 
 
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class AlignYourFlow(Objective):
     """What both objectives share: the residual R of an identity, normalised to R / (|R| + c), moves F.
 
@@ -72,7 +73,7 @@ class AlignYourFlow(Objective):
 
 @register_objective("ayf_emd")
 @attrs.define(kw_only=True)
-class AyfEmd(AlignYourFlow):
+class AyfEmd(AlignYourFlow, VelocityObjective):
     """Eulerian map distillation: where a jump lands must not depend on where on a trajectory it starts.
 
         R = F - u + w (t - s) D_t F,   D_t F = (d_x F) u + d_t F
@@ -94,16 +95,6 @@ class AyfEmd(AlignYourFlow):
     velocity: TargetVelocity = attrs.field(factory=TeacherVelocity, validator=instance_of(TargetVelocity))
     warmup: int = attrs.field(default=10_000, validator=ge(0))
     final: float = attrs.field(default=0.99, validator=and_(gt(0.0), le(1.0)))
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether the velocity is that of the data."""
-        return self.velocity.needs_data
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether the velocity is the teacher's."""
-        return self.velocity.needs_teacher
 
     def residual(
         self, student: FlowMap, teacher: Teacher | None, states: States, s: Tensor, *, step: int

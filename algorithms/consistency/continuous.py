@@ -12,6 +12,7 @@ from torch import nn
 
 from flowdistill.algorithms.combined import Combined
 from flowdistill.algorithms.identities import eulerian_residual, normalize, pull
+from flowdistill.algorithms.trajectory import VelocityObjective
 from flowdistill.algorithms.weighting import LearnedWeighting
 from flowdistill.interfaces import (
     FlowMap,
@@ -40,7 +41,7 @@ CITATION = """\
 
 @register_objective("sct")
 @attrs.define(kw_only=True)
-class Sct(Objective):
+class SCT(VelocityObjective):
     """Simplified continuous-time consistency training: samples X(x, t, 0) do not move along trajectories.
 
     It is Algorithm 1 of the paper on a student of the linear path. With S = sqrt((1 - t)^2 sd^2 + t^2) and the factor
@@ -73,16 +74,6 @@ class Sct(Objective):
     weighting: LearnedWeighting | None = attrs.field(
         factory=LearnedWeighting, validator=optional(instance_of(LearnedWeighting))
     )
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether the velocity is that of the data."""
-        return self.velocity.needs_data
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether the velocity is the teacher's."""
-        return self.velocity.needs_teacher
 
     def setup(self, student: FlowMap, teacher: Teacher | None) -> None:
         """Start the weighting."""
@@ -138,19 +129,19 @@ class Sct(Objective):
 
 @register_objective("scd")
 @attrs.define(kw_only=True)
-class Scd(Sct):
-    """Simplified continuous-time consistency distillation: `Sct` with the teacher's velocity.
+class SCD(SCT):
+    """Simplified continuous-time consistency distillation: `SCT` with the teacher's velocity.
 
     The residual vanishes at the teacher's flow map at every state, so that neither weights nor the law of the times
     bias it.
 
     Attributes:
-        velocity: see `Sct`.
-        sigma_data: see `Sct`.
-        estimator: see `Sct`.
-        warmup: see `Sct`.
-        normalization: see `Sct`.
-        weighting: see `Sct`.
+        velocity: see `SCT`.
+        sigma_data: see `SCT`.
+        estimator: see `SCT`.
+        warmup: see `SCT`.
+        normalization: see `SCT`.
+        weighting: see `SCT`.
     """
 
     velocity: TargetVelocity = attrs.field(factory=TeacherVelocity, validator=instance_of(TargetVelocity))
@@ -164,7 +155,7 @@ def _vsd() -> Objective:
 
 @register_objective("scd_vsd")
 @attrs.define(kw_only=True)
-class ScdVsd(Combined):
+class SCDWithVSD(Combined):
     """Continuous-time consistency distillation with variational score distillation added, loss by loss.
 
     Consistency covers the modes of the teacher and blurs details, score distillation is sharp and loses modes (appendix
@@ -180,7 +171,7 @@ class ScdVsd(Combined):
         online_warmup: see `Combined`.
     """
 
-    prediction: Objective = attrs.field(factory=Scd, validator=instance_of(Objective))
+    prediction: Objective = attrs.field(factory=SCD, validator=instance_of(Objective))
     correction: Objective = attrs.field(factory=_vsd, validator=instance_of(Objective))
     correction_fraction: float = attrs.field(default=0.5, validator=and_(gt(0.0), lt(1.0)))
     balance: Literal["adaptive", "fixed"] = attrs.field(default="fixed", validator=in_(("adaptive", "fixed")))

@@ -10,7 +10,8 @@ from attrs.validators import and_, ge, gt, in_, instance_of, lt, optional
 from torch import Tensor
 
 from flowdistill.algorithms.identities import pull, semigroup_residual
-from flowdistill.interfaces import FlowMap, Objective, ObjectiveOutput, States, TargetVelocity, Teacher
+from flowdistill.algorithms.trajectory import VelocityObjective
+from flowdistill.interfaces import FlowMap, ObjectiveOutput, States, TargetVelocity, Teacher
 from flowdistill.paths import expand_time, noise_level_to_time, time_to_noise_level
 from flowdistill.registry import register_objective
 from flowdistill.target_velocities import ConditionalVelocity
@@ -35,7 +36,7 @@ CITATION = """\
 
 @register_objective("consistency")
 @attrs.define(kw_only=True)
-class Consistency(Objective):
+class Consistency(VelocityObjective):
     """The student's samples X(x, t, 0) and X(x_r, r, 0) agree at neighbouring times r < t of one trajectory.
 
     The second state is one step of the velocity away, x_r = x - (t - r) u, and its sample is a fixed target. With the
@@ -79,16 +80,6 @@ class Consistency(Objective):
     huber: float | None = attrs.field(factory=lambda: 1e-8, validator=optional(gt(0.0)))
     weighting: Literal["gap", "edm"] = attrs.field(default="gap", validator=in_(("gap", "edm")))
     sigma_data: float = attrs.field(default=0.5, validator=gt(0.0))
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether the velocity is that of the data."""
-        return self.velocity.needs_data
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether the velocity is the teacher's."""
-        return self.velocity.needs_teacher
 
     def levels(self, t: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """The noise levels sigma and sigma_r of times t (B,) at a training step."""

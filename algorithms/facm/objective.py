@@ -11,10 +11,10 @@ from attrs.validators import ge, gt, instance_of, optional
 from torch import Tensor
 
 from flowdistill.algorithms.identities import eulerian_residual, pull, velocity_residual
+from flowdistill.algorithms.trajectory import VelocityObjective
 from flowdistill.interfaces import (
     FlowMap,
     GeneratingVelocity,
-    Objective,
     ObjectiveOutput,
     States,
     TargetVelocity,
@@ -36,7 +36,7 @@ CITATION = """\
 
 @register_objective("facm")
 @attrs.define(kw_only=True)
-class Facm(Objective):
+class FACM(VelocityObjective):
     """Continuous-time consistency, F(x, t, 0), anchored by flow matching, F(x, t, t), at the same states.
 
     The consistency loss regresses F(x, t, 0) onto a relaxed and clamped target,
@@ -71,16 +71,6 @@ class Facm(Objective):
     eps: float = attrs.field(default=1e-3, validator=gt(0.0))
     anchor: float = attrs.field(default=1.0, validator=ge(0.0))
     cosine: float = attrs.field(default=1.0, validator=ge(0.0))
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether the velocity is that of the data."""
-        return self.velocity.needs_data
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether the velocity is the teacher's."""
-        return self.velocity.needs_teacher
 
     def loss(
         self, student: FlowMap, teacher: Teacher | None, states: States, *, step: int, generator: torch.Generator

@@ -7,9 +7,10 @@ import torch
 from attrs.validators import ge, gt, instance_of
 from torch import Tensor
 
+from flowdistill.algorithms.trajectory import VelocityObjective
 from flowdistill.differentiation import evaluate
 from flowdistill.errors import ConfigError
-from flowdistill.interfaces import FlowMap, Objective, ObjectiveOutput, States, TargetVelocity, Teacher
+from flowdistill.interfaces import FlowMap, ObjectiveOutput, States, TargetVelocity, Teacher
 from flowdistill.paths import expand_time
 from flowdistill.registry import register_objective
 from flowdistill.target_velocities import ConditionalVelocity
@@ -21,7 +22,7 @@ SHORTEST = 1e-6
 
 @register_objective("imm")
 @attrs.define(kw_only=True)
-class IMM(Objective):
+class IMM(VelocityObjective):
     """Jumps from t and jumps from r just below t must land on one distribution at s.
 
     For a group of M states at one time t, with x_r = x_t - (t - r) v,
@@ -65,16 +66,6 @@ class IMM(Objective):
     data_std: float = attrs.field(default=0.5, validator=gt(0.0))
     weight_shift: float = 4.0
     weight_power: float = attrs.field(default=1.0, validator=ge(1.0))
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether the velocity is that of the data."""
-        return self.velocity.needs_data
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether the velocity is the teacher's."""
-        return self.velocity.needs_teacher
 
     def before(self, t: Tensor, s: Tensor) -> Tensor:
         """The times r (B,): lower than t by ``decrement`` in t/(1 - t), and not below s."""

@@ -8,9 +8,9 @@ from attrs.validators import and_, ge, instance_of, le
 from torch import Tensor
 
 from flowdistill.algorithms.identities import Field, end_point_residual, pull, secant_residual
-from flowdistill.algorithms.trajectory import TrajectoryObjective
+from flowdistill.algorithms.trajectory import TrajectoryObjective, VelocityObjective
 from flowdistill.errors import ConfigError
-from flowdistill.interfaces import FlowMap, Objective, ObjectiveOutput, States, TargetVelocity, Teacher
+from flowdistill.interfaces import FlowMap, ObjectiveOutput, States, TargetVelocity, Teacher
 from flowdistill.registry import register_objective
 from flowdistill.target_velocities import ConditionalVelocity, TeacherVelocity
 from flowdistill.times import TimeSampler, WithPointMass
@@ -89,7 +89,7 @@ class STEI(SDEI):
 
 @register_objective("sdee")
 @attrs.define(kw_only=True)
-class SDEE(Objective):
+class SDEE(VelocityObjective):
     """Secant distillation by estimated end points: F(x_t, t, s) is regressed onto u(x_r, r) at the state x_r.
 
     The end point x_t = X(x_r, r, t) is the student's own, so what the jump to t lands on must be learnt as well: of the
@@ -112,16 +112,6 @@ class SDEE(Objective):
 
     velocity: TargetVelocity = attrs.field(factory=TeacherVelocity, validator=instance_of(TargetVelocity))
     cuts: TimeSampler = attrs.field(factory=lambda: WithPointMass(fraction=0.5), validator=instance_of(TimeSampler))
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether the velocity is that of the data."""
-        return self.velocity.needs_data
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether the velocity is the teacher's."""
-        return self.velocity.needs_teacher
 
     def pairs(self, r: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Starts t and ends s (B,) on both sides of the times r (B,)."""

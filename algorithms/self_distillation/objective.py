@@ -89,7 +89,7 @@ class Semigroup(SelfDistillation):
 
 @register_objective("lsd")
 @attrs.define(kw_only=True)
-class Lsd(SelfDistillation):
+class LSD(SelfDistillation):
     """Lagrangian self-distillation: the end of a jump moves with the velocity there.
 
         R = dX(x, t, s)/ds - sg F(X, s, s),   dX/ds = F - (t - s) dF/ds
@@ -128,7 +128,7 @@ class Lsd(SelfDistillation):
 
 @register_objective("esd")
 @attrs.define(kw_only=True)
-class Esd(SelfDistillation):
+class ESD(SelfDistillation):
     """Eulerian self-distillation: the end of a jump does not depend on where on a trajectory it starts.
 
         R = -(dX/dt + J_x X b) = F - b + (t - s) (dF/dt + (d_x F) b),   b = sg F(x, t, t)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from flowdistill import OBJECTIVES, Condition, ConfigError, States
 from flowdistill.algorithms import identities
 from flowdistill.algorithms.combined import Combined
-from flowdistill.algorithms.consistency import Scd, ScdVsd, Sct, continuous
+from flowdistill.algorithms.consistency import SCD, SCT, SCDWithVSD, continuous
 from flowdistill.algorithms.weighting import LearnedWeighting
 from flowdistill.flow_maps import NetworkFlowMap, from_teacher
 from flowdistill.guidance import GuidedTeacher
@@ -35,11 +35,11 @@ def teacher():
 
 
 def scd(**kwargs):
-    return Scd(**{"warmup": 0, "weighting": None, **kwargs})
+    return SCD(**{"warmup": 0, "weighting": None, **kwargs})
 
 
 def sct(**kwargs):
-    return Sct(**{"warmup": 0, "weighting": None, **kwargs})
+    return SCT(**{"warmup": 0, "weighting": None, **kwargs})
 
 
 def evaluate(objective, student, states, step=0, of=None, seed=1):
@@ -68,7 +68,7 @@ def test_states_at_the_prior_have_no_weight():
     output = evaluate(scd(), student, prior_states(teacher()))
     assert output.metrics["error"] > 1e-2
     assert gradient(output.loss, student).norm() == 0
-    assert evaluate(Scd(weighting=None), student, prior_states(teacher())).loss == 0
+    assert evaluate(SCD(weighting=None), student, prior_states(teacher())).loss == 0
 
 
 DIRECTIONS = {
@@ -140,7 +140,7 @@ def algorithm_1(student, of, states, data_std, warmup, c, weight=None):
     return (error if weight is None else weight * error).mean(), g.square().mean(1)
 
 
-KINDS = {"sct": (Sct, None), "scd": (Scd, teacher())}
+KINDS = {"sct": (SCT, None), "scd": (SCD, teacher())}
 
 
 @pytest.mark.parametrize("c", [0.1, None])
@@ -242,19 +242,19 @@ def test_before_the_warm_up_it_is_flow_matching_of_jumps_to_data(monkeypatch):
 
     monkeypatch.setattr(continuous, "eulerian_residual", spy)
     student, states = perturbed(teacher()), data_states(teacher())
-    output = evaluate(Scd(weighting=None), student, states)
+    output = evaluate(SCD(weighting=None), student, states)
     difference = student.average_velocity(states.x, states.t, 0 * states.t) - teacher().velocity(states.x, states.t)
     close(output.metrics["error"], difference.square().mean().detach())
     t, weight = states.t, []
     for step in (5000, 10_000, 20_000):
-        evaluate(Scd(weighting=None), student, states, step)
+        evaluate(SCD(weighting=None), student, states, step)
         w, spread = min(step / 10_000, 1.0), (1 - t) ** 2 / 4 + t**2
         factor = w * spread / ((1 - t) / 4 + w * (t**2 - t * (1 - t) / 4))
         weight.append(float(factor.max()))
     assert seen[0] == 0
     close(torch.tensor(seen[1:]), torch.tensor(weight), 1e-6)
     assert abs(seen[-1] - 1) < 1e-12
-    evaluate(Scd(weighting=None), student, prior_states(teacher()))  # 0/0 at t = 1 before the warm-up
+    evaluate(SCD(weighting=None), student, prior_states(teacher()))  # 0/0 at t = 1 before the warm-up
     assert seen[-1] == 0
 
 
@@ -360,7 +360,7 @@ def test_learned_weight_is_one_at_first_and_keeps_the_rows_of_a_step():
 def test_weighted_gradient_and_the_loss_of_the_weight():
     """Both of Algorithm 1, e^w / D |F - F - g|^2 - w, at a weight that is not 1."""
     student, states = student_of(), data_states(teacher())
-    objective = Scd(warmup=0, weighting=LearnedWeighting(size=16, name="mine"))
+    objective = SCD(warmup=0, weighting=LearnedWeighting(size=16, name="mine"))
     objective.setup(student, teacher())
     (network,) = objective.modules().values()
     assert list(objective.modules()) == ["mine"]
@@ -407,7 +407,7 @@ class _Fixed:
 def joint(build, **kwargs):
     noising = Exact(distribution=GaussianTeacher(MEAN + 0.3, VARIANCES))
     return build(
-        prediction=Scd(warmup=0, weighting=LearnedWeighting(size=8)),
+        prediction=SCD(warmup=0, weighting=LearnedWeighting(size=8)),
         correction=OBJECTIVES.build("vsd", noising=noising),
         **kwargs,
     )
@@ -416,7 +416,7 @@ def joint(build, **kwargs):
 def test_scd_vsd_is_combined_to_the_bit():
     student, states = perturbed(teacher()), data_states(teacher())
     results = []
-    for objective in (joint(ScdVsd), joint(Combined, correction_fraction=0.5, balance="fixed")):
+    for objective in (joint(SCDWithVSD), joint(Combined, correction_fraction=0.5, balance="fixed")):
         torch.manual_seed(0)
         objective.setup(student, teacher())
         output = evaluate(objective, student, states)
@@ -430,7 +430,7 @@ def test_scd_vsd_is_combined_to_the_bit():
 
 def test_scd_vsd_adds_the_losses_of_two_halves():
     student, states = perturbed(teacher()), data_states(teacher())
-    objective = joint(ScdVsd)
+    objective = joint(SCDWithVSD)
     objective.setup(student, teacher())
     output = evaluate(objective, student, states)
     g = torch.Generator().manual_seed(1)
@@ -442,7 +442,7 @@ def test_scd_vsd_adds_the_losses_of_two_halves():
 
 
 def test_scd_vsd_vanishes_at_the_exact_map():
-    objective = joint(ScdVsd)
+    objective = joint(SCDWithVSD)
     objective.correction.noising = Exact(distribution=teacher())
     objective.prediction.weighting = None
     student, states = GaussianFlowMap(teacher()), data_states(teacher())
@@ -458,7 +458,7 @@ def test_scd_vsd_vanishes_at_the_exact_map():
 
 def test_scd_vsd_by_default():
     objective = OBJECTIVES.build("scd_vsd")
-    assert isinstance(objective.prediction, Scd)
+    assert isinstance(objective.prediction, SCD)
     assert type(objective.correction) is OBJECTIVES.get("vsd")
     assert "lu2025scm" in objective.citation
     assert objective.needs_teacher
@@ -468,7 +468,7 @@ def test_scd_vsd_by_default():
 def test_scd_vsd_conforms():
     of = GaussianTeacher([1.0, -0.5], 0.5)
     noising = OnlineNetwork(network=lambda: MLP(dim=2, hidden_size=16))
-    objective = ScdVsd(correction=OBJECTIVES.build("vsd", noising=noising))
+    objective = SCDWithVSD(correction=OBJECTIVES.build("vsd", noising=noising))
     student = from_teacher(of, network=MLP(dim=2, hidden_size=16))
     for parameter in student.parameters():
         if parameter.requires_grad:
@@ -479,14 +479,14 @@ def test_scd_vsd_conforms():
 def test_two_weightings_of_one_name_are_refused():
     student = perturbed(teacher())
     with pytest.raises(ConfigError, match="both have a module named weighting"):
-        Combined(prediction=Scd(), correction=Sct()).setup(student, teacher())
-    both = Combined(prediction=Scd(), correction=Sct(weighting=LearnedWeighting(name="other")))
+        Combined(prediction=SCD(), correction=SCT()).setup(student, teacher())
+    both = Combined(prediction=SCD(), correction=SCT(weighting=LearnedWeighting(name="other")))
     both.setup(student, teacher())
     assert sorted(both.modules()) == ["other", "weighting"]
 
 
 def test_copies_weigh_apart():
-    objective = Scd(warmup=0)
+    objective = SCD(warmup=0)
     objective.setup(perturbed(teacher()), teacher())
     other = copy.deepcopy(objective)
     evaluate(objective, perturbed(teacher()), data_states(teacher()))

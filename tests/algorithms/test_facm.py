@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 from flowdistill import Condition, ConfigError, States, config
 from flowdistill.algorithms import identities
-from flowdistill.algorithms.facm import Facm
+from flowdistill.algorithms.facm import FACM
 from flowdistill.algorithms.facm import objective as facm
 from flowdistill.flow_maps import NetworkFlowMap, NetworkTeacher, from_teacher
 from flowdistill.guidance import GuidedTeacher
@@ -39,11 +39,11 @@ def close(a, b, rtol=1e-9):
 @given(of=gaussian_teachers())
 @settings(max_examples=5)
 def test_exact_map_has_no_residual_and_no_gradient(draw, of):
-    assert_exact(Facm(), of, draw(of))
+    assert_exact(FACM(), of, draw(of))
 
 
 def test_both_losses_vanish_at_the_exact_map():
-    output = evaluate(Facm(), GaussianFlowMap(teacher()), path_states(teacher(), n=4096))
+    output = evaluate(FACM(), GaussianFlowMap(teacher()), path_states(teacher(), n=4096))
     assert output.loss < 1e-14
     assert output.metrics["error"] < 1e-28
     assert output.metrics["anchor_error"] < 1e-28
@@ -80,7 +80,7 @@ def weight(tau):
 
 def test_loss_and_gradient_are_the_published_ones():
     student, states = perturbed(teacher(), 0.3), path_states(teacher())
-    output, wanted = evaluate(Facm(), student, states), published(student, states, relaxation, weight)
+    output, wanted = evaluate(FACM(), student, states), published(student, states, relaxation, weight)
     close(output.loss, wanted)
     close(gradient(output.loss, student), gradient(wanted, student))
 
@@ -101,7 +101,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_losses_have_another_gradient(name):
     student, states = perturbed(teacher(), 0.3), path_states(teacher())
-    right = gradient(evaluate(Facm(), student, states).loss, student)
+    right = gradient(evaluate(FACM(), student, states).loss, student)
     wrong = gradient(published(student, states, **{"alpha": relaxation, "beta": weight, **WRONG[name]}), student)
     assert (wrong - right).norm() > 2e-3 * right.norm()
 
@@ -119,7 +119,7 @@ def test_wrong_losses_have_another_gradient(name):
 def test_switches(name, arguments):
     student, states = perturbed(teacher(), 0.3), path_states(teacher())
     wanted = published(student, states, **{"alpha": relaxation, "beta": weight, **WRONG[name]})
-    close(evaluate(Facm(**arguments), student, states).loss, wanted)
+    close(evaluate(FACM(**arguments), student, states).loss, wanted)
 
 
 @pytest.mark.parametrize(("t", "factor"), [(0.99, 0.94), (0.5, 0.68), (0.1, 0.16), (0.02, 0.03)])
@@ -129,7 +129,7 @@ def test_relaxation_acts_near_the_data_only(t, factor, monkeypatch):
     constant = (average, torch.full_like(average, 0.1).detach())
     monkeypatch.setattr(facm, "eulerian_residual", lambda *args, **kwargs: constant)
     states = States(x=torch.ones(1, 2).double(), t=torch.tensor([t]).double(), condition=Condition())
-    loss = evaluate(Facm(anchor=0.0), GaussianFlowMap(teacher()), states).loss
+    loss = evaluate(FACM(anchor=0.0), GaussianFlowMap(teacher()), states).loss
     (slope,) = torch.autograd.grad(loss, average)
     assert float(slope[0, 0]) / math.sin(math.pi * t / 2) == pytest.approx(factor, abs=0.006)
 
@@ -139,7 +139,7 @@ def test_evaluations_a_row():
     student, states = GaussianFlowMap(teacher()), path_states(teacher(), n=8)
     for of, count in ((teacher(), 8), (GuidedTeacher(teacher(), 2.0, guide=teacher()), 16)):
         before = student.evaluations, of.evaluations
-        evaluate(Facm(), student, states, of)
+        evaluate(FACM(), student, states, of)
         assert (student.evaluations - before[0], of.evaluations - before[1]) == (24, count)
 
 
@@ -152,7 +152,7 @@ def test_derivative_of_a_network_that_normalises_its_weights_in_training():
     with torch.no_grad():
         weight.mul_(2)
     states = States(x=of.sample_prior(2), t=torch.ones(2), condition=Condition.in_turn(3, 2))
-    assert evaluate(Facm(), student, states, of).loss.isfinite()
+    assert evaluate(FACM(), student, states, of).loss.isfinite()
     torch.testing.assert_close(weight.square().mean((1, 2, 3)), torch.ones(len(weight)), rtol=1e-3, atol=0)
 
 
@@ -170,7 +170,7 @@ def mean_gradient(objective, student, batches=100):
 
 
 def from_data(**kwargs):
-    return Facm(**{"velocity": ConditionalVelocity(), "clamp": None, "power": 0.0, "cosine": 0.0, **kwargs})
+    return FACM(**{"velocity": ConditionalVelocity(), "clamp": None, "power": 0.0, "cosine": 0.0, **kwargs})
 
 
 def test_from_data_the_mean_gradient_vanishes_at_the_map_without_clamp_weight_and_angle():
@@ -232,7 +232,7 @@ def halves(field=GaussianFlowMap, jump=GaussianFlowMap):
 
 def test_expanded_condition_is_exact_and_continuous_at_t_0():
     student, states = halves(), path_states(teacher())
-    error, slope = judge(Facm(), student, teacher(), states)
+    error, slope = judge(FACM(), student, teacher(), states)
     assert error < 1e-14
     assert slope < 1e-14
     zero = torch.zeros_like(states.t)
@@ -242,16 +242,16 @@ def test_expanded_condition_is_exact_and_continuous_at_t_0():
 
 def test_each_loss_reaches_its_half_alone():
     """Without the anchor the velocity is never trained: whatever it is, loss and gradient are zero."""
-    states, consistency = path_states(teacher()), Facm(anchor=0.0)
+    states, consistency = path_states(teacher()), FACM(anchor=0.0)
     student = halves(field=perturbed)
     output = evaluate(consistency, student, states)
     assert output.loss < 1e-20
     assert gradient(output.loss, student).norm() < 1e-9
     assert output.metrics["anchor_error"] > 0.01
-    anchored = evaluate(Facm(), student, states).loss
+    anchored = evaluate(FACM(), student, states).loss
     assert gradient(anchored, student.network.field).norm() > 0.01
     assert gradient(anchored, student.network.jump).norm() < 1e-9
-    shortcut = evaluate(Facm(), halves(jump=perturbed), states)
+    shortcut = evaluate(FACM(), halves(jump=perturbed), states)
     assert shortcut.metrics["anchor_error"] < 1e-20
     assert shortcut.metrics["error"] > 1e-4
 
@@ -265,7 +265,7 @@ def test_the_derivative_runs_through_the_change_of_time(monkeypatch):
         return average, average.detach() - velocity + identities.expand_time(t, x) * slope.detach()
 
     monkeypatch.setattr(facm, "eulerian_residual", residual)
-    assert judge(Facm(), halves(), teacher(), path_states(teacher()))[0] > 0.1
+    assert judge(FACM(), halves(), teacher(), path_states(teacher()))[0] > 0.1
 
 
 @pytest.mark.parametrize("family", ["mlp", "sit", "exact"])
@@ -285,7 +285,7 @@ def test_students_with_the_expanded_condition(family):
     condition = Condition.in_turn(of.num_classes, 6)
     torch.testing.assert_close(student.velocity(x, t, condition), of.velocity(x, t, condition))
     check_flow_map(student)
-    check_objective(Facm(), student, of)
+    check_objective(FACM(), student, of)
 
 
 def test_expanded_condition_is_refused_for_edm2():

@@ -7,7 +7,7 @@ from exact import assert_exact, bent, data_states, gradient, judge, path_states,
 from flowdistill import OBJECTIVES
 from flowdistill.algorithms.freeflow import FreeFlowPrediction
 from flowdistill.algorithms.meanflow import MeanFlowDistillation
-from flowdistill.algorithms.self_distillation import Esd, Lsd, Semigroup
+from flowdistill.algorithms.self_distillation import ESD, LSD, Semigroup
 from flowdistill.algorithms.self_distillation import objective as module
 from flowdistill.algorithms.shortcut import Shortcut
 from flowdistill.data import ExactSamples
@@ -196,19 +196,19 @@ def test_rows_on_the_diagonal_are_trained_beside_residuals_with_a_graph(name):
 # Planted mistakes.
 
 
-class _VelocityAtTheStart(Lsd):
+class _VelocityAtTheStart(LSD):
     def residual(self, student, teacher, states, s, *, step, generator):
         average, generating = self.estimator.velocity(student, states.x, states.t, s, states.condition)
         return average, generating - student.velocity(states.x, states.t).detach()
 
 
-class _WrongSign(Esd):
+class _WrongSign(ESD):
     def residual(self, student, teacher, states, s, *, step, generator):
         velocity = -student.velocity(states.x, states.t).detach()
         return module.eulerian_residual(student, velocity, Jvp(), states.x, states.t, s, states.condition)
 
 
-class _NoTransport(Esd):
+class _NoTransport(ESD):
     def residual(self, student, teacher, states, s, *, step, generator):
         velocity = student.velocity(states.x, states.t).detach()
         return module.eulerian_residual(
@@ -301,7 +301,7 @@ def test_evaluations_of_a_step(name, taught):
 def test_a_detached_derivative_costs_an_evaluation_more():
     teacher = gaussian()
     student = GaussianFlowMap(teacher)
-    Lsd(estimator=Jvp()).loss(student, None, data_states(teacher), step=0, generator=generator())
+    LSD(estimator=Jvp()).loss(student, None, data_states(teacher), step=0, generator=generator())
     assert student.evaluations == 64 + 16 + 16
 
 
