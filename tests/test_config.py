@@ -115,7 +115,7 @@ def test_scoped_bindings_count_as_used(tmp_path):
 
 
 RECIPES = [name for name in config.recipes() if "imagenet" not in name]  # those are planned, see test_plan.py
-MNIST = [name for name in RECIPES if "mnist" in name]
+QUICK = [name for name in RECIPES if name.endswith(("plane.gin", "ring.gin"))]
 
 
 def starts(recipe, tmp_path):
@@ -136,19 +136,16 @@ def starts(recipe, tmp_path):
     assert result.steps == 2
 
 
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in MNIST])
-def test_every_recipe_starts(recipe, tmp_path):
-    starts(recipe, tmp_path)
-
-
-@pytest.mark.parametrize("recipe", ["freeflow/mnist.gin", "mnist/sit.gin", "mnist/edm2.gin"])
-def test_recipes_of_mnist_start(recipe, tmp_path):
+@pytest.mark.parametrize(
+    "recipe", [*QUICK, "freeflow/digits.gin", "digits/train.gin", "freeflow/mnist.gin", "mnist/edm2.gin"]
+)
+def test_recipes_start(recipe, tmp_path):
     starts(recipe, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", MNIST)
-def test_every_recipe_of_mnist_starts(recipe, tmp_path):
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in QUICK])
+def test_every_recipe_of_images_starts(recipe, tmp_path):
     starts(recipe, tmp_path)
 
 

@@ -7,14 +7,16 @@ import torch
 from edm2_files import released
 
 import flowdistill
-from flowdistill import FLOW_MAPS, OBJECTIVES, STATE_SOURCES, TEACHERS, VELOCITY_ESTIMATORS, Condition
+from flowdistill import FLOW_MAPS, OBJECTIVES, STATE_SOURCES, TEACHERS, VELOCITY_ESTIMATORS, Condition, ConfigError
 from flowdistill.algorithms.freeflow import FreeFlow, FreeFlowCorrection
+from flowdistill.algorithms.trajectory import VelocityObjective
 from flowdistill.data import ExactSamples
 from flowdistill.flow_maps import NetworkFlowMap, from_teacher
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import FlowMap, GeneratingVelocity, Objective, ObjectiveOutput
 from flowdistill.networks import EDM2, MLP, SiT
 from flowdistill.states import NoisedData
+from flowdistill.target_velocities import ConditionalVelocity, TeacherVelocity
 from flowdistill.teachers.gaussian import (
     GaussianFlowMap,
     GaussianTeacher,
@@ -161,11 +163,36 @@ def test_objectives(name):
     check_objective(objective, student, classes() if objective.needs_teacher else None, source)
 
 
+TRAJECTORY = [name for name in OBJECTIVES.names() if issubclass(OBJECTIVES.get(name), VelocityObjective)]
+UNIFORM_TIMES = ("sdee", "stee")  # which refuse states at one time
+
+
 @pytest.mark.parametrize("source", STATE_SOURCES.names())
-@pytest.mark.parametrize("name", ["freeflow_prediction", "meanflow_distillation"])
+@pytest.mark.parametrize("name", [*TRAJECTORY, "freeflow_prediction", "ayf_lmd"])
 def test_trajectory_objectives_take_states_from_anywhere(name, source):
-    states = STATE_SOURCES.build(source, **({"dataset": ExactSamples(classes())} if source == "noised_data" else {}))
-    check_objective(OBJECTIVES.build(name), student_of(classes()), classes(), states)
+    """With the teacher's velocity they need no data, whatever they are made for."""
+    arguments = {"dataset": ExactSamples(classes())} if source == "noised_data" else {}
+    if source != "prior":
+        arguments["times"] = Grouped() if name == "imm" else Uniform()
+    states = STATE_SOURCES.build(source, **arguments)
+    objective = OBJECTIVES.build(name, **({"velocity": TeacherVelocity()} if name in TRAJECTORY else {}))
+    assert objective.needs_teacher
+    assert not objective.needs_data
+    if source == "prior" and name in UNIFORM_TIMES:
+        with pytest.raises(ConfigError, match="uniform times"):
+            check_objective(objective, student_of(classes()), classes(), states)
+    else:
+        check_objective(objective, student_of(classes()), classes(), states)
+
+
+@pytest.mark.parametrize("name", TRAJECTORY)
+def test_trajectory_objectives_train_from_data(name):
+    """With the velocity of the data they need no teacher, whatever they are made for."""
+    objective = OBJECTIVES.build(name, velocity=ConditionalVelocity())
+    assert objective.needs_data
+    assert not objective.needs_teacher
+    times = Grouped() if name == "imm" else Uniform()
+    check_objective(objective, student_of(classes()), None, NoisedData(dataset=ExactSamples(classes()), times=times))
 
 
 def test_freeflow_on_a_network_teacher():

@@ -12,6 +12,7 @@ from flowdistill.networks import MLP
 
 LARGE = [name for name in config.recipes() if "imagenet" in name]
 MNIST = [name for name in config.recipes() if "mnist" in name]
+DIGITS = [name for name in config.recipes() if "digits" in name]
 
 
 @pytest.mark.parametrize("recipe", ["meanflow/imagenet.gin", "consistency/ect_imagenet.gin", "freeflow/mnist_edm2.gin"])
@@ -23,6 +24,12 @@ def test_recipes_at_scale_are_planned(recipe):
     assert result.flops > 1e10
     assert all(size >= 0 for size in result.memory.values())
     assert str(result).count("\n") > 10
+
+
+@pytest.mark.parametrize("recipe", DIGITS)
+def test_recipes_of_digits_are_planned(recipe):
+    """With every one of their bindings used; ``make test-all`` takes two steps of each."""
+    assert plan(recipe).flops > 0
 
 
 @pytest.mark.slow
