@@ -71,11 +71,15 @@ def _parser() -> argparse.ArgumentParser:
         command.epilog = "--gin.NAME=VALUE sets a binding, as in --gin.train.steps=100; repeatable"
     plan.set_defaults(command=_plan)
 
+    renoise: Any = {
+        "action": argparse.BooleanOptionalAction,
+        "help": "jump to data and noise again at each step; by default as the student needs it",
+    }
     sample = commands.add_parser("sample", help="draw samples of a run's student")
     sample.add_argument("run", help="a run directory, or a checkpoint in it")
     sample.add_argument("--num_samples", type=int, default=64)
     sample.add_argument("--steps", type=int, default=1)
-    sample.add_argument("--renoise", action="store_true", help="jump to data and noise again at each step")
+    sample.add_argument("--renoise", **renoise)
     sample.add_argument("--labels", type=int, nargs="+", help="one class for all, or one for each sample")
     sample.add_argument("--guidance", type=float)
     sample.add_argument("--seed", type=int, default=0)
@@ -88,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--metrics", nargs="+", default=["fid"])
     evaluate.add_argument("--num_samples", type=int, default=10_000)
     evaluate.add_argument("--steps", type=int, default=1)
-    evaluate.add_argument("--renoise", action="store_true", help="jump to data and noise again at each step")
+    evaluate.add_argument("--renoise", **renoise)
     evaluate.add_argument("--guidance", type=float)
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.set_defaults(command=_evaluate)

@@ -14,7 +14,7 @@ from flowdistill.interfaces import Condition, Decoder, FlowMap, Teacher
 from flowdistill.networks import EDM2, ScalarEmbedding, VelocityNetwork
 from flowdistill.registry import register_flow_map
 
-Conditioning = Literal["two_time", "anchored", "decoupled", "expanded", "instantaneous"]
+Conditioning = Literal["two_time", "anchored", "to_data", "decoupled", "expanded", "instantaneous"]
 
 
 @register_flow_map("network")
@@ -37,8 +37,8 @@ class NetworkFlowMap(FlowMap):
     Args:
         network: the backbone.
         conditioning: "two_time" for all s <= t; "anchored" for t = 1 alone, as FreeFlow trains it; "decoupled" for all
-            s <= t without new parameters; "expanded" for s = t and s = 0 without new parameters; "instantaneous" for a
-            plain velocity field, which ignores s.
+            s <= t without new parameters; "to_data" for s = 0 (and s = t), as consistency models are trained;
+            "expanded" for these without new parameters; "instantaneous" for a plain velocity field, which ignores s.
         guidance: makes the map take guidance scales, and is the scale of samples that name none; None is a map
             without guidance input.
         early_blocks: blocks that see t under "decoupled"; None is the network's own choice: two thirds of a
@@ -68,9 +68,10 @@ class NetworkFlowMap(FlowMap):
         self.instantaneous = conditioning == "instantaneous"
         self.decoupled = conditioning == "decoupled"
         self.expanded = conditioning == "expanded"
+        self.to_data = conditioning in ("to_data", "expanded")
         if early_blocks is not None:
             network.early_blocks = early_blocks
-        has_duration = conditioning in ("two_time", "anchored")
+        has_duration = conditioning in ("two_time", "anchored", "to_data")
         self.duration_embedding = ScalarEmbedding(size, zero_init=True) if has_duration else None
         self.guidance_embedding = None if guidance is None else ScalarEmbedding(size, zero_init=True)
 

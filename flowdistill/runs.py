@@ -169,7 +169,7 @@ def sample(
     guidance: float | None = None,
     seed: int = 0,
     batch_size: int | None = None,
-    renoise: bool = False,
+    renoise: bool | None = None,
 ) -> Tensor:
     """Samples of a run's student, ``(num_samples, *sample_shape)``, on the CPU.
 
@@ -181,7 +181,8 @@ def sample(
         guidance: guidance scale, for a student trained over a range of scales; None is the student's own.
         seed: of the noise.
         batch_size: samples at a time; None is all at once. It does not change the samples.
-        renoise: jump to data at every step and noise the result to the next time, as consistency models need it.
+        renoise: jump to data at every step and noise the result to the next time; None is what the student needs: only
+            consistency models and their like are sampled so.
 
     Raises:
         CheckpointError: the run cannot be read.
@@ -199,7 +200,7 @@ def _draw(
     guidance: float | None,
     seed: int,
     batch_size: int | None,
-    renoise: bool,
+    renoise: bool | None,
 ) -> tuple[Tensor, Condition]:
     """Samples of a flow map, and what they were conditioned on."""
     if num_samples < 1 or (batch_size is not None and batch_size < 1):
@@ -212,7 +213,7 @@ def _draw(
     noise = torch.randn(shape, generator=step_generator(seed, 0, "sample"), dtype=dtype)
     fresh = (
         torch.randn((max(steps - 1, 0), *shape), generator=step_generator(seed, 0, "renoise"), dtype=dtype)
-        if renoise
+        if (flow_map.to_data if renoise is None else renoise)
         else None
     )
     size = batch_size or num_samples
@@ -233,7 +234,7 @@ def evaluate(
     guidance: float | None = None,
     seed: int = 0,
     features: str | None = None,
-    renoise: bool = False,
+    renoise: bool | None = None,
 ) -> dict[str, float]:
     """Metrics of a run's student against the truth.
 

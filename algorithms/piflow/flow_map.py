@@ -32,7 +32,7 @@ class PolicyFlowMap(FlowMap):
         head: builds, from the shape of a sample and the number of classes, what makes the output a policy.
         substeps: of a jump, however long.
         segments: jumps from noise to data for which the student is trained; times k/``segments``, before their shift,
-            are where one policy ends and the next begins.
+            are where one policy ends and the next begins. One segment makes an anchored map.
         shift: of the times, see `shifted`.
 
     Raises:
@@ -58,6 +58,7 @@ class PolicyFlowMap(FlowMap):
         self.head = head(self.sample_shape, self.num_classes)
         self.wide.network.widen_output(self.head.velocities, self.head.extra)
         self.substeps, self.segments, self.shift = substeps, segments, shift
+        self.anchored = segments == 1
         self.train(velocity.training)
 
     @property

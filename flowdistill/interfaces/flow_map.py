@@ -25,12 +25,15 @@ class FlowMap(nn.Module, ABC):
         num_classes: number of classes; None for an unconditional map.
         decoder: turns samples into images; None where the samples themselves are shown.
         anchored: True where only t = 1 is meaningful (the map starts at the prior), as in FreeFlow.
+        to_data: True where, beside the velocity, only s = 0 is meaningful (the map ends at the data), as in
+            consistency models.
     """
 
     sample_shape: tuple[int, ...]
     num_classes: int | None = None
     decoder: Decoder | None = None
     anchored: bool = False
+    to_data: bool = False
     _evaluations: int = 0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -74,12 +77,11 @@ class FlowMap(nn.Module, ABC):
             condition: labels and guidance of the batch.
             times: a decreasing grid from 1 to 0 of any length, in place of equal steps.
             renoise: fresh noise ``(steps - 1, B, *sample_shape)`` that makes every jump go to t = 0, whose result is
-                then noised to the next time: the sampler of consistency models, which know no other end. None is
-                jumps from time to time.
+                then noised to the next time: the sampler of consistency models. None is jumps from time to time.
 
         Raises:
-            ConfigError: more than one jump of an anchored map, times that do not decrease, or fresh noise for another
-                number of steps.
+            ConfigError: more than one jump of an anchored map, or of a map to data without fresh noise; times that do
+                not decrease; fresh noise for another number of steps.
         """
         if steps < 1:
             raise ConfigError(f"steps must be at least 1, not {steps}")
@@ -88,6 +90,8 @@ class FlowMap(nn.Module, ABC):
             raise ConfigError("times must be a decreasing one-dimensional grid of at least two entries")
         if self.anchored and len(grid) > 2:
             raise ConfigError(f"an anchored flow map samples in 1 step, not {len(grid) - 1}: only t = 1 is meaningful")
+        if self.to_data and renoise is None and len(grid) > 2:
+            raise ConfigError("a map to data knows no other end: give sample fresh noise to add between the jumps")
         if renoise is not None and len(renoise) != len(grid) - 2:
             raise ConfigError(f"{len(grid) - 1} steps noise {len(grid) - 2} times, not {len(renoise)}")
         x = noise

@@ -423,7 +423,7 @@ def test_conformance(name, head):
 
 
 def test_one_evaluation_a_jump():
-    student = PolicyFlowMap(NetworkFlowMap(MLP(), "instantaneous"), substeps=5)
+    student = PolicyFlowMap(NetworkFlowMap(MLP(), "instantaneous"), substeps=5, segments=3)
     student.sample(torch.randn(5, 2), steps=3)
     assert student.evaluations == 15
 
