@@ -5,8 +5,8 @@
 A row is a recipe ``*plane.gin``: a student from scratch, distilled from the exact velocity or trained on samples.
 The figures are the exact 2-Wasserstein distance of 2000 samples, drawn in one and in two jumps, to 2000 true
 samples (methods that train at t = 1 alone have no second jump), and the fraction of those drawn in one that lie
-within two standard deviations of a component of the distribution; the noise floor is a second set of true samples. Evaluations are those of a step for each sample of its
-batch, counted. Finished trainings are not repeated. The recipes were tuned on seed 0, which is not among the seeds.
+within two standard deviations of a component of the distribution; the noise floor is a second set of true samples.
+Evaluations are those of a step for each sample of its batch, counted. Finished trainings are not repeated. The recipes were tuned on seed 0, which is not among the seeds.
 """
 
 from __future__ import annotations

@@ -6,14 +6,14 @@ import json
 import os
 import platform
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import attrs
 import gin
 import torch
-from attrs.validators import ge, in_
+from attrs.validators import ge, in_, min_len
 from torch import Tensor
 
 from flowdistill.evaluation.figures import image_grid, loss_curves, scatter_side_by_side, side_by_side
@@ -24,6 +24,12 @@ from flowdistill.interfaces import Condition, FlowMap, Teacher
 from flowdistill.solvers import Euler
 from flowdistill.training.randomness import step_generator
 from flowdistill.training.run_log import read_records
+
+
+class Sampler(Protocol):
+    """Noise and its condition to samples; the generator draws what further noise it needs."""
+
+    def __call__(self, noise: Tensor, condition: Condition, generator: torch.Generator | None = None) -> Tensor: ...
 
 
 @gin.register("evaluation", module="evaluation")
@@ -37,6 +43,7 @@ class Evaluation:
             samples with an exact teacher's own distribution.
         num_samples: samples of each model.
         teacher_steps: Euler steps at which the teacher is measured beside the student; the last is its best.
+        student_steps: jumps at which the student is measured; one that knows a single jump is measured at that alone.
         guidance: guidance scale of teacher and student; None is their own.
         precision: "bf16" draws the samples under autocast, several times faster.
         seed: of the noise.
@@ -46,6 +53,7 @@ class Evaluation:
     features: str | None = None
     num_samples: int = attrs.field(default=2000, validator=ge(1))
     teacher_steps: Sequence[int] = (1, 4, 64)
+    student_steps: Sequence[int] = attrs.field(default=(1,), validator=min_len(1))
     guidance: float | None = None
     precision: Literal["float32", "bf16"] = attrs.field(default="float32", validator=in_(("float32", "bf16")))
     seed: int = 0
@@ -64,15 +72,16 @@ def compare(student: FlowMap | None, teacher: Teacher | None, evaluation: Evalua
     assert model is not None
     size = 100 if device.type == "cpu" else 500  # what fits a processor's caches is faster there
 
-    def draw(sampler: Callable[[Tensor, Condition], Tensor], stream: str) -> tuple[Tensor, Tensor | None]:
-        noise = torch.randn((n, *model.sample_shape), generator=step_generator(evaluation.seed, 0, stream)).to(device)
+    def draw(sampler: Sampler, stream: str) -> tuple[Tensor, Tensor | None]:
+        generator = step_generator(evaluation.seed, 0, stream)
+        noise = torch.randn((n, *model.sample_shape), generator=generator).to(device)
         condition = Condition.in_turn(model.num_classes, n, evaluation.guidance).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=evaluation.precision == "bf16"):
             parts = [slice(i, i + size) for i in range(0, n, size)]
-            samples = torch.cat([sampler(noise[part], condition[part]) for part in parts])
+            samples = torch.cat([sampler(noise[part], condition[part], generator) for part in parts])
         return samples.cpu(), None if condition.labels is None else condition.labels.cpu()
 
-    samplers: dict[str, tuple[Callable[[Tensor, Condition], Tensor], str]] = {}
+    samplers: dict[str, tuple[Sampler, str]] = {}
     most = ""
     if teacher is not None:
         for steps in evaluation.teacher_steps:
@@ -80,7 +89,8 @@ def compare(student: FlowMap | None, teacher: Teacher | None, evaluation: Evalua
             samplers[most] = _euler(teacher, steps), "evaluation"
         samplers["noise floor"] = samplers[most][0], "evaluation, again"
     if student is not None:
-        samplers["student, 1 step"] = (lambda z, c: student.sample(z, 1, c)), "evaluation, student"
+        for steps in (1,) if student.anchored else evaluation.student_steps:
+            samplers[f"student, {_number(steps, 'step')}"] = _jumps(student, steps), "evaluation, student"
     distances = [metric for metric in ("fid", "w2") if metric in evaluation.metrics]
     rows: dict[str, dict[str, float]] = {}
     best = None
@@ -102,10 +112,18 @@ def _evaluations(*models: FlowMap | Teacher | None) -> int:
     return sum(model.evaluations for model in models if model is not None)
 
 
-def _euler(teacher: Teacher, steps: int) -> Callable[[Tensor, Condition], Tensor]:
-    def sampler(noise: Tensor, condition: Condition) -> Tensor:
+def _euler(teacher: Teacher, steps: int) -> Sampler:
+    def sampler(noise: Tensor, condition: Condition, generator: torch.Generator | None = None) -> Tensor:
         with torch.no_grad():
             return Euler(steps=steps).solve(teacher, noise, condition)
+
+    return sampler
+
+
+def _jumps(student: FlowMap, steps: int) -> Sampler:
+    def sampler(noise: Tensor, condition: Condition, generator: torch.Generator | None = None) -> Tensor:
+        fresh = torch.randn((steps - 1, *noise.shape), generator=generator).to(noise) if student.to_data else None
+        return student.sample(noise, steps, condition, renoise=fresh)
 
     return sampler
 
@@ -164,7 +182,8 @@ def write_report(
     figures: dict[str, float] = {}
     if evaluation is not None:
         rows = compare(distilled, teacher, evaluation)
-        figures = list(rows.values())[-1]
+        ours = [name for name in rows if name.startswith("student")] or list(rows)[-1:]
+        figures = rows[ours[0]]
         lines += [*table(rows), ""]
         lines += [
             f"{evaluation.num_samples} samples a row. Evaluations are those of a network for one sample: two a step "
