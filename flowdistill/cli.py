@@ -1,4 +1,4 @@
-"""The command line: ``flowdistill train | plan | sample | evaluate | convert | list | show | cite``."""
+"""The command line: ``flowdistill train | plan | sample | evaluate | bench | convert | list | show | cite``."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     bindings = [a.removeprefix("--gin.") for a in given if a.startswith("--gin.")]
     parser = _parser()
     options = parser.parse_args([a for a in given if not a.startswith("--gin.")])
-    if bindings and options.command not in (_train, _plan):
-        parser.error("--gin.NAME=VALUE belongs to train and plan")
+    if bindings and options.command not in (_train, _plan, _bench):
+        parser.error("--gin.NAME=VALUE belongs to train, plan and bench")
     if malformed := [b for b in bindings if "=" not in b]:
         parser.error(f"--gin.{malformed[0]} lacks =VALUE")
     options.bindings = bindings
@@ -96,6 +96,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--guidance", type=float)
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.set_defaults(command=_evaluate)
+
+    bench = commands.add_parser("bench", help="train and measure the methods of a suite, and write their tables")
+    bench.add_argument("suite", help="toy, digits, mnist, ..., or a gin file")
+    bench.add_argument("--quick", action="store_true", help="the quick version of the suite")
+    bench.add_argument("--only", nargs="+", default=[], help="parts of the names of rows; others are left out")
+    bench.add_argument("--jobs", type=int, default=1, help="trainings at a time")
+    bench.add_argument("--runs", default="runs/bench", help="where the trainings lie")
+    bench.add_argument("--out", help="where the tables go; by default beside the trainings")
+    bench.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
+    bench.epilog = "--gin.bench.NAME=VALUE changes the suite, any other --gin.NAME=VALUE all trainings"
+    bench.set_defaults(command=_bench)
 
     convert = commands.add_parser("convert", help="write a checkpoint of others, or a run, as a model folder")
     convert.add_argument("source", metavar="SRC", help="a checkpoint file, or a run whose student is a velocity field")
@@ -181,6 +192,22 @@ def _evaluate(options: argparse.Namespace) -> None:
     )
     for name, value in figures.items():
         print(f"{name}: {value:.4g}")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from flowdistill.bench import bench
+
+    results = bench(
+        options.suite,
+        out=options.out,
+        runs=options.runs,
+        bindings=options.bindings,
+        only=options.only,
+        quick=options.quick,
+        jobs=options.jobs,
+        device=options.device,
+    )
+    print(results / "table.md")
 
 
 def _convert(options: argparse.Namespace) -> None:

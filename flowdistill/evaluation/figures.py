@@ -91,3 +91,63 @@ def loss_curves(records: Sequence[Mapping[str, float]], path: Path) -> None:
     for axes in list(grid)[len(names) :]:
         axes.set_axis_off()
     figure.savefig(path, dpi=130)
+
+
+def ranking(
+    rows: Mapping[str, Mapping[str, Sequence[float]]], levels: Mapping[str, float], metric: str, path: Path
+) -> None:
+    """Write a figure of each row under several conditions, over seeds, one line a row, beside levels to compare with.
+
+    Args:
+        rows: values over the seeds, by row and condition.
+        levels: a vertical line each.
+        metric: the name of the axis, which is logarithmic.
+        path: of the picture.
+    """
+    figure = _figure(8.0, 1.2 + 0.24 * len(rows))
+    axes = figure.subplots()
+    colours, shades = ("#d1495b", "#edae49", "#2a6f97", "#7a7a7a"), ("#000000", "#555555", "#888888", "#aaaaaa")
+    conditions = list(dict.fromkeys(condition for row in rows.values() for condition in row))
+    for number, condition in enumerate(conditions):
+        points = [(i, row[condition]) for i, row in enumerate(rows.values()) if condition in row]
+        places = [i + 0.14 * (number - (len(conditions) - 1) / 2) for i, _ in points]
+        means = np.array([np.mean(values) for _, values in points])
+        reach = np.array([(m - min(v), max(v) - m) for m, (_, v) in zip(means, points, strict=True)]).T
+        axes.errorbar(means, places, xerr=reach, fmt="o", ms=4, lw=1, color=colours[number % 4], label=condition)
+    for number, (name, level) in enumerate(levels.items()):
+        axes.axvline(level, color=shades[number % 4], lw=1, ls=("-", "--", ":", "-.")[number % 4], label=name)
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel(metric)
+    axes.grid(alpha=0.2)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+
+
+def budget_curves(curves: Mapping[str, Sequence[tuple[float, Sequence[float]]]], metric: str, path: Path) -> None:
+    """Write values over seeds against what was spent for them, a line for each name, which is written at its end."""
+    figure = _figure(8.0, 5.5)
+    axes = figure.subplots()
+    for number, (name, points) in enumerate(curves.items()):
+        if not points:
+            continue
+        spent = [x for x, _ in points]
+        means = np.array([np.mean(values) for _, values in points])
+        reach = np.array([(m - min(v), max(v) - m) for m, (_, v) in zip(means, points, strict=True)]).T
+        line = axes.errorbar(spent, means, yerr=reach, fmt="o-", ms=3, lw=1, color=f"C{number % 10}")
+        axes.annotate(
+            name,
+            (spent[-1], means[-1]),
+            xytext=(4, 0),
+            textcoords="offset points",
+            fontsize=6,
+            va="center",
+            color=line[0].get_color(),
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("evaluations of networks in training")
+    axes.set_ylabel(metric)
+    axes.grid(alpha=0.2)
+    figure.savefig(path, dpi=130)

@@ -29,7 +29,8 @@ from flowdistill.training.run_log import read_records
 class Sampler(Protocol):
     """Noise and its condition to samples; the generator draws what further noise it needs."""
 
-    def __call__(self, noise: Tensor, condition: Condition, generator: torch.Generator | None = None) -> Tensor: ...
+    def __call__(self, noise: Tensor, condition: Condition, generator: torch.Generator | None = None) -> Tensor:
+        """Samples of the shape of the noise."""
 
 
 @gin.register("evaluation", module="evaluation")
@@ -190,8 +191,7 @@ def write_report(
             "under classifier-free guidance. The noise floor is a second set of samples of the teacher.",
             "",
         ]
-        record = {"num_samples": evaluation.num_samples, "seed": seed, "machine": machine(), "rows": rows}
-        (workdir / "figures.json").write_text(json.dumps(record, indent=1) + "\n")
+        write_figures(workdir, rows, evaluation)
     lines += ["![curves](plots/curves.png)", ""]
     if records:
         last = records[-1]
@@ -202,6 +202,14 @@ def write_report(
     lines += [f"{machine()}. Configuration: [config.gin](config.gin).", ""]
     (workdir / "report.md").write_text("\n".join(lines))
     return figures
+
+
+def write_figures(workdir: Path, rows: dict[str, dict[str, float]], evaluation: Evaluation) -> None:
+    """Write ``figures.json``, all at once."""
+    record = {"num_samples": evaluation.num_samples, "seed": evaluation.seed, "machine": machine(), "rows": rows}
+    partial = workdir / "figures.partial"
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.replace(workdir / "figures.json")
 
 
 def _compare_pictures(student: FlowMap | None, teacher: Teacher, guidance: float | None, seed: int, path: Path) -> bool:

@@ -1,0 +1,133 @@
+"""Run a suite: every training a process of its own, none of them twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from flowdistill.bench.suite import Job, load_suite
+from flowdistill.bench.tables import write_tables
+from flowdistill.errors import FlowDistillError
+from flowdistill.training.run_log import read_records
+
+
+def bench(
+    suite: str | Path,
+    *,
+    out: str | Path | None = None,
+    runs: str | Path = "runs/bench",
+    bindings: Sequence[str] = (),
+    only: Sequence[str] = (),
+    quick: bool = False,
+    jobs: int = 1,
+    device: str | None = None,
+) -> Path:
+    """Train and measure what a suite asks for, and write its tables.
+
+    A training is a process with cores / ``jobs`` threads, in a directory under ``runs`` with a name made of its
+    configuration: interrupted ones continue from their last checkpoint, and finished ones are not repeated, in
+    whichever suite they were. A training that fails is named in the tables, and tried again by the next call.
+
+    Args:
+        suite: ``toy``, ``digits``, ``mnist_sit``, ..., or a gin file that binds the attributes of `Suite`.
+        out: where ``results.json``, ``table.md``, ``table.html`` and the plots go; None is ``runs/SUITE``.
+        runs: where the trainings lie.
+        bindings: ``bench.NAME = VALUE`` changes the suite, any other binding every training.
+        only: parts of the names of rows; others are left out.
+        quick: the suite's quick version.
+        jobs: trainings at a time.
+        device: of the trainings; None is a GPU if there is one.
+
+    Returns:
+        The directory of the results.
+
+    Raises:
+        ConfigError: the suite cannot work.
+        FlowDistillError: some trainings failed; the tables have been written.
+    """
+    description = load_suite(suite, bindings, quick)
+    name = Path(suite).stem + ("_quick" if quick else "")
+    results = Path(runs) / name if out is None else Path(out)
+    table = [row for row in description.table() if not only or any(part in row.name for part in only)]
+    if not table:
+        raise FlowDistillError(f"no row of {suite} has any of {', '.join(only)} in its name")
+    tasks = [*description.teachers(table), *description.jobs(table)]
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    console = Console(file=sys.stderr)
+    with Progress(console=console, disable=not console.is_terminal) as bar, ThreadPoolExecutor(jobs) as pool:
+        progress = bar.add_task(name, total=len(tasks))
+
+        def run(job: Job) -> dict[str, Any]:
+            record = _run(job, Path(runs), threads, device)
+            bar.advance(progress)
+            if "error" in record or not console.is_terminal:
+                console.print(_line(record), markup=False, highlight=False, soft_wrap=True)
+            return record
+
+        records = list(pool.map(run, tasks))
+    results.mkdir(parents=True, exist_ok=True)
+    write_tables(name, description, records, results)
+    if failed := sum("error" in record for record in records):
+        raise FlowDistillError(f"{failed} of {len(records)} runs failed, as {results / 'table.md'} says")
+    return results
+
+
+def _run(job: Job, runs: Path, threads: int, device: str | None) -> dict[str, Any]:
+    """One job, unless it has been done; what `write_tables` needs of it."""
+    workdir = runs / job.key
+    record: dict[str, Any] = {
+        "group": job.row.group,
+        "name": job.row.name,
+        "recipe": job.row.recipe,
+        "budget": job.budget,
+        "seed": job.seed,
+        "run": workdir.name,
+        "configuration": job.gin,
+    }
+    if not (workdir / "figures.json").is_file():
+        runs.mkdir(parents=True, exist_ok=True)
+        gin_file, log = workdir.with_suffix(".gin").absolute(), workdir.with_suffix(".log")
+        gin_file.write_text(job.gin)
+        command = [sys.executable, "-m", *(["flowdistill.bench.teacher"] if job.teacher else ["flowdistill", "train"])]
+        command += ["--gin_file", str(gin_file), "--workdir", str(workdir)]
+        command += ["--device", device] if device else []
+        with log.open("w") as file:
+            code = subprocess.run(
+                command,
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            ).returncode
+        if code:
+            lines = log.read_text().strip().splitlines()
+            return record | {"error": lines[-1] if lines else f"exit code {code}"}
+    figures = json.loads((workdir / "figures.json").read_text())
+    return record | {key: figures[key] for key in ("num_samples", "machine", "rows")} | _training(workdir)
+
+
+def _training(workdir: Path) -> dict[str, Any]:
+    """What a training spent: steps, seconds, and evaluations of each network."""
+    records = read_records(workdir)
+    if not records:
+        return {}
+    before = [0, *(record["step"] for record in records)]
+    seconds = sum((r["step"] - b) / r["steps_per_second"] for r, b in zip(records, before, strict=False))
+    counts = {k.removesuffix("_evaluations"): v for k, v in records[-1].items() if k.endswith("_evaluations")}
+    return {"steps": records[-1]["step"], "seconds": round(seconds, 1), "evaluations": counts}
+
+
+def _line(record: dict[str, Any]) -> str:
+    name = " ".join(filter(None, (record["group"], record["name"], f"seed {record['seed']}")))
+    if "error" in record:
+        return f"{name} failed: {record['error']}"
+    best = [row for title, row in record["rows"].items() if title.startswith("student")] or [*record["rows"].values()]
+    return f"{name}: {', '.join(f'{key} {value:.3g}' for key, value in best[0].items())}"

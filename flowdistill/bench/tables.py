@@ -1,0 +1,214 @@
+"""What a suite found: ``results.json``, a Markdown and an HTML table, and plots."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from flowdistill.bench.suite import Suite
+from flowdistill.evaluation.figures import budget_curves, ranking
+
+Record: TypeAlias = Mapping[str, Any]
+Cells: TypeAlias = list[list[str]]
+
+
+def write_tables(name: str, suite: Suite, records: Sequence[Record], out: Path) -> None:
+    """Write everything into a directory."""
+    (out / "results.json").write_text(json.dumps({"suite": name, "records": list(records)}, indent=1) + "\n")
+    sections: list[tuple[str, Cells | str]] = []
+    for group in dict.fromkeys(record["group"] for record in records):
+        ours = [record for record in records if record["group"] == group]
+        teachers = [record for record in ours if record["name"] == "teacher" and "rows" in record]
+        stem = "_".join(filter(None, (group.lower().replace(" ", "_"), "quality")))
+        if teachers:
+            sections.append((f"{group} teacher".strip().capitalize(), teacher_table(suite, teachers)))
+        for budget in suite.budgets:
+            students = [r for r in ours if r["name"] != "teacher" and r["budget"] == budget]
+            title = f"{group} students".strip().capitalize()
+            title += "" if budget is None else f", {budget:,} evaluations of training"
+            sections.append((title, student_table(suite, students)))
+            picture = f"{stem}.png" if budget is None else f"{stem}_{budget}.png"
+            ranking(_ranked(suite, students), _levels(suite, teachers), suite.metrics[0], out / picture)
+            sections.append(("", picture))
+        if len(suite.budgets) > 1:
+            picture = f"{stem}_budgets.png"
+            budget_curves(_by_budget(suite, ours), suite.metrics[0], out / picture)
+            sections.append(("", picture))
+    note = _note(suite, records)
+    (out / "table.md").write_text(_markdown(sections, note))
+    (out / "table.html").write_text(_html(name, sections, note))
+
+
+def seeds_of(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """The records of each row, by its name."""
+    return {name: [r for r in records if r["name"] == name] for name in dict.fromkeys(r["name"] for r in records)}
+
+
+def values(records: Sequence[Record], row: str, column: str) -> list[float]:
+    """A figure over the seeds, where it is there."""
+    return [r["rows"][row][column] for r in records if column in r.get("rows", {}).get(row, {})]
+
+
+def teacher_table(suite: Suite, records: Sequence[Record]) -> Cells:
+    """A row for each number of the teacher's steps, and the noise floor."""
+    rows = list(dict.fromkeys(row for record in records for row in record["rows"]))
+    columns = list(dict.fromkeys(c for record in records for row in record["rows"].values() for c in row))
+    head = ["", *(column.replace("_", " ") for column in columns)]
+    return [head, *([row, *(_cell(values(records, row, column)) for column in columns)] for row in rows)]
+
+
+def student_table(suite: Suite, records: Sequence[Record]) -> Cells:
+    """A row for each method: the first metric at every number of jumps, then the others in one jump, then the cost."""
+    first, *others = suite.metrics
+    jumps = [_jumps(steps) for steps in suite.student_steps]
+    figures = [(row, first) for row in jumps] + [(jumps[0], f"{first}_to_teacher")] + [(jumps[0], m) for m in others]
+    methods = {name: seeds for name, seeds in seeds_of(records).items() if any("rows" in seed for seed in seeds)}
+    kept = [(r, c) for r, c in figures if any(values(seeds, r, c) for seeds in methods.values())]
+    head = [""]
+    for row, column in kept:
+        title = column.replace("_", " ")
+        head.append(f"{title}, {row.removeprefix('student, ')}" if column == first else title)
+    head += ["steps", "student", "teacher", "others"]
+    body = []
+    best = {row: _best({name: values(seeds, row, first) for name, seeds in methods.items()}) for row in jumps}
+    for name, seeds in methods.items():
+        cells = [_cell(values(seeds, row, column)) for row, column in kept]
+        cells = [
+            f"**{cell}**" if column == first and best[row] == name else cell
+            for cell, (row, column) in zip(cells, kept, strict=True)
+        ]
+        body.append([name, *cells, *_costs(seeds)])
+    return [head, *body]
+
+
+def _costs(seeds: Sequence[Record]) -> list[str]:
+    """Steps, and thousands of evaluations of student, teacher and other networks."""
+    done = [seed for seed in seeds if "steps" in seed]
+    spent = []
+    for seed in done:
+        counts = dict(seed["evaluations"])
+        student, teacher = counts.pop("student", 0), counts.pop("teacher", 0)
+        spent.append((seed["steps"], student / 1e3, teacher / 1e3, sum(counts.values()) / 1e3))
+    return [f"{statistics.mean(column):.0f}" for column in zip(*spent, strict=True)] if spent else [""] * 4
+
+
+def _best(rows: Mapping[str, list[float]]) -> str | None:
+    """The row of the least mean, if it is so by more than the spreads; None otherwise."""
+    measured = sorted((statistics.mean(v), _spread(v), name) for name, v in rows.items() if v)
+    if len(measured) < 2 or any(math.isnan(spread) for _, spread, _ in measured[:1]):
+        return None
+    mean, spread, name = measured[0]
+    return name if all(mean + spread < other - theirs for other, theirs, _ in measured[1:]) else None
+
+
+def _spread(numbers: Sequence[float]) -> float:
+    return statistics.stdev(numbers) if len(numbers) > 1 else math.nan
+
+
+def _cell(numbers: Sequence[float]) -> str:
+    """Mean ± standard deviation over the seeds."""
+    if not numbers:
+        return ""
+    mean = f"{statistics.mean(numbers):.3g}"
+    return f"{mean} ± {_spread(numbers):.2g}" if len(set(numbers)) > 1 else mean
+
+
+def _jumps(steps: int) -> str:
+    return f"student, {steps} step{'s' * (steps > 1)}"
+
+
+def _ranked(suite: Suite, records: Sequence[Record]) -> dict[str, dict[str, list[float]]]:
+    """The first metric of each method by jumps; the best in one jump first."""
+    found = {
+        name: {
+            row.removeprefix("student, "): v
+            for k in suite.student_steps
+            if (v := values(s, row := _jumps(k), suite.metrics[0]))
+        }
+        for name, s in seeds_of(records).items()
+    }
+    one = _jumps(suite.student_steps[0]).removeprefix("student, ")
+    return dict(sorted(((n, v) for n, v in found.items() if one in v), key=lambda item: statistics.mean(item[1][one])))
+
+
+def _levels(suite: Suite, teachers: Sequence[Record]) -> dict[str, float]:
+    """The first metric of each row of the teacher."""
+    rows = list(dict.fromkeys(row for record in teachers for row in record["rows"]))
+    return {row: statistics.mean(v) for row in rows if (v := values(teachers, row, suite.metrics[0]))}
+
+
+def _by_budget(suite: Suite, records: Sequence[Record]) -> dict[str, list[tuple[float, list[float]]]]:
+    """The first metric in one jump of each method, by the evaluations that its training spent."""
+    one, curves = _jumps(suite.student_steps[0]), {}
+    for name, seeds in seeds_of([r for r in records if "steps" in r]).items():
+        points = []
+        for budget in suite.budgets:
+            ours = [seed for seed in seeds if seed["budget"] == budget]
+            if found := values(ours, one, suite.metrics[0]):
+                points.append((statistics.mean(sum(seed["evaluations"].values()) for seed in ours), found))
+        curves[name] = points
+    return curves
+
+
+def _note(suite: Suite, records: Sequence[Record]) -> list[str]:
+    done = [record for record in records if "rows" in record]
+    lines = [
+        f"Seeds {', '.join(map(str, suite.seeds))}: mean ± standard deviation; "
+        f"{', '.join(sorted({str(r['num_samples']) for r in done}))} samples a figure. The best is bold where it lies "
+        "outside the spreads. Steps are those of training; student, teacher and others are thousands of evaluations of "
+        "networks in training, counted, each on one sample.",
+        *sorted({f"{r['machine']}." for r in done}),
+    ]
+    lines += [
+        f"Failed: {' '.join(filter(None, (r['group'], r['name'])))}, seed {r['seed']}: {r['error']}"
+        for r in records
+        if "error" in r
+    ]
+    return lines
+
+
+def _markdown(sections: Sequence[tuple[str, Cells | str]], note: Sequence[str]) -> str:
+    blocks = []
+    for title, content in sections:
+        blocks += [f"### {title}"] if title else []
+        if isinstance(content, str):
+            continue  # pictures are named by the page that shows the table
+        head, *body = content
+        lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        blocks.append("\n".join([*lines, *(f"| {' | '.join(row)} |" for row in body)]))
+    return "\n\n".join([*blocks, *note]) + "\n"
+
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0 }
+th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff }
+img { max-width: 100% } div { overflow-x: auto }
+"""
+
+
+def _html(name: str, sections: Sequence[tuple[str, Cells | str]], note: Sequence[str]) -> str:
+    def row(tag: str, cells: Sequence[str]) -> str:
+        return f"<tr>{''.join(f'<{tag}>{_bold(html.escape(cell))}</{tag}>' for cell in cells)}</tr>"
+
+    body = []
+    for title, content in sections:
+        body += [f"<h2>{html.escape(title)}</h2>"] if title else []
+        if isinstance(content, str):
+            body.append(f'<img src="{html.escape(content)}" alt="quality">')
+        else:
+            head, *rows = content
+            body.append(f"<div><table>{row('th', head)}{''.join(row('td', cells) for cells in rows)}</table></div>")
+    body += [f"<p>{html.escape(line)}</p>" for line in note]
+    lines = ["<!doctype html>", '<html lang="en"><meta charset="utf-8">', f"<title>{html.escape(name)}</title>"]
+    return "\n".join([*lines, f"<style>{_STYLE}</style>", f"<h1>{html.escape(name)}</h1>", *body, "</html>", ""])
+
+
+def _bold(cell: str) -> str:
+    return f"<b>{cell.strip('*')}</b>" if cell.startswith("**") else cell
