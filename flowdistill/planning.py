@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +92,17 @@ def plan(
     """
     if flops_per_second <= 0:
         raise ConfigError(f"FLOP/s must be positive, not {flops_per_second}")
-    flops, activations = _Flops(), _Activations()  # type: ignore[no-untyped-call]
-    with _blank_loop([*([] if gin_file is None else [gin_file]), *gin_files], gin_bindings) as loop, flops:
-        _step(loop, loop.settings.steps - 1, activations)
+    files = [*([] if gin_file is None else [gin_file]), *gin_files]
+    with torch.random.fork_rng(), config.parsed(files, gin_bindings), without_files():
+        with config.errors_located():
+            loop = build(workdir=Path("plan"), device=torch.device("cpu")).loop
+            config.check_all_used()
+        if isinstance(loop.source, NoisedData):
+            loop.source.dataset = _Blank(loop.source.dataset)
+        flops, activations = _Flops(), _Activations()  # type: ignore[no-untyped-call]
+        with flops, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+            _step(loop, activations)
     settings = loop.settings
     models: dict[str, nn.Module] = {"student": loop.student}
     models |= {} if loop.teacher is None else {"teacher": loop.teacher}
@@ -111,35 +118,6 @@ def plan(
         memory=_memory(loop, models, activations.most),
         flops_per_second=flops_per_second,
     )
-
-
-def evaluations_per_state(gin_file: str | Path, gin_bindings: Sequence[str] = (), parts: int = 8) -> float:
-    """The evaluations of all networks that a training spends on a state: the mean over its steps.
-
-    Methods have phases of different costs, so the steps in the middle of ``parts`` equal parts of the training are
-    counted, as `plan` counts the last.
-
-    Examples:
-        >>> evaluations_per_state("freeflow/ring.gin")
-        3.0
-    """
-    with _blank_loop([gin_file], gin_bindings) as loop:
-        for part in range(parts):
-            _step(loop, int(loop.settings.steps * (part + 0.5) / parts), _Activations())
-    return sum(loop.counters.values()) / (loop.settings.batch_size * parts)
-
-
-@contextlib.contextmanager
-def _blank_loop(files: Sequence[str | Path], bindings: Sequence[str]) -> Iterator[Loop]:
-    """The loop of a recipe, on tensors without values."""
-    with torch.random.fork_rng(), config.parsed(files, bindings), without_files(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-        with config.errors_located():
-            loop = build(workdir=Path("plan"), device=torch.device("cpu")).loop
-            config.check_all_used()
-        if isinstance(loop.source, NoisedData):
-            loop.source.dataset = _Blank(loop.source.dataset)
-        yield loop
 
 
 class _Blank(Dataset):
@@ -184,9 +162,9 @@ class _Activations:
         self._kept.clear()
 
 
-def _step(loop: Loop, step: int, activations: _Activations) -> None:
+def _step(loop: Loop, activations: _Activations) -> None:
     """The losses of one backward pass each of the student and of the objective's own modules, and these passes."""
-    generator = torch.Generator()
+    generator, step = torch.Generator(), loop.settings.steps - 1
     loop.student.train()
 
     def states() -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from flowdistill.bench.suite import Job, load_suite
+from flowdistill.bench.suite import Job, Row, Suite, load_suite
 from flowdistill.bench.tables import write_tables
 from flowdistill.errors import FlowDistillError
 from flowdistill.training.run_log import read_records
@@ -60,7 +60,7 @@ def bench(
     table = [row for row in description.table() if not only or any(part in row.name for part in only)]
     if not table:
         raise FlowDistillError(f"no row of {suite} has any of {', '.join(only)} in its name")
-    tasks = [*description.teachers(table), *description.jobs(table)]
+    tasks = [*description.teachers(table), *_jobs(description, table, Path(runs) / "costs.json")]
     threads = max(1, (os.cpu_count() or 1) // jobs)
     console = Console(file=sys.stderr)
     with Progress(console=console, disable=not console.is_terminal) as bar, ThreadPoolExecutor(jobs) as pool:
@@ -79,6 +79,19 @@ def bench(
     if failed := sum("error" in record for record in records):
         raise FlowDistillError(f"{failed} of {len(records)} runs failed, as {results / 'table.md'} says")
     return results
+
+
+def _jobs(suite: Suite, rows: Sequence[Row], costs: Path) -> list[Job]:
+    """The trainings, with the costs of their configurations kept in a file."""
+    known: dict[str, float] = json.loads(costs.read_text()) if costs.is_file() else {}
+    before = len(known)
+    jobs = suite.jobs(rows, known)
+    if len(known) > before:
+        costs.parent.mkdir(parents=True, exist_ok=True)
+        partial = costs.with_suffix(".partial")
+        partial.write_text(json.dumps(known, indent=1))
+        partial.replace(costs)
+    return jobs
 
 
 def _run(job: Job, runs: Path, threads: int, device: str | None) -> dict[str, Any]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 import gin
+import torch
 from attrs.validators import min_len
 
 from flowdistill import config
 from flowdistill.errors import ConfigError
-from flowdistill.planning import evaluations_per_state
+from flowdistill.training.trainer import build
 
 
 @attrs.frozen(kw_only=True)
@@ -50,10 +52,10 @@ class Job:
     @property
     def key(self) -> str:
         """The name of the run directory: what is trained, and nothing else, decides it."""
-        return "teacher_" * self.teacher + hashlib.sha256(self.gin.encode()).hexdigest()[:16]
+        return "teacher_" * self.teacher + _hash(self.gin)
 
 
-@gin.register("bench")  # type: ignore[untyped-decorator]
+@gin.register("bench")
 @attrs.frozen(kw_only=True)
 class Suite:
     """The trainings of a gin file, which binds these attributes as ``bench.rows`` and so on.
@@ -61,7 +63,8 @@ class Suite:
     Attributes:
         rows: a recipe and bindings by the title of the row; or by the title of a table, where ``*`` in the name of the
             recipe makes a row of every packaged recipe that matches.
-        bindings: for all rows, such as metrics and the numbers of samples.
+        bindings: for all rows whose recipes have the part that they set: ``mnist.folder = '...'`` does not disturb
+            methods without data.
         budgets: network evaluations that a training may spend, of all its networks, each on one sample; None is the
             recipe's own number of steps. Steps are what a budget pays for, see `evaluations_per_state`.
         in_steps: parameters that are numbers of steps and keep their proportion to the recipe's when a budget changes
@@ -99,19 +102,26 @@ class Suite:
                 found.append(Row(group=title, name=short, recipe=name, bindings=tuple(bindings)))
         return found
 
-    def jobs(self, rows: Sequence[Row]) -> list[Job]:
-        """The trainings of rows: every budget and every seed."""
+    def jobs(self, rows: Sequence[Row], costs: MutableMapping[str, float]) -> list[Job]:
+        """The trainings of rows: every budget and every seed.
+
+        Args:
+            rows: of `table`.
+            costs: evaluations per state of configurations, which take a while to count; new ones are added.
+        """
         return [
             job
             for row in rows
             for budget in self.budgets
-            for job in self._of_row(row, budget, [*self.bindings, *row.bindings])
+            for job in self._of_row(row, budget, self._bindings(row), costs)
         ]
 
-    def _of_row(self, row: Row, budget: int | None, bindings: list[str]) -> list[Job]:
+    def _of_row(
+        self, row: Row, budget: int | None, bindings: list[str], costs: MutableMapping[str, float]
+    ) -> list[Job]:
         bindings = [*bindings, *self._measured(self.teacher_steps[-1:])]
         if budget is not None:
-            bindings += self._steps(row.recipe, bindings, budget)
+            bindings += self._steps(row.recipe, bindings, budget, costs)
         seeded = [[*bindings, f"train.seed = {seed}", f"evaluation.seed = {seed}"] for seed in self.seeds]
         return [
             Job(row=row, budget=budget, seed=seed, gin="\n".join([f"include '{row.recipe}'", *lines]) + "\n")
@@ -130,13 +140,17 @@ class Suite:
             for lines in [
                 [
                     f"include '{row.recipe}'",
-                    *self.bindings,
-                    *row.bindings,
+                    *self._bindings(row),
                     *self._measured(self.teacher_steps),
                     f"evaluation.seed = {seed}",
                 ]
             ]
         ]
+
+    def _bindings(self, row: Row) -> list[str]:
+        """Those for all rows, without what sets a part that the recipe does not have, and then the row's own."""
+        parts = {"train", *re.findall(r"@(?:\w+/)*(\w+)", config.expanded(row.recipe) + "\n".join(row.bindings))}
+        return [*(b for b in self.bindings if re.split(r"[/.]", b.partition("=")[0])[-2] in parts), *row.bindings]
 
     def _measured(self, teacher_steps: Sequence[int]) -> list[str]:
         return [
@@ -145,21 +159,47 @@ class Suite:
             f"evaluation.student_steps = {tuple(self.student_steps)}",
         ]
 
-    def _steps(self, recipe: str, bindings: Sequence[str], budget: int) -> list[str]:
+    def _steps(self, recipe: str, bindings: Sequence[str], budget: int, costs: MutableMapping[str, float]) -> list[str]:
         """Bindings that make a training spend a budget."""
+        key = _hash("\n".join([config.expanded(recipe), *bindings]))
+        if key not in costs:
+            costs[key] = evaluations_per_state(recipe, bindings)
         with config.parsed([recipe], bindings):
             own, batch = config.value("train.steps"), config.value("train.batch_size")
             batch *= config.value("train.accumulation", 1)
             lengths = {name: value for name in self.in_steps if (value := config.value(name)) is not None}
-        steps = max(1, round(budget / (evaluations_per_state(recipe, bindings) * batch)))
+        steps = max(1, round(budget / (costs[key] * batch)))
         scaled = {name: _scaled(value, steps / own) for name, value in lengths.items()}
         return [f"train.steps = {steps}", *(f"{name} = {value!r}" for name, value in scaled.items())]
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _scaled(value: Any, factor: float) -> Any:
     if isinstance(value, tuple):
         return tuple(_scaled(part, factor) for part in value)
     return round(value * factor)
+
+
+def evaluations_per_state(recipe: str | Path, bindings: Sequence[str] = (), parts: int = 4) -> float:
+    """The evaluations of all networks that a training spends on a state: the mean over its steps.
+
+    Methods have phases of different costs, so the steps in the middle of ``parts`` equal parts of the training are
+    taken, on a small batch, and counted.
+
+    Examples:
+        >>> evaluations_per_state("freeflow/ring.gin")
+        3.0
+    """
+    small = ["train.batch_size = 16", "train.accumulation = 1", "train.ema = None"]
+    with torch.random.fork_rng(), config.parsed([recipe], [*bindings, *small]), config.errors_located():
+        loop = build(workdir=Path(), device=torch.device("cpu")).loop
+    for part in range(parts):
+        loop.step = int(loop.settings.steps * (part + 0.5) / parts)
+        loop.train_step()
+    return sum(loop.counters.values()) / (16 * parts)
 
 
 def load_suite(name: str | Path, bindings: Sequence[str] = (), quick: bool = False) -> Suite:
