@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from flowdistill import config
 from flowdistill.bench.suite import Job, Row, Suite, load_suite
 from flowdistill.bench.tables import write_tables
 from flowdistill.errors import FlowDistillError
+from flowdistill.evaluation.report import compare, write_figures
+from flowdistill.training import train
 from flowdistill.training.run_log import read_records
 
 
@@ -33,9 +39,10 @@ def bench(
 ) -> Path:
     """Train and measure what a suite asks for, and write its tables.
 
-    A training is a process with cores / ``jobs`` threads, in a directory under ``runs`` with a name made of its
-    configuration: interrupted ones continue from their last checkpoint, and finished ones are not repeated, in
-    whichever suite they were. A training that fails is named in the tables, and tried again by the next call.
+    Trainings run in ``jobs`` processes of cores / ``jobs`` threads, each in a directory under ``runs`` with a name made
+    of its configuration: interrupted ones continue from their last checkpoint, and finished ones are not repeated, in
+    whichever suite they were. A training that fails is named in the tables, and tried again by the next call. A script
+    that calls this function needs the usual ``if __name__ == "__main__":``.
 
     Args:
         suite: ``toy``, ``digits``, ``mnist_sit``, ..., or a gin file that binds the attributes of `Suite`.
@@ -63,17 +70,17 @@ def bench(
     tasks = [*description.teachers(table), *_jobs(description, table, Path(runs) / "costs.json")]
     threads = max(1, (os.cpu_count() or 1) // jobs)
     console = Console(file=sys.stderr)
-    with Progress(console=console, disable=not console.is_terminal) as bar, ThreadPoolExecutor(jobs) as pool:
+    # Processes that start afresh, since a GPU's context does not survive a fork; one does many trainings in turn.
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,))
+    with Progress(console=console, disable=not console.is_terminal) as bar, pool:
         progress = bar.add_task(name, total=len(tasks))
-
-        def run(job: Job) -> dict[str, Any]:
-            record = _run(job, Path(runs), threads, device)
+        futures = [pool.submit(_run, job, Path(runs), device) for job in tasks]
+        for future in as_completed(futures):
             bar.advance(progress)
+            record = future.result()
             if "error" in record or not console.is_terminal:
                 console.print(_line(record), markup=False, highlight=False, soft_wrap=True)
-            return record
-
-        records = list(pool.map(run, tasks))
+        records = [future.result() for future in futures]
     results.mkdir(parents=True, exist_ok=True)
     write_tables(name, description, records, results)
     if failed := sum("error" in record for record in records):
@@ -94,8 +101,8 @@ def _jobs(suite: Suite, rows: Sequence[Row], costs: Path) -> list[Job]:
     return jobs
 
 
-def _run(job: Job, runs: Path, threads: int, device: str | None) -> dict[str, Any]:
-    """One job, unless it has been done; what `write_tables` needs of it."""
+def _run(job: Job, runs: Path, device: str | None) -> dict[str, Any]:
+    """One job, in a process of the pool, unless it has been done; what `write_tables` needs of it."""
     workdir = runs / job.key
     record: dict[str, Any] = {
         "group": job.row.group,
@@ -107,24 +114,39 @@ def _run(job: Job, runs: Path, threads: int, device: str | None) -> dict[str, An
         "configuration": job.gin,
     }
     if not (workdir / "figures.json").is_file():
-        runs.mkdir(parents=True, exist_ok=True)
-        gin_file, log = workdir.with_suffix(".gin").absolute(), workdir.with_suffix(".log")
-        gin_file.write_text(job.gin)
-        command = [sys.executable, "-m", *(["flowdistill.bench.teacher"] if job.teacher else ["flowdistill", "train"])]
-        command += ["--gin_file", str(gin_file), "--workdir", str(workdir)]
-        command += ["--device", device] if device else []
-        with log.open("w") as file:
-            code = subprocess.run(
-                command,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            ).returncode
-        if code:
-            lines = log.read_text().strip().splitlines()
-            return record | {"error": lines[-1] if lines else f"exit code {code}"}
+        try:
+            _process(job, workdir, device)
+        except FlowDistillError as error:
+            return record | {"error": str(error).splitlines()[0]}
+        except Exception as error:
+            return record | {"error": f"{type(error).__name__}: {error}; see {workdir.with_suffix('.log')}"}
     figures = json.loads((workdir / "figures.json").read_text())
     return record | {key: figures[key] for key in ("num_samples", "machine", "rows")} | _training(workdir)
+
+
+def _process(job: Job, workdir: Path, device: str | None) -> None:
+    """Train, or measure a teacher; what is printed goes into a log beside the run directory."""
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    gin_file = workdir.with_suffix(".gin").absolute()
+    gin_file.write_text(job.gin)
+    with workdir.with_suffix(".log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            if job.teacher:
+                _measure_teacher(gin_file, workdir, device)
+            else:
+                train(gin_file=gin_file, workdir=workdir, device=device)
+        except Exception:
+            traceback.print_exc()
+            raise
+
+
+def _measure_teacher(gin_file: Path, workdir: Path, device: str | None) -> None:
+    """Write the ``figures.json`` that a training would leave, without the student's rows."""
+    with config.parsed([gin_file], []), config.errors_located():
+        teacher, evaluation = config.value("train.teacher"), config.value("train.evaluation")
+    teacher.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_figures(workdir, compare(None, teacher, evaluation), evaluation)
 
 
 def _training(workdir: Path) -> dict[str, Any]:

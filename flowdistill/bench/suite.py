@@ -199,7 +199,8 @@ def evaluations_per_state(recipe: str | Path, bindings: Sequence[str] = (), part
     for part in range(parts):
         loop.step = int(loop.settings.steps * (part + 0.5) / parts)
         loop.train_step()
-    return sum(loop.counters.values()) / (16 * parts)
+    evaluations = sum(loop.counters.values())
+    return evaluations / (16 * parts)
 
 
 def load_suite(name: str | Path, bindings: Sequence[str] = (), quick: bool = False) -> Suite:

@@ -37,7 +37,7 @@ def mp_silu(x: Tensor) -> Tensor:
 
 def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
     """The weighted sum (1 - t) a + t b, scaled to the magnitude of uncorrelated a and b (equation 88)."""
-    return a.lerp(b, t) / math.sqrt((1 - t) ** 2 + t**2)
+    return ((1 - t) * a + t * b) / math.sqrt((1 - t) ** 2 + t**2)
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
