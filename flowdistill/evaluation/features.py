@@ -144,9 +144,8 @@ class _TorchFidelity(FeatureExtractor):
 class Inception(_TorchFidelity):
     """Inception v3 with the weights and the resizing of the original TensorFlow graph, by torch-fidelity.
 
-    The 2048 features are those of FID, KID, precision and recall as they are published, and the 1008 logits, without
-    their bias, those of the Inception score (Heusel et al. 2017, arXiv 1706.08500; Salimans et al. 2016, arXiv
-    1606.03498).
+    The 2048 features are those of FID and KID, and of precision and recall as ADM measures them (Dhariwal and Nichol
+    2021, arXiv 2105.05233); the 1008 logits, without their bias, are those of the Inception score.
 
     Args:
         weights: torch-fidelity's file ``weights-inception-2015-12-05-6726825d.pth``; None downloads it once (91 MB) to

@@ -93,7 +93,7 @@ def inception_score(logits: Tensor) -> float:
     It is the larger, the surer the classes and the more of them there are (Salimans et al. 2016, arXiv 1606.03498).
 
     Examples:
-        >>> round(inception_score(100.0 * torch.eye(4).repeat(1000, 1)), 2)  # all of 4 classes, each certain
+        >>> round(inception_score(100.0 * torch.eye(4).repeat(1000, 1)), 1)  # all of 4 classes, each certain
         4.0
     """
     _check(10, logits)
