@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -95,6 +96,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--renoise", **renoise)
     evaluate.add_argument("--guidance", type=float)
     evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--features", help="digits, inception, ...; by default those of the run's own evaluation")
+    evaluate.add_argument("--weights", help="the file of the features' network, such as Inception's")
+    evaluate.add_argument("--reference", help="a folder of images, an .npz file, or the name of a data set")
+    evaluate.add_argument("--batch_size", type=int)
+    evaluate.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
+    evaluate.add_argument("--bootstrap", type=int, default=0, help="random halves from which to estimate spreads")
     evaluate.set_defaults(command=_evaluate)
 
     bench = commands.add_parser("bench", help="train and measure the methods of a suite, and write their tables")
@@ -179,17 +186,32 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from flowdistill.registry import FEATURES
     from flowdistill.runs import evaluate
 
-    figures = evaluate(
-        options.run,
-        metrics=options.metrics,
-        num_samples=options.num_samples,
-        steps=options.steps,
-        guidance=options.guidance,
-        seed=options.seed,
-        renoise=options.renoise,
-    )
+    features = options.features
+    if options.weights is not None:
+        if features is None:
+            raise ConfigError("--weights are of a network: name it by --features")
+        features = FEATURES.build(features, weights=options.weights)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RuntimeWarning)
+        figures = evaluate(
+            options.run,
+            metrics=options.metrics,
+            num_samples=options.num_samples,
+            steps=options.steps,
+            guidance=options.guidance,
+            seed=options.seed,
+            features=features,
+            reference=options.reference,
+            renoise=options.renoise,
+            batch_size=options.batch_size,
+            device=options.device,
+            bootstrap=options.bootstrap,
+        )
+    for warning in caught:
+        print(f"flowdistill: {warning.message}", file=sys.stderr)
     for name, value in figures.items():
         print(f"{name}: {value:.4g}")
 

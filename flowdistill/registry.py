@@ -82,10 +82,14 @@ class Registry:
         ...         self.side = side
         >>> shapes.build("square", side=2.0).side
         2.0
+
+    Args:
+        kind: what the entries are, in the singular.
+        gin_suffix: ends their names in gin files, where other kinds of things have the same.
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, gin_suffix: str = "") -> None:
+        self.kind, self._gin_suffix = kind, gin_suffix
         self._entries: dict[str, Callable[..., Any]] = {}
         self._variants: dict[str, str] = {}
 
@@ -105,7 +109,7 @@ class Registry:
             if name in self._entries:
                 places = f"{_place(self._entries[name])} and {_place(entry)}"
                 raise ConfigError(f"{self.kind} {name!r} is registered twice: {places}")
-            gin.register(name, module=_plural(self.kind))(entry)
+            gin.register(name + self._gin_suffix, module=_plural(self.kind))(entry)
             self._entries[name] = entry
             self._variants |= dict.fromkeys(variants, name)
             return entry
@@ -180,12 +184,13 @@ DATASETS = Registry("dataset")
 METRICS = Registry("metric")
 SOLVERS = Registry("solver")
 DECODERS = Registry("decoder")
+FEATURES = Registry("feature extractor", gin_suffix="_features")  # digits and mnist are data sets as well
 
 REGISTRIES = {
     _plural(registry.kind): registry
     for registry in (
         TEACHERS, FLOW_MAPS, OBJECTIVES, VELOCITY_ESTIMATORS, TARGET_VELOCITIES, STATE_SOURCES,
-        TIME_SAMPLERS, NETWORKS, DATASETS, METRICS, SOLVERS, DECODERS,
+        TIME_SAMPLERS, NETWORKS, DATASETS, METRICS, SOLVERS, DECODERS, FEATURES,
     )
 }  # fmt: skip
 """All registries by the plural of their kind, as the command line names them."""
@@ -202,3 +207,4 @@ register_dataset = DATASETS.register
 register_metric = METRICS.register
 register_solver = SOLVERS.register
 register_decoder = DECODERS.register
+register_features = FEATURES.register

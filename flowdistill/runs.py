@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +18,11 @@ from torch import Tensor
 
 from flowdistill import config
 from flowdistill.errors import CheckpointError, ConfigError
-from flowdistill.evaluation.measure import measure, reference_set, sample_set
+from flowdistill.evaluation.blocks import BLOCK, collect, rank_and_world
+from flowdistill.evaluation.features import FeatureExtractor, load_features
+from flowdistill.evaluation.measure import measure, spread
+from flowdistill.evaluation.references import Reference, reference_set, split
+from flowdistill.evaluation.samples import SampleSet, sample_set
 from flowdistill.flow_maps import FlowMapTeacher
 from flowdistill.interfaces import Condition, FlowMap, Teacher
 from flowdistill.pretrained import is_model, load_file, load_model, locate, save_model
@@ -188,41 +197,45 @@ def sample(
         CheckpointError: the run cannot be read.
         ConfigError: arguments that do not fit the student.
     """
-    return _draw(load_flow_map(run), num_samples, steps, labels, guidance, seed, batch_size, renoise)[0]
+    _check_counts(num_samples=num_samples, batch_size=batch_size)
+    flow_map = load_flow_map(run)
+    condition = make_condition(flow_map.num_classes, num_samples, labels, guidance)
+    noise, fresh = _noise(flow_map, num_samples, steps, seed, 0, renoise)
+    return torch.cat(_draw(flow_map, noise, fresh, condition, steps, batch_size or num_samples))
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ConfigError(f"{name} must be at least 1, not {count}")
+
+
+def _noise(
+    flow_map: FlowMap, n: int, steps: int, seed: int, block: int, renoise: bool | None
+) -> tuple[Tensor, Tensor | None]:
+    """The noise (n, ...) of a block of samples and, for renoising, that of the times between (steps - 1, n, ...)."""
+    dtype = next(flow_map.parameters()).dtype
+    shape = (n, *flow_map.sample_shape)
+    noise = torch.randn(shape, generator=step_generator(seed, block, "sample"), dtype=dtype)
+    if not (flow_map.to_data if renoise is None else renoise):
+        return noise, None
+    times = (max(steps - 1, 0), *shape)
+    return noise, torch.randn(times, generator=step_generator(seed, block, "renoise"), dtype=dtype)
 
 
 @torch.no_grad()
 def _draw(
-    flow_map: FlowMap,
-    num_samples: int,
-    steps: int,
-    labels: int | Sequence[int] | Tensor | None,
-    guidance: float | None,
-    seed: int,
-    batch_size: int | None,
-    renoise: bool | None,
-) -> tuple[Tensor, Condition]:
-    """Samples of a flow map, and what they were conditioned on."""
-    if num_samples < 1 or (batch_size is not None and batch_size < 1):
-        raise ConfigError("num_samples and batch_size must be at least 1")
-    if guidance is not None and getattr(flow_map, "guidance", None) is None:
+    flow_map: FlowMap, noise: Tensor, fresh: Tensor | None, condition: Condition, steps: int, size: int
+) -> list[Tensor]:
+    """Samples of a flow map in batches of ``size``, where the map lies."""
+    if condition.guidance is not None and getattr(flow_map, "guidance", None) is None:
         raise ConfigError("this student was not trained with guidance scales: leave guidance out")
-    condition = make_condition(flow_map.num_classes, num_samples, labels, guidance)
-    dtype = next(flow_map.parameters()).dtype
-    shape = (num_samples, *flow_map.sample_shape)
-    noise = torch.randn(shape, generator=step_generator(seed, 0, "sample"), dtype=dtype)
-    fresh = (
-        torch.randn((max(steps - 1, 0), *shape), generator=step_generator(seed, 0, "renoise"), dtype=dtype)
-        if (flow_map.to_data if renoise is None else renoise)
-        else None
-    )
-    size = batch_size or num_samples
-    parts = [slice(i, i + size) for i in range(0, num_samples, size)]
-    samples = [
-        flow_map.sample(noise[part], steps, condition[part], renoise=None if fresh is None else fresh[:, part])
-        for part in parts
-    ]
-    return torch.cat(samples), condition
+    device = next(flow_map.parameters()).device
+    samples = []
+    for part in (slice(i, i + size) for i in range(0, len(noise), size)):
+        again = None if fresh is None else fresh[:, part].to(device)
+        samples.append(flow_map.sample(noise[part].to(device), steps, condition[part].to(device), renoise=again))
+    return samples
 
 
 def evaluate(
@@ -233,34 +246,123 @@ def evaluate(
     steps: int = 1,
     guidance: float | None = None,
     seed: int = 0,
-    features: str | None = None,
+    features: str | FeatureExtractor | None = None,
+    reference: Reference | None = None,
     renoise: bool | None = None,
+    batch_size: int | None = None,
+    device: str | torch.device | None = None,
+    noise_floor: bool = True,
+    bootstrap: int = 0,
 ) -> dict[str, float]:
     """Metrics of a run's student against the truth.
+
+    Samples are drawn in blocks of 500, each from noise of its own. What features say of a block is kept in
+    ``RUN/evaluations``, so that an interrupted evaluation continues, and one with more samples or other metrics begins
+    with what is there. Under torchrun the ranks share the blocks out; rank 0 measures, and the others return nothing.
 
     Args:
         run: a run directory, or a checkpoint in it.
         metrics: names that ``flowdistill list metrics`` shows.
-        num_samples: samples of the student.
+        num_samples: samples of the student, exactly.
         steps: see `sample`.
         guidance: see `sample`.
         seed: of the noise.
-        features: the feature extractor whose stored features of real data are the truth; None is the one of the run's
-            own evaluation, or no features and samples of an exact teacher.
+        features: a feature extractor or its name, as ``flowdistill list feature_extractors`` shows; None is the one of
+            the run's own evaluation, or the samples themselves beside those of an exact teacher.
+        reference: a folder of images, an ``.npz`` file of images or of their mean and covariance, or a data set; None
+            is that of the run's own evaluation, or the features of real data that come with the extractor.
         renoise: see `sample`.
+        batch_size: samples at a time; None is 100 on a CPU, else 500. It does not change the figures, up to rounding.
+        device: where samples and features are computed; by default the first GPU (of each rank its own), else the CPU.
+        noise_floor: measure also a second true set of as many samples: the best that a student can look.
+        bootstrap: estimate the spread of each metric over other seeds, from so many random halves of the samples; 0
+            does not.
+
+    Returns:
+        The metrics by their names; under ``NAME_noise_floor`` the same between two sets of true samples, one of
+        ``num_samples``, where the reference has as many again, else a warning says why it is not there; and under
+        ``NAME_std`` the spread.
 
     Raises:
-        CheckpointError: the run cannot be read.
-        ConfigError: an unknown metric, or nothing to compare with.
+        CheckpointError: the run, or the extractor's weights, cannot be read.
+        ConfigError: an unknown metric, nothing to compare with, or a metric that the reference does not allow.
+        DataError: the reference is not what it should be.
+
+    Examples:
+        >>> flowdistill.evaluate("runs/ring", metrics=("w2",), num_samples=2000)  # doctest: +SKIP
+        {'w2': 0.09, 'w2_noise_floor': 0.05}
     """
+    _check_counts(num_samples=num_samples, batch_size=batch_size, bootstrap=bootstrap or None)
     for name in metrics:
         METRICS.get(name)
-    workdir, _ = find_checkpoint(run)
+    workdir, checkpoint = find_checkpoint(run)
     with config.parsed([workdir.absolute() / "config.gin"], []), config.errors_located():
         evaluation, teacher = config.value("train.evaluation"), config.value("train.teacher")
-    if features is None and evaluation is not None:
-        features = evaluation.features
-    flow_map = load_flow_map(run)
-    samples, condition = _draw(flow_map, num_samples, steps, None, guidance, seed, 500, renoise)
-    generated = sample_set(samples, condition.labels, features, flow_map.decoder)
-    return measure(metrics, generated, reference_set(features, teacher, num_samples, seed))
+    if evaluation is not None:
+        features = evaluation.features if features is None else features
+        reference = evaluation.reference if reference is None else reference
+    extractor = None if features is None else load_features(features)
+    place = _device(device)
+    flow_map = load_flow_map(checkpoint).to(place)
+    condition = make_condition(flow_map.num_classes, num_samples, None, guidance)
+    truth = None
+    if rank_and_world()[0] == 0:
+        truth = reference_set(extractor, teacher, num_samples, seed, reference, flow_map.decoder, place)
+
+    def draw(block: int, n: int) -> SampleSet:
+        noise, fresh = _noise(flow_map, BLOCK, steps, seed, block, renoise)
+        rows = condition[block * BLOCK :][:n]
+        size = batch_size or (100 if place.type == "cpu" else BLOCK)
+        batches = _draw(flow_map, noise[:n], None if fresh is None else fresh[:, :n], rows, steps, size)
+        return sample_set(torch.cat(batches), rows.labels, extractor, flow_map.decoder)
+
+    measured = {
+        "format": 1,
+        "weights": verify_checkpoint(checkpoint)["sha256"],
+        "config": hashlib.sha256((workdir / "config.gin").read_bytes()).hexdigest(),
+        "features": None if extractor is None else extractor.fingerprint(),
+        "steps": steps,
+        "guidance": guidance,
+        "seed": seed,
+        "renoise": flow_map.to_data if renoise is None else renoise,
+    }
+    key = hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:16]
+    generated = collect(workdir / "evaluations" / key, num_samples, draw)
+    if generated is None or truth is None:
+        return {}
+    figures = measure(metrics, generated, truth)
+    if noise_floor:
+        again = None if extractor is not None else reference_set(None, teacher, num_samples, seed + 1)
+        figures |= _noise_floors(metrics, num_samples, truth, again)
+    if bootstrap:
+        figures |= {f"{name}_std": v for name, v in spread(metrics, generated, truth, bootstrap, seed).items()}
+    return figures
+
+
+def _noise_floors(metrics: Sequence[str], n: int, truth: SampleSet, again: SampleSet | None) -> dict[str, float]:
+    """The metrics between two true sets: ``again`` and all of the truth, or n and the others of a reference."""
+    pair = split(truth, n) if again is None else (again, truth)
+    floors: dict[str, float] = {}
+    if pair is not None:
+        for name in metrics:
+            with contextlib.suppress(ConfigError):  # of a metric that needs what true samples lack, such as labels
+                floors[f"{name}_noise_floor"] = measure([name], *pair)[name]
+    missing = [name for name in metrics if f"{name}_noise_floor" not in floors]
+    if missing:
+        why = (
+            "true samples do not have what it is measured on"
+            if pair is not None
+            else f"the reference holds {len(truth)} samples, and {2 * n} are needed"
+            if len(truth)
+            else "the reference holds a mean and a covariance alone"
+        )
+        warnings.warn(f"no noise floor of {', '.join(missing)}: {why}", RuntimeWarning, stacklevel=3)
+    return floors
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device(own if device is None else device)
+    except RuntimeError as error:
+        raise ConfigError(f"{device!r} is no device: {str(error).splitlines()[0]}") from None

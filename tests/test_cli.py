@@ -39,7 +39,8 @@ def test_sample_and_evaluate(folder):
     assert command("sample", "run", "--num_samples", 5, "--out", "x.npz", cwd=folder).returncode == 0
     assert np.load(folder / "x.npz")["arr_0"].shape == (5, 2)
     done = command("evaluate", "run", "--metrics", "w2", "sliced_w2", "--num_samples", 50, cwd=folder)
-    assert re.fullmatch(r"w2: [\d.]+\nsliced_w2: [\d.]+\n", done.stdout)
+    names = ("w2", "sliced_w2", "w2_noise_floor", "sliced_w2_noise_floor")
+    assert re.fullmatch("".join(rf"{name}: [\d.]+\n" for name in names), done.stdout)
 
 
 def test_default_run_directory_and_overrides(folder):

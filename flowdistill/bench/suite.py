@@ -199,7 +199,7 @@ def evaluations_per_state(recipe: str | Path, bindings: Sequence[str] = (), part
     for part in range(parts):
         loop.step = int(loop.settings.steps * (part + 0.5) / parts)
         loop.train_step()
-    evaluations = sum(loop.counters.values())
+    evaluations: int = sum(loop.counters.values())
     return evaluations / (16 * parts)
 
 

@@ -1,27 +1,43 @@
 """Metrics over feature extractors and exact distributions, and the report of a run."""
 
-from flowdistill.evaluation.features import load_features, load_reference
-from flowdistill.evaluation.measure import SampleSet, measure, reference_set, sample_set
+from flowdistill.evaluation.features import FeatureExtractor, load_features, load_reference
+from flowdistill.evaluation.measure import measure, spread
 from flowdistill.evaluation.metrics import (
+    energy_distance,
     frechet_distance,
+    inception_score,
+    kernel_distance,
     label_agreement,
     mode_coverage,
     precision_recall,
     sliced_wasserstein2,
     wasserstein2,
 )
+from flowdistill.evaluation.references import load_images, reference_set
+from flowdistill.evaluation.samples import SampleSet, sample_set
+from flowdistill.evaluation.trajectories import ErrorAt, class_agreement, semigroup_error, trajectory_error
 
 __all__ = [
+    "ErrorAt",
+    "FeatureExtractor",
     "SampleSet",
+    "class_agreement",
+    "energy_distance",
     "frechet_distance",
+    "inception_score",
+    "kernel_distance",
     "label_agreement",
     "load_features",
+    "load_images",
     "load_reference",
     "measure",
     "mode_coverage",
     "precision_recall",
     "reference_set",
     "sample_set",
+    "semigroup_error",
     "sliced_wasserstein2",
+    "spread",
+    "trajectory_error",
     "wasserstein2",
 ]

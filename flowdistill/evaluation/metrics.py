@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,26 +19,85 @@ def _check(minimum: int, *sets: Tensor) -> None:
         raise DataError(f"the sets differ in dimension: {[values.shape[1] for values in sets]}")
 
 
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """The Frechet distance of the Gaussians fitted to two sets of features (N, D), by torch-fidelity in float64.
+Moments = tuple[Tensor, Tensor]
+"""Mean (D,) and covariance (D, D), float64."""
+
+
+def moments(features: Tensor) -> Moments:
+    """The mean and the unbiased covariance of features (N, D), by torch-fidelity in float64."""
+    _check(2, features)
+    statistics = torch_fidelity("metric_fid").fid_features_to_statistics(features.detach().cpu().double())
+    mean, covariance = (torch.from_numpy(np.asarray(statistics[name])) for name in ("mu", "sigma"))
+    return mean, covariance.reshape(len(mean), len(mean))
+
+
+def frechet_distance(a: Tensor | Moments, b: Tensor | Moments) -> float:
+    """The Frechet distance of two Gaussians, given or fitted to sets of features (N, D), by torch-fidelity in float64.
 
         |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))
 
     It is biased upwards by about D^2 / (2N) in whitened features: compare sets of equal sizes, and look at the noise
     floor. With Inception features it is FID (Heusel et al. 2017, arXiv 1706.08500).
 
+    Args:
+        a: features (N, D), or mean (D,) and covariance (D, D).
+        b: the same.
+
     Examples:
         >>> x = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
         >>> round(frechet_distance(x, x + 3.0), 6)
         18.0
+        >>> frechet_distance((torch.zeros(2), torch.eye(2)), (torch.ones(2), 4 * torch.eye(2)))  # 2 + 2 (2 - 1)^2
+        4.0
+    """
+    gaussians = [moments(v) if isinstance(v, Tensor) else v for v in (a, b)]
+    _check(1, *(mean[None] for mean, _ in gaussians))
+    missing = 1 if len(gaussians[0][0]) == 1 else 0  # torch-fidelity refuses D = 1; a constant feature changes nothing
+    statistics = [
+        {
+            "mu": F.pad(mean.double(), (0, missing)).numpy(),
+            "sigma": F.pad(covariance.double(), (0, missing, 0, missing)).numpy(),
+        }
+        for mean, covariance in gaussians
+    ]
+    result = torch_fidelity("metric_fid").fid_statistics_to_metric(*statistics, verbose=False)
+    return max(float(result["frechet_inception_distance"]), 0.0)
+
+
+def kernel_distance(a: Tensor, b: Tensor, subset: int = 1000) -> float:
+    """The squared MMD of features (N, D) under the kernel (x.y/D + 1)^3, by torch-fidelity; it may be below 0.
+
+    It is the mean of 100 unbiased estimates, each from ``subset`` random rows of either set, or from as many as the
+    smaller set has. With Inception features it is KID (Binkowski et al. 2018, arXiv 1801.01401).
+
+    Examples:
+        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+        >>> kernel_distance(x, x + 1.0) > 1
+        True
     """
     _check(2, a, b)
-    fid = torch_fidelity("metric_fid")
-    missing = 1 if a.shape[1] == 1 else 0  # torch-fidelity refuses D = 1; a constant feature changes nothing
-    wide = [F.pad(v.detach().cpu().double(), (0, missing)) for v in (a, b)]
-    statistics = [fid.fid_features_to_statistics(v) for v in wide]
-    result = fid.fid_statistics_to_metric(*statistics, verbose=False)
-    return max(float(result["frechet_inception_distance"]), 0.0)
+    result = torch_fidelity("metric_kid").kid_features_to_metric(
+        a.detach().cpu().double(),
+        b.detach().cpu().double(),
+        kid_subset_size=min(subset, len(a), len(b)),
+        verbose=False,
+    )
+    return float(result["kernel_inception_distance_mean"])
+
+
+def inception_score(logits: Tensor) -> float:
+    """The Inception score of a classifier's logits (N, K), by torch-fidelity; in [1, K].
+
+        exp E_x KL(p(y|x) | p(y)),   the mean over 10 parts of the samples
+
+    It is the larger, the surer the classes and the more of them there are (Salimans et al. 2016, arXiv 1606.03498).
+
+    Examples:
+        >>> round(inception_score(100.0 * torch.eye(4).repeat(1000, 1)), 1)  # all of 4 classes, each certain
+        4.0
+    """
+    _check(10, logits)
+    return float(torch_fidelity("metric_isc").isc_features_to_metric(logits.detach().cpu())["inception_score_mean"])
 
 
 def precision_recall(reference: Tensor, generated: Tensor, neighbours: int = 3) -> tuple[float, float]:
@@ -59,8 +119,8 @@ def precision_recall(reference: Tensor, generated: Tensor, neighbours: int = 3) 
         generated.detach().cpu().double(),
         reference.detach().cpu().double(),
         prc_neighborhood=neighbours,
-        prc_batch_size=10_000,
-        save_cpu_ram=False,
+        prc_batch_size=1000,  # whose distances to 50 000 others fit into memory
+        save_cpu_ram=True,
         verbose=False,
     )
     return float(result["precision"]), float(result["recall"])
@@ -93,6 +153,29 @@ def sliced_wasserstein2(a: Tensor, b: Tensor, projections: int = 200, seed: int 
     _check(1, a, b)
     x, y = (v.detach().cpu().double().numpy() for v in (a, b))
     return float(ot.sliced_wasserstein_distance(x, y, n_projections=projections, seed=seed))
+
+
+def energy_distance(a: Tensor, b: Tensor) -> float:
+    """The squared MMD of two sets (N, D) and (M, D) under the kernel -|x - y|, unbiased, in the unit of the points.
+
+        2 E|x - y| - E|x - x'| - E|y - y'|,   without the distances of points to themselves
+
+    This kernel has no bandwidth to choose, tells all distributions apart, and is the energy distance (Szekely and Rizzo
+    2013; as an MMD, Sejdinovic et al. 2013, arXiv 1207.6076). It may be below 0.
+
+    Examples:
+        >>> energy_distance(torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [1.0]]))  # 2 - 2 - 0
+        0.0
+    """
+    _check(2, a, b)
+    x, y = (v.detach().cpu().double() for v in (a, b))
+
+    def total(p: Tensor, q: Tensor) -> float:
+        parts = (torch.cdist(part, q, compute_mode="donot_use_mm_for_euclid_dist") for part in torch.split(p, 500))
+        return sum((float(distances.sum()) for distances in parts), 0.0)
+
+    n, m = len(x), len(y)
+    return 2 * total(x, y) / (n * m) - total(x, x) / (n * (n - 1)) - total(y, y) / (m * (m - 1))
 
 
 def mode_coverage(samples: Tensor, centres: Tensor, radius: float) -> tuple[float, float]:

@@ -16,8 +16,11 @@ import torch
 from attrs.validators import ge, in_, min_len
 from torch import Tensor
 
+from flowdistill.evaluation.features import FeatureExtractor
 from flowdistill.evaluation.figures import image_grid, loss_curves, scatter_side_by_side, side_by_side
-from flowdistill.evaluation.measure import measure, reference_set, sample_set
+from flowdistill.evaluation.measure import measure
+from flowdistill.evaluation.references import reference_set
+from flowdistill.evaluation.samples import sample_set
 from flowdistill.flow_maps import FlowMapTeacher
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import Condition, FlowMap, Teacher
@@ -40,8 +43,9 @@ class Evaluation:
 
     Attributes:
         metrics: names of registered metrics.
-        features: name of the feature extractor whose stored features of real data are the reference; None compares
-            samples with an exact teacher's own distribution.
+        features: a feature extractor or its name; None compares samples with an exact teacher's own distribution.
+        reference: a folder of images, an ``.npz`` file, or the name of a data set; None is the features of real data
+            that come with the extractor.
         num_samples: samples of each model.
         teacher_steps: Euler steps at which the teacher is measured beside the student; the last is its best.
         student_steps: jumps at which the student is measured; one that knows a single jump is measured at that alone.
@@ -51,7 +55,8 @@ class Evaluation:
     """
 
     metrics: Sequence[str] = ("fid", "recall", "accuracy")
-    features: str | None = None
+    features: str | FeatureExtractor | None = None
+    reference: str | None = None
     num_samples: int = attrs.field(default=2000, validator=ge(1))
     teacher_steps: Sequence[int] = (1, 4, 64)
     student_steps: Sequence[int] = attrs.field(default=(1,), validator=min_len(1))
@@ -68,9 +73,10 @@ def compare(student: FlowMap | None, teacher: Teacher | None, evaluation: Evalua
     ``noise floor`` is a second such set of teacher samples, the best that a student can look.
     """
     n, device = evaluation.num_samples, _device(student, teacher)
-    reference = reference_set(evaluation.features, teacher, n, evaluation.seed)
     model = student if student is not None else teacher
     assert model is not None
+    features = evaluation.features
+    reference = reference_set(features, teacher, n, evaluation.seed, evaluation.reference, model.decoder)
     size = 100 if device.type == "cpu" else 500  # what fits a processor's caches is faster there
 
     def draw(sampler: Sampler, stream: str) -> tuple[Tensor, Tensor | None]:
@@ -99,7 +105,7 @@ def compare(student: FlowMap | None, teacher: Teacher | None, evaluation: Evalua
         before = _evaluations(student, teacher)
         samples, labels = draw(sampler, stream)
         evaluations = (_evaluations(student, teacher) - before) / n
-        generated = sample_set(samples, labels, evaluation.features, model.decoder)
+        generated = sample_set(samples, labels, features, model.decoder)
         rows[name] = {"evaluations": evaluations, **measure(evaluation.metrics, generated, reference)}
         if best is not None:
             to_teacher = measure(distances, generated, best)

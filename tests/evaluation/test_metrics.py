@@ -6,11 +6,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.spatial.distance import cdist, pdist
 
 from flowdistill import METRICS, ConfigError, DataError
 from flowdistill.data import Digits
 from flowdistill.evaluation import features, metrics
-from flowdistill.evaluation.measure import measure, reference_set, sample_set
+from flowdistill.evaluation.measure import measure
+from flowdistill.evaluation.references import reference_set
+from flowdistill.evaluation.samples import sample_set
 from flowdistill.teachers.gaussian import Ring
 
 
@@ -47,6 +50,56 @@ def test_wasserstein_distances():
     assert metrics.sliced_wasserstein2(x, x + shift) == pytest.approx(3.0 / math.sqrt(3), rel=0.1)
     assert metrics.wasserstein2(x, x) == pytest.approx(0.0, abs=1e-6)
     assert metrics.wasserstein2(x, x[:60]) > 0
+
+
+@given(dim=st.integers(1, 4), seed=st.integers(0, 100))
+def test_wasserstein_distance_of_an_optimal_map(dim, seed):
+    """The gradient of a convex function, as between two Gaussians, is the optimal map of samples to their images."""
+    x = normal(60, dim, seed)
+    root = normal(dim, dim, seed + 1)
+    y = x @ (root @ root.T + 0.1 * torch.eye(dim).double()) + 1.0
+    wanted = (x - y).square().sum(1).mean().sqrt()
+    assert metrics.wasserstein2(x, y[torch.randperm(60)]) == pytest.approx(float(wanted), rel=1e-6)
+    if dim == 1:
+        assert metrics.sliced_wasserstein2(x, y) == pytest.approx(float(wanted), rel=1e-6)
+
+
+@given(n=st.integers(2, 700), m=st.integers(2, 50), dim=st.integers(1, 5))
+def test_energy_distance_is_scipys(n, m, dim):
+    x, y = normal(n, dim), normal(m, dim, 1) + 0.3
+    wanted = 2 * cdist(x, y).mean() - pdist(x).mean() - pdist(y).mean()
+    assert metrics.energy_distance(x, y) == pytest.approx(wanted, abs=1e-9)
+
+
+def test_energy_distance_of_gaussians():
+    """E|x - y| of x - y ~ N(m, v) is (2v/pi)^(1/2) exp(-m^2/2v) + m erf(m/(2v)^(1/2)); of one distribution it is 0."""
+
+    def mean(m, v):
+        return math.sqrt(2 * v / math.pi) * math.exp(-m * m / (2 * v)) + m * math.erf(m / math.sqrt(2 * v))
+
+    wanted = 2 * mean(1.0, 1.0 + 0.25) - mean(0.0, 2.0) - mean(0.0, 0.5)
+    found = metrics.energy_distance(normal(4000, 1), 0.5 * normal(4000, 1, 1) + 1.0)
+    assert found == pytest.approx(wanted, rel=0.06)
+    same = torch.tensor([metrics.energy_distance(normal(20, 2, i), normal(20, 2, 1000 + i)) for i in range(200)])
+    assert abs(same.mean()) < 3 * same.std() / 200**0.5  # unbiased: about half of them are negative
+
+
+def test_kernel_distance_of_equal_sets_is_unbiased():
+    """From the definition, where all rows of both sets are in every subset."""
+    x, y = normal(50, 3), normal(50, 3, 1) + 0.5
+    kernel = lambda a, b: (a @ b.T / 3 + 1) ** 3  # noqa: E731
+    off = 1 - torch.eye(50).double()
+    wanted = ((kernel(x, x) + kernel(y, y)) * off).sum() / (50 * 49) - 2 * kernel(x, y).mean()
+    assert metrics.kernel_distance(x, y) == pytest.approx(float(wanted), rel=1e-6)
+
+
+def test_inception_score_of_known_classes():
+    sure = 100.0 * torch.eye(5).repeat(400, 1)
+    assert metrics.inception_score(sure) == pytest.approx(5.0, rel=0.03)  # all classes, each certain
+    assert metrics.inception_score(torch.zeros(100, 5)) == pytest.approx(1.0)  # nothing known
+    assert metrics.inception_score(sure[:1].repeat(100, 1)) == pytest.approx(1.0)  # one class alone
+    with pytest.raises(DataError, match="N >= 10"):
+        metrics.inception_score(sure[:9])
 
 
 def test_label_agreement():
@@ -95,18 +148,25 @@ def test_registered_metrics_have_their_ideal_values_at_the_truth():
     teacher = Ring()
     truth = reference_set(None, teacher, 400, 0)
     again = reference_set(None, teacher, 400, 1)
-    figures = measure([name for name in METRICS.names() if name != "accuracy"], again, truth)
+    figures = measure([name for name in METRICS.names() if name not in ("accuracy", "inception_score")], again, truth)
     assert figures["fid"] < 0.05
     assert figures["precision"] > 0.9
     assert figures["recall"] > 0.9
     assert figures["w2"] < 0.4
     assert figures["sliced_w2"] < 0.2
+    assert abs(figures["kid"]) < 0.05
+    assert abs(figures["mmd"]) < 0.01
+    assert figures["mode_coverage"] == 1.0
 
 
 def test_what_cannot_be_measured():
     x = sample_set(torch.randn(20, 2), None, None)
     with pytest.raises(ConfigError, match="class-conditional"):
         measure(["accuracy"], x, x)
+    with pytest.raises(ConfigError, match="classifies"):
+        measure(["inception_score"], x, x)
+    with pytest.raises(ConfigError, match="mixture of equal weights"):
+        measure(["mode_coverage"], x, x)
     with pytest.raises(ConfigError, match="did you mean fid"):
         measure(["fdi"], x, x)
     with pytest.raises(ConfigError, match="nothing to compare"):

@@ -1,0 +1,71 @@
+"""Samples in blocks on disk, so that a large evaluation can be interrupted, continued, and shared out over processes.
+
+A block is always of the same samples: those of its number. So figures depend neither on where an evaluation was
+interrupted nor on how many ranks it had, and one with more samples or other metrics continues an earlier one.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from flowdistill.errors import DataError
+from flowdistill.evaluation.samples import SampleSet
+
+BLOCK = 500
+"""Samples in a block."""
+
+_PATIENCE = 3600.0  # seconds without a new block after which the other ranks are taken for dead
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process and how many there are, as torchrun tells them: RANK and WORLD_SIZE."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def collect(folder: Path, num_samples: int, draw: Callable[[int, int], SampleSet]) -> SampleSet | None:
+    """The first ``num_samples`` samples of a folder of blocks, where those that are missing are drawn first.
+
+    Each rank draws its share. Rank 0 waits for the others' and reads all; elsewhere the result is None.
+
+    Args:
+        folder: of the blocks ``00000.safetensors``, ...; all ranks must see it.
+        num_samples: how many; the last block may hold less than `BLOCK`.
+        draw: block number and n to the block's first n samples.
+
+    Raises:
+        DataError: a block holds another number of samples than it should, or another rank gave no sign for an hour.
+    """
+    rank, world = rank_and_world()
+    sizes = [min(BLOCK, num_samples - start) for start in range(0, num_samples, BLOCK)]
+    for block in range(rank, len(sizes), world):
+        if _read(folder, block, sizes[block]) is None:
+            drawn = draw(block, sizes[block])
+            if len(drawn) != sizes[block]:
+                raise DataError(f"block {block} has {len(drawn)} samples in place of {sizes[block]}")
+            drawn.save(_path(folder, block))
+    if rank != 0:
+        return None
+    return SampleSet.join([_wait(folder, block, size) for block, size in enumerate(sizes)])
+
+
+def _path(folder: Path, block: int) -> Path:
+    return folder / f"{block:05d}.safetensors"
+
+
+def _read(folder: Path, block: int, size: int) -> SampleSet | None:
+    found = SampleSet.load(_path(folder, block))
+    return None if found is None or len(found) < size else found[:size]
+
+
+def _wait(folder: Path, block: int, size: int) -> SampleSet:
+    asked = time.monotonic()
+    while (found := _read(folder, block, size)) is None:
+        if time.monotonic() - asked > _PATIENCE:
+            raise DataError(
+                f"block {block} of {folder} did not come for an hour: run the same command again to continue"
+            )
+        time.sleep(0.2)
+    return found
