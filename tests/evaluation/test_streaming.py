@@ -13,7 +13,7 @@ from runs import command, write
 import flowdistill
 from flowdistill import ConfigError, DataError, runs
 from flowdistill.evaluation import SampleSet, measure, reference_set, spread
-from flowdistill.evaluation.blocks import BLOCK
+from flowdistill.evaluation.blocks import BLOCK, collect
 from flowdistill.teachers.gaussian import Ring
 
 METRICS = ("sliced_w2", "mmd")
@@ -62,6 +62,17 @@ def test_just_as_many_samples_are_measured_as_asked_for(run, n):
             run, metrics=["number_measured"], num_samples=n, batch_size=64, noise_floor=False
         )
         assert figures["number_measured"] == pytest.approx(n + 1e-4 * n)  # and no two are the same
+
+
+def test_classes_are_taken_in_turn_across_blocks(trained, tmp_path):
+    seen = []
+    flowdistill.METRICS._entries["seen"] = lambda generated, reference: seen.append(generated.labels) or 0.0
+    labelled = ("ring.labelled = True", "mlp.num_classes = 8")
+    flowdistill.train(gin_file=trained / "ring.gin", gin_bindings=labelled, workdir=tmp_path / "run")
+    for _ in range(2):  # drawn, then read
+        flowdistill.evaluate(tmp_path / "run", metrics=["seen"], num_samples=1100, noise_floor=False)
+    del flowdistill.METRICS._entries["seen"]
+    assert [labels.tolist() for labels in seen] == 2 * [[i % 8 for i in range(1100)]]
 
 
 def test_fewer_samples_than_asked_for_are_an_error(run, monkeypatch):
@@ -130,6 +141,15 @@ def test_ranks_share_the_work_and_the_first_measures(run, trained):
     assert other.returncode == 0
     alone = flowdistill.evaluate(trained / "ring", metrics=METRICS, num_samples=2300, device="cpu")
     assert first.stdout == "".join(f"{name}: {value:.4g}\n" for name, value in alone.items())
+
+
+def test_a_rank_draws_its_share_alone(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = collect(tmp_path, 2300, lambda block, n: drawn.append((block, n)) or SampleSet(torch.zeros(n, 1)))
+    assert result is None
+    assert drawn == [(1, 500), (3, 500)]
 
 
 def test_the_noise_floor_of_an_exact_teacher_is_that_of_other_draws(run):

@@ -27,6 +27,7 @@ def weights(tmp_path_factory):
     for parameter in network.parameters():
         if parameter.ndim > 1:
             torch.nn.init.kaiming_normal_(parameter, generator=generator)
+    torch.nn.init.normal_(network.fc.bias, std=3.0, generator=generator)
     torch.save(network.state_dict(), folder / "inception.pth")
     return folder / "inception.pth"
 
@@ -81,7 +82,10 @@ def test_images_of_a_model_are_rounded_as_its_decoder_does(weights, folders, our
     network = Inception(weights)
     found = sample_set((images + 0.9 / 127.5) / 2, None, network, Pixels(scale=2.0, rounding="down"))
     torch.testing.assert_close(found.features, ours[0].features[:2], rtol=1e-4, atol=1e-6)
-    assert found.logits.shape == (2, 1008)
+    unbiased = found.features @ torch.load(weights, weights_only=True)["fc.weight"].T  # as the Inception score has them
+    torch.testing.assert_close(found.logits, unbiased, rtol=1e-3, atol=1e-3)
+    nearest = sample_set(images - 0.4 / 127.5, None, network)  # without a decoder: to the nearest byte
+    torch.testing.assert_close(nearest.features, ours[0].features[:2], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("n", "dim"), [(300, 16), (20, 40)])
