@@ -349,13 +349,12 @@ def _noise_floors(metrics: Sequence[str], n: int, truth: SampleSet, again: Sampl
                 floors[f"{name}_noise_floor"] = measure([name], *pair)[name]
     missing = [name for name in metrics if f"{name}_noise_floor" not in floors]
     if missing:
-        why = (
-            "true samples do not have what it is measured on"
-            if pair is not None
-            else f"the reference holds {len(truth)} samples, and {2 * n} are needed"
-            if len(truth)
-            else "the reference holds a mean and a covariance alone"
-        )
+        if pair is not None:
+            why = "true samples do not have what it is measured on"
+        elif len(truth):
+            why = f"the reference holds {len(truth)} samples, and {2 * n} are needed"
+        else:
+            why = "the reference holds a mean and a covariance alone"
         warnings.warn(f"no noise floor of {', '.join(missing)}: {why}", RuntimeWarning, stacklevel=3)
     return floors
 
