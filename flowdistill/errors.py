@@ -34,3 +34,9 @@ class NonFiniteError(FlowDistillError):
     """A loss or gradient became NaN or infinite."""
 
     exit_code = 1
+
+
+class RunsFailedError(FlowDistillError):
+    """Some trainings of a suite failed; the results of the others have been written."""
+
+    exit_code = 1

@@ -20,7 +20,7 @@ from rich.progress import Progress
 from flowdistill import config
 from flowdistill.bench.suite import Job, Row, Suite, load_suite
 from flowdistill.bench.tables import write_tables
-from flowdistill.errors import FlowDistillError
+from flowdistill.errors import ConfigError, FlowDistillError, RunsFailedError
 from flowdistill.evaluation.report import compare, write_figures
 from flowdistill.training import train
 from flowdistill.training.run_log import read_records
@@ -59,14 +59,14 @@ def bench(
 
     Raises:
         ConfigError: the suite cannot work.
-        FlowDistillError: some trainings failed; the tables have been written.
+        RunsFailedError: some trainings failed; the tables have been written.
     """
     description = load_suite(suite, bindings, quick)
     name = Path(suite).stem + ("_quick" if quick else "")
     results = Path(runs) / name if out is None else Path(out)
     table = [row for row in description.table() if not only or any(part in row.name for part in only)]
     if not table:
-        raise FlowDistillError(f"no row of {suite} has any of {', '.join(only)} in its name")
+        raise ConfigError(f"no row of {suite} has any of {', '.join(only)} in its name")
     tasks = [*description.teachers(table), *_jobs(description, table, Path(runs) / "costs.json")]
     threads = max(1, (os.cpu_count() or 1) // jobs)
     console = Console(file=sys.stderr)
@@ -84,7 +84,7 @@ def bench(
     results.mkdir(parents=True, exist_ok=True)
     write_tables(name, description, records, results)
     if failed := sum("error" in record for record in records):
-        raise FlowDistillError(f"{failed} of {len(records)} runs failed, as {results / 'table.md'} says")
+        raise RunsFailedError(f"{failed} of {len(records)} runs failed, as {results / 'table.md'} says")
     return results
 
 

@@ -32,9 +32,10 @@ def write_tables(name: str, suite: Suite, records: Sequence[Record], out: Path) 
             title = f"{group} students".strip().capitalize()
             title += "" if budget is None else f", {budget:,} evaluations of training"
             sections.append((title, student_table(suite, students)))
-            picture = f"{stem}.png" if budget is None else f"{stem}_{budget}.png"
-            ranking(_ranked(suite, students), _levels(suite, teachers), suite.metrics[0], out / picture)
-            sections.append(("", picture))
+            if ranked := _ranked(suite, students):
+                picture = f"{stem}.png" if budget is None else f"{stem}_{budget}.png"
+                ranking(ranked, _levels(suite, teachers), suite.metrics[0], out / picture)
+                sections.append(("", picture))
         if len(suite.budgets) > 1:
             picture = f"{stem}_budgets.png"
             budget_curves(_by_budget(suite, ours), suite.metrics[0], out / picture)

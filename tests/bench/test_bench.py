@@ -1,0 +1,137 @@
+"""Running suites: tables, resuming, failures."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from flowdistill import ConfigError
+from flowdistill.bench import bench, load_suite
+from flowdistill.bench.tables import student_table, write_tables
+
+SUITE = """
+bench.rows = {'FreeFlow': ('freeflow/plane.gin',), 'two jumps': ('consistency/ect_plane.gin',)}
+bench.seeds = (1, 2)
+bench.metrics = ('w2', 'mode_coverage')
+bench.teacher_steps = (1, 4)
+bench.student_steps = (1, 2)
+bench.bindings = ('train.steps = 3', 'train.batch_size = 16', 'evaluation.num_samples = 50')
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    (folder / "tiny.gin").write_text(SUITE)
+    return folder
+
+
+def command(folder, *options):
+    return subprocess.run(
+        [sys.executable, "-m", "flowdistill", "bench", "tiny.gin", *options],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_a_suite_is_run_once(folder):
+    first = command(folder, "--jobs", "2")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == "runs/bench/tiny/table.md\n"
+    out = folder / "runs" / "bench" / "tiny"
+    records = json.loads((out / "results.json").read_text())["records"]
+    students = [record for record in records if record["name"] != "teacher"]
+    assert [(record["name"], record["seed"]) for record in students] == [
+        ("FreeFlow", 1),
+        ("FreeFlow", 2),
+        ("two jumps", 1),
+        ("two jumps", 2),
+    ]
+    assert {record["num_samples"] for record in records} == {50}
+    for record in students:
+        assert record["steps"] == 3
+        assert record["evaluations"]["student"] == 3 * 16 * 2
+        jumps = {row for row in record["rows"] if row.startswith("student")}
+        assert jumps == {"student, 1 step"} | ({"student, 2 steps"} if record["name"] == "two jumps" else set())
+        assert set(record["rows"]["student, 1 step"]) == {"evaluations", "w2", "mode_coverage", "w2_to_teacher"}
+    table = (out / "table.md").read_text()
+    assert "| teacher, 4 steps | 4 |" in table
+    assert table.count("| FreeFlow |") == 1
+    assert "<table>" in (out / "table.html").read_text()
+    assert (out / "quality.png").stat().st_size > 1000
+    # What has been trained is not trained again; what was interrupted is.
+    before = {path: path.stat().st_mtime_ns for path in (folder / "runs" / "bench").glob("*/figures.json")}
+    removed = folder / "runs" / "bench" / students[0]["run"] / "figures.json"
+    removed.unlink()
+    second = command(folder, "--jobs", "2")
+    assert second.returncode == 0, second.stderr
+    again = {path: path.stat().st_mtime_ns for path in (folder / "runs" / "bench").glob("*/figures.json")}
+    assert {path for path in again if again[path] != before[path]} == {removed}
+    assert json.loads((out / "results.json").read_text())["records"] == records
+    assert (out / "table.md").read_text() == table
+
+
+def test_failures_are_named_and_the_others_reported(folder):
+    failing = command(folder, "--only", "FreeFlow", "--out", "failed", "--gin.freeflow_prediction.eps=-1.0")
+    assert failing.returncode == 1
+    assert "2 of 4 runs failed, as failed/table.md says" in failing.stderr
+    assert "Traceback" not in failing.stderr
+    table = (folder / "failed" / "table.md").read_text()
+    assert "Failed: FreeFlow, seed 1: " in table
+    assert "| teacher, 4 steps | 4 |" in table
+
+
+def test_mistakes_end_with_one_message(folder):
+    for options in (["--only", "nothing"], ["--gin.bench.seeds=()"], ["--gin.bench.budget=1"], ["--quick"]):
+        wrong = command(folder, *options)
+        assert wrong.returncode == 2
+        assert wrong.stderr.startswith("flowdistill: error: ")
+        assert "Traceback" not in wrong.stderr
+
+
+def record(name, seed, value, budget=None):
+    row = {"evaluations": 1.0, "w2": value}
+    return {
+        "group": "", "name": name, "budget": budget, "seed": seed, "num_samples": 10, "machine": "here", "steps": 5,
+        "evaluations": {"student": 2000.0, "teacher": 1000.0, "online": 500.0}, "rows": {"student, 1 step": row},
+    }  # fmt: skip
+
+
+def table_of(values):
+    suite = load_suite("toy")
+    records = [record(name, seed, v) for name, seeds in values.items() for seed, v in enumerate(seeds)]
+    return student_table(suite, records)
+
+
+def test_the_best_is_bold_outside_the_spread_alone():
+    head, a, b = table_of({"a": [1.0, 1.2], "b": [2.0, 2.2]})
+    assert head == ["", "w2, 1 step", "steps", "student", "teacher", "others"]
+    assert a == ["a", "**1.1 ± 0.14**", "5", "2", "1", "0"]
+    assert b[1] == "2.1 ± 0.14"
+    assert not any("**" in cell for row in table_of({"a": [1.0, 2.0], "b": [1.5, 2.5]}) for cell in row)
+    assert not any("**" in cell for row in table_of({"a": [1.0], "b": [2.0]}) for cell in row)  # no spread is known
+
+
+def test_budgets_have_a_table_each_and_a_plot(tmp_path):
+    suite = load_suite("toy", ["bench.budgets = (10, 20)"])
+    records = [
+        record(name, seed, 1.0 / budget + seed, budget) for name in "ab" for seed in (1, 2) for budget in (10, 20)
+    ]
+    write_tables("toy", suite, records, tmp_path)
+    table = (tmp_path / "table.md").read_text()
+    assert "### Students, 10 evaluations of training" in table
+    assert "### Students, 20 evaluations of training" in table
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "quality_10.png",
+        "quality_20.png",
+        "quality_budgets.png",
+    }
+
+
+def test_from_python(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(ConfigError, match="no row of tiny.gin"):
+        bench("tiny.gin", only=["nothing"])

@@ -1,0 +1,107 @@
+"""Suites: which trainings they ask for, and at which cost."""
+
+import pytest
+
+from flowdistill import ConfigError, config
+from flowdistill.bench import load_suite
+from flowdistill.bench.suite import evaluations_per_state
+
+ONE = "bench.rows = {'FreeFlow': ('freeflow/plane.gin', 'freeflow.alpha = 0.5'), 'IMM': ('imm/plane.gin',)}\n"
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", ["toy", "digits", "mnist"])
+def test_packaged_suites_hold_every_recipe_of_their_teachers(name):
+    suite = load_suite(name)
+    for title, (pattern, *_) in suite.rows.items():
+        tail = pattern.removeprefix("*")
+        wanted = [recipe for recipe in config.recipes() if recipe.endswith(tail) and not recipe.startswith("digits/")]
+        rows = [row for row in suite.table() if row.group == title]
+        assert [row.recipe for row in rows] == wanted
+        assert len({row.name for row in rows}) == len(rows)
+    assert "freeflow" in [row.name for row in suite.table()]
+    quick = load_suite(name, quick=True)
+    assert len(quick.seeds) < len(suite.seeds)
+    assert max(quick.budgets) < (max(suite.budgets) if suite.budgets != (None,) else 1e6)
+
+
+def test_named_rows_and_bindings(tmp_path):
+    path = write(tmp_path / "two.gin", ONE + "bench.bindings = ('imm.groups = 3', 'train.steps = 7')")
+    suite = load_suite(path, ["bench.seeds = (5,)", "AdamW.lr = 0.5", "freeflow.epsilon = 1.0"])
+    freeflow, imm = suite.jobs(suite.table(), {})
+    assert (freeflow.row.name, imm.row.name, freeflow.seed) == ("FreeFlow", "IMM", 5)
+    assert "freeflow.alpha = 0.5\n" in freeflow.gin
+    assert "imm.groups" not in freeflow.gin  # a part that FreeFlow's recipe does not have
+    assert "imm.groups = 3\n" in imm.gin
+    assert "freeflow.epsilon" not in imm.gin
+    for job in (freeflow, imm):
+        assert "AdamW.lr = 0.5\n" in job.gin
+        assert "train.steps = 7\n" in job.gin
+        assert "train.seed = 5\n" in job.gin
+
+
+def test_runs_are_told_apart_by_what_they_train(tmp_path):
+    suite = load_suite(write(tmp_path / "two.gin", ONE))
+    jobs = suite.jobs(suite.table(), {})
+    assert len({job.key for job in jobs}) == 6
+    assert {job.key for job in suite.teachers(suite.table())}.isdisjoint(job.key for job in jobs)
+    same = load_suite(write(tmp_path / "other.gin", ONE.replace("'IMM'", "'another title'")))
+    assert [job.key for job in same.jobs(same.table(), {})] == [job.key for job in jobs]
+
+
+def test_a_budget_sets_the_steps_and_what_is_counted_in_them(tmp_path):
+    path = write(
+        tmp_path / "budget.gin",
+        "include 'suites/in_steps.gin'\nbench.rows = {'FreeFlow': ('freeflow/plane.gin',)}\nbench.seeds = (1,)\n"
+        "bench.budgets = (256_000, 512_000)",
+    )
+    costs = {}
+    few, many = load_suite(path).jobs(load_suite(path).table(), costs)
+    (cost,) = costs.values()
+    with config.parsed([write(tmp_path / "few.gin", few.gin)], []):
+        steps, start = config.value("train.steps"), config.value("freeflow.correction_start")
+        anneal = config.value("finite_difference.anneal")
+    assert steps == round(256_000 / (256 * cost))
+    assert start == round(1400 * steps / 2000)
+    assert anneal == (round(500 * steps / 2000), round(1800 * steps / 2000))
+    with config.parsed([write(tmp_path / "many.gin", many.gin)], []):
+        assert config.value("train.steps") == pytest.approx(2 * steps, abs=1)
+    given = dict.fromkeys(costs, 100.0)
+    assert f"train.steps = {256_000 // 25_600}\n" in load_suite(path).jobs(load_suite(path).table(), given)[0].gin
+
+
+def test_costs_are_those_of_all_phases():
+    def cost(start):
+        bindings = [f"freeflow.correction_start = {start}", "freeflow.online_warmup = 0"]
+        return evaluations_per_state("freeflow/plane.gin", bindings)
+
+    prediction, both = cost(2000), cost(0)
+    assert prediction == 3.0  # two of the student, for its difference, and one of the teacher
+    assert both > prediction
+    assert cost(1000) == pytest.approx((prediction + both) / 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bench.rows = {'A': ('*nothing.gin',)}", "no packaged recipe matches '\\*nothing.gin'"),
+        ("bench.rows = {}", "rows"),
+        (ONE + "bench.seed = (1,)", "seeds"),
+        (ONE + "bench.seeds = ()", "seeds"),
+        ("bench.seeds = (1,)", "rows"),
+    ],
+)
+def test_mistakes(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load_suite(write(tmp_path / "wrong.gin", text)).table()
+
+
+def test_unknown_suites(tmp_path):
+    with pytest.raises(ConfigError, match=r"suites/mnist\.gin"):
+        load_suite("mnits")
+    with pytest.raises(ConfigError, match=r"bench\.quick"):
+        load_suite(write(tmp_path / "two.gin", ONE), quick=True)
