@@ -40,6 +40,8 @@ benchmarks: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/freeflow.py ring --jobs 2
 	$(VENV)/bin/python benchmarks/freeflow.py digits_choices --jobs 2
 	$(VENV)/bin/python benchmarks/freeflow.py ring_choices --jobs 2
+	$(VENV)/bin/python benchmarks/pseudo_velocity.py
+	$(RUN) flowdistill bench toy --jobs 2 --out benchmarks/results/toy
 
 clean:
 	rm -rf $(VENV) runs site build dist

@@ -26,11 +26,10 @@ def write_tables(name: str, suite: Suite, records: Sequence[Record], out: Path) 
         teachers = [record for record in ours if record["name"] == "teacher" and "rows" in record]
         stem = "_".join(filter(None, (group.lower().replace(" ", "_"), "quality")))
         if teachers:
-            sections.append((f"{group} teacher".strip().capitalize(), teacher_table(suite, teachers)))
+            sections.append((_title(group, "teacher"), teacher_table(suite, teachers)))
         for budget in suite.budgets:
             students = [r for r in ours if r["name"] != "teacher" and r["budget"] == budget]
-            title = f"{group} students".strip().capitalize()
-            title += "" if budget is None else f", {budget:,} evaluations of training"
+            title = _title(group, "students") + ("" if budget is None else f", {budget:,} evaluations of training")
             sections.append((title, student_table(suite, students)))
             if ranked := _ranked(suite, students):
                 picture = f"{stem}.png" if budget is None else f"{stem}_{budget}.png"
@@ -43,6 +42,11 @@ def write_tables(name: str, suite: Suite, records: Sequence[Record], out: Path) 
     note = _note(suite, records)
     (out / "table.md").write_text(_markdown(sections, note))
     (out / "table.html").write_text(_html(name, sections, note))
+
+
+def _title(group: str, what: str) -> str:
+    title = f"{group}: {what}" if group else what
+    return title[0].upper() + title[1:]
 
 
 def seeds_of(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -73,7 +77,7 @@ def student_table(suite: Suite, records: Sequence[Record]) -> Cells:
     head = [""]
     for row, column in kept:
         title = column.replace("_", " ")
-        head.append(f"{title}, {row.removeprefix('student, ')}" if column == first else title)
+        head.append(title if column in others else f"{title}, {row.removeprefix('student, ')}")
     head += ["steps", "student", "teacher", "others"]
     body = []
     best = {row: _best({name: values(seeds, row, first) for name, seeds in methods.items()}) for row in jumps}

@@ -115,13 +115,17 @@ def ranking(
         reach = np.array([(m - min(v), max(v) - m) for m, (_, v) in zip(means, points, strict=True)]).T
         axes.errorbar(means, places, xerr=reach, fmt="o", ms=4, lw=1, color=colours[number % 4], label=condition)
     for number, (name, level) in enumerate(levels.items()):
-        axes.axvline(level, color=shades[number % 4], lw=1, ls=("-", "--", ":", "-.")[number % 4], label=name)
+        style = ("-", "--", ":", "-.")[number % 4]
+        axes.axvline(level, color=shades[number % 4], lw=1 + number // 4, ls=style, label=name)
     axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="x", which="both", labelsize=7)
     axes.set_xlabel(metric)
-    axes.grid(alpha=0.2)
-    axes.legend(fontsize=7)
+    axes.grid(alpha=0.2, which="both")
+    figure.legend(fontsize=7, loc="outside right upper")
     figure.savefig(path, dpi=130)
 
 
