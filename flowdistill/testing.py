@@ -140,15 +140,18 @@ def check_flow_map(flow_map: FlowMap) -> None:
         f"{name}.sample of one step is not X(x, 1, 0)",
         1e-10,
     )
-    if flow_map.anchored:
+    if flow_map.anchored or flow_map.to_data:
         try:
             flow_map.sample(x, 2, condition)
         except ConfigError:
             pass
         else:
-            raise AssertionError(f"{name} is anchored and yet samples in two steps")
-    elif not getattr(flow_map, "instantaneous", False):
-        _check(bool(flow_map.sample(x, 3, condition).isfinite().all()), f"{name}.sample(steps=3) is not finite")
+            knows = "is anchored" if flow_map.anchored else "jumps to data alone"
+            raise AssertionError(f"{name} {knows} and yet samples in two steps without fresh noise")
+    if not flow_map.anchored and not getattr(flow_map, "instantaneous", False):
+        fresh = torch.stack([x, x]) if flow_map.to_data else None
+        samples = flow_map.sample(x, 3, condition, renoise=fresh)
+        _check(bool(samples.isfinite().all()), f"{name}.sample(steps=3) is not finite")
     from flowdistill.differentiation import finite_difference, jvp
 
     with torch.no_grad():

@@ -108,7 +108,7 @@ def test_flow_maps(name):
     check_flow_map(FLOW_MAP_BUILDERS[name]())
 
 
-@pytest.mark.parametrize("conditioning", ["two_time", "anchored", "instantaneous"])
+@pytest.mark.parametrize("conditioning", ["two_time", "anchored", "to_data", "instantaneous"])
 def test_conditionings(conditioning):
     check_flow_map(student_of(classes(), conditioning))
 

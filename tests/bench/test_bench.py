@@ -133,5 +133,5 @@ def test_budgets_have_a_table_each_and_a_plot(tmp_path):
 
 def test_from_python(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    with pytest.raises(ConfigError, match="no row of tiny.gin"):
+    with pytest.raises(ConfigError, match=r"no row of tiny\.gin"):
         bench("tiny.gin", only=["nothing"])
