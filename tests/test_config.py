@@ -136,9 +136,7 @@ def starts(recipe, tmp_path):
     assert result.steps == 2
 
 
-@pytest.mark.parametrize(
-    "recipe", [*QUICK, "freeflow/digits.gin", "digits/train.gin", "freeflow/mnist.gin", "mnist/edm2.gin"]
-)
+@pytest.mark.parametrize("recipe", [*QUICK, "freeflow/digits.gin", "digits/train.gin"])
 def test_recipes_start(recipe, tmp_path):
     starts(recipe, tmp_path)
 
