@@ -146,7 +146,9 @@ class GaussianFlowMap(FlowMap):
             return _average(x, t, s, plain, variances, self.basis)
         scale = self.scale if condition is None or condition.guidance is None else condition.guidance
         null = self.mean.to(x.dtype)
-        guided = null + expand_time(torch.as_tensor(scale, dtype=x.dtype, device=x.device).expand(len(x)), x) * (plain - null)
+        guided = null + expand_time(torch.as_tensor(scale, dtype=x.dtype, device=x.device).expand(len(x)), x) * (
+            plain - null
+        )
         low, high = self.interval
         ends = [t, torch.clamp(t, max=high).clamp(min=s), torch.clamp(t, max=low).clamp(min=s), s]
         moved = torch.zeros_like(x)
