@@ -1,4 +1,4 @@
-"""Run a suite: every training a process of its own, none of them twice."""
+"""Run a suite: trainings in processes of their own, none of them twice."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
@@ -45,7 +46,7 @@ def bench(
     that calls this function needs the usual ``if __name__ == "__main__":``.
 
     Args:
-        suite: ``toy``, ``digits``, ``mnist_sit``, ..., or a gin file that binds the attributes of `Suite`.
+        suite: ``toy``, ``digits``, ``mnist``, or a gin file that binds the attributes of `Suite`.
         out: where ``results.json``, ``table.md``, ``table.html`` and the plots go; None is ``runs/SUITE``.
         runs: where the trainings lie.
         bindings: ``bench.NAME = VALUE`` changes the suite, any other binding every training.
@@ -59,8 +60,10 @@ def bench(
 
     Raises:
         ConfigError: the suite cannot work.
-        RunsFailedError: some trainings failed; the tables have been written.
+        RunsFailedError: some trainings failed, and the tables have been written; or a process was killed.
     """
+    if jobs < 1:
+        raise ConfigError(f"jobs must be at least 1, not {jobs}")
     description = load_suite(suite, bindings, quick)
     name = Path(suite).stem + ("_quick" if quick else "")
     results = Path(runs) / name if out is None else Path(out)
@@ -77,7 +80,13 @@ def bench(
         futures = [pool.submit(_run, job, Path(runs), device) for job in tasks]
         for future in as_completed(futures):
             bar.advance(progress)
-            record = future.result()
+            try:
+                record = future.result()
+            except BrokenProcessPool:
+                raise RunsFailedError(
+                    "a process was killed, perhaps for its memory: run the same command again to continue, with fewer "
+                    "--jobs if it happens again"
+                ) from None
             if "error" in record or not console.is_terminal:
                 console.print(_line(record), markup=False, highlight=False, soft_wrap=True)
         records = [future.result() for future in futures]

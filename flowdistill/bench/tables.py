@@ -87,7 +87,8 @@ def student_table(suite: Suite, records: Sequence[Record]) -> Cells:
             f"**{cell}**" if column == first and best[row] == name else cell
             for cell, (row, column) in zip(cells, kept, strict=True)
         ]
-        body.append([name, *cells, *_costs(seeds)])
+        failed = sum("error" in seed for seed in seeds)
+        body.append([f"{name} ({failed} of {len(seeds)} seeds failed)" if failed else name, *cells, *_costs(seeds)])
     return [head, *body]
 
 
@@ -105,9 +106,9 @@ def _costs(seeds: Sequence[Record]) -> list[str]:
 def _best(rows: Mapping[str, list[float]]) -> str | None:
     """The row of the least mean, if it is so by more than the spreads; None otherwise."""
     measured = sorted((statistics.mean(v), _spread(v), name) for name, v in rows.items() if v)
-    if len(measured) < 2 or any(math.isnan(spread) for _, spread, _ in measured[:1]):
+    if len(measured) < 2:
         return None
-    mean, spread, name = measured[0]
+    mean, spread, name = measured[0]  # without a spread, which is nan, nothing is less
     return name if all(mean + spread < other - theirs for other, theirs, _ in measured[1:]) else None
 
 

@@ -85,7 +85,13 @@ def test_failures_are_named_and_the_others_reported(folder):
 
 
 def test_mistakes_end_with_one_message(folder):
-    for options in (["--only", "nothing"], ["--gin.bench.seeds=()"], ["--gin.bench.budget=1"], ["--quick"]):
+    for options in (
+        ["--only", "nothing"],
+        ["--gin.bench.seeds=()"],
+        ["--gin.bench.budget=1"],
+        ["--quick"],
+        ["--jobs", "0"],
+    ):
         wrong = command(folder, *options)
         assert wrong.returncode == 2
         assert wrong.stderr.startswith("flowdistill: error: ")
@@ -113,6 +119,11 @@ def test_the_best_is_bold_outside_the_spread_alone():
     assert b[1] == "2.1 ± 0.14"
     assert not any("**" in cell for row in table_of({"a": [1.0, 2.0], "b": [1.5, 2.5]}) for cell in row)
     assert not any("**" in cell for row in table_of({"a": [1.0], "b": [2.0]}) for cell in row)  # no spread is known
+
+
+def test_failed_seeds_are_counted_in_the_row():
+    records = [record("a", 1, 1.0), record("a", 2, 1.5), {"name": "a", "seed": 3, "error": "killed"}]
+    assert student_table(load_suite("toy"), records)[1][0] == "a (1 of 3 seeds failed)"
 
 
 def test_budgets_have_a_table_each_and_a_plot(tmp_path):
