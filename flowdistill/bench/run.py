@@ -130,7 +130,8 @@ def _run(job: Job, runs: Path, device: str | None) -> dict[str, Any]:
         except Exception as error:
             return record | {"error": f"{type(error).__name__}: {error}; see {workdir.with_suffix('.log')}"}
     figures = json.loads((workdir / "figures.json").read_text())
-    return record | {key: figures[key] for key in ("num_samples", "machine", "rows")} | _training(workdir)
+    kept = ("num_samples", "machine", "rows", "trajectory_errors")
+    return record | {key: figures[key] for key in kept if key in figures} | _training(workdir)
 
 
 def _process(job: Job, workdir: Path, device: str | None) -> None:

@@ -72,6 +72,7 @@ class Suite:
         seeds: of the trainings and of their evaluations.
         teacher_steps: Euler steps at which the teacher of a table is measured.
         student_steps: jumps at which students are measured.
+        deltas: durations at which the distance of students from the teacher's trajectories is measured.
         metrics: registered metrics; students are ranked by the first, of which less is better.
         quick: bindings, of the suite and of all rows, that make it a matter of minutes.
     """
@@ -83,6 +84,7 @@ class Suite:
     seeds: Sequence[int] = attrs.field(default=(1, 2, 3), validator=min_len(1))
     teacher_steps: Sequence[int] = (1, 4)
     student_steps: Sequence[int] = (1, 2, 4)
+    deltas: Sequence[float] = ()
     metrics: Sequence[str] = attrs.field(default=("fid", "precision", "recall"), validator=min_len(1))
     quick: Sequence[str] = ()
 
@@ -157,6 +159,7 @@ class Suite:
             f"evaluation.metrics = {tuple(self.metrics)}",
             f"evaluation.teacher_steps = {tuple(teacher_steps)}",
             f"evaluation.student_steps = {tuple(self.student_steps)}",
+            *([f"evaluation.deltas = {tuple(self.deltas)}"] if self.deltas else []),
         ]
 
     def _steps(self, recipe: str, bindings: Sequence[str], budget: int, costs: MutableMapping[str, float]) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from flowdistill.bench.suite import Suite
-from flowdistill.evaluation.figures import budget_curves, ranking
+from flowdistill.evaluation.figures import curves, ranking
 
 Record: TypeAlias = Mapping[str, Any]
 Cells: TypeAlias = list[list[str]]
@@ -35,9 +35,17 @@ def write_tables(name: str, suite: Suite, records: Sequence[Record], out: Path) 
                 picture = f"{stem}.png" if budget is None else f"{stem}_{budget}.png"
                 ranking(ranked, _levels(suite, teachers), suite.metrics[0], out / picture)
                 sections.append(("", picture))
+            if suite.deltas and ranked:
+                title = f"{title}: distance from the teacher's trajectories"
+                sections.append((title, error_table(suite, students)))
+                picture = picture.replace("quality", "errors")
+                labels = ("duration of the jump", "distance / length of the way")
+                curves(_by_delta(suite, students), labels, out / picture)
+                sections.append(("", picture))
         if len(suite.budgets) > 1:
             picture = f"{stem}_budgets.png"
-            budget_curves(_by_budget(suite, ours), suite.metrics[0], out / picture)
+            labels = ("evaluations of networks in training", suite.metrics[0].replace("_", " "))
+            curves(_by_budget(suite, ours), labels, out / picture, log_x=True)
             sections.append(("", picture))
     note = _note(suite, records)
     (out / "table.md").write_text(_markdown(sections, note))
@@ -90,6 +98,22 @@ def student_table(suite: Suite, records: Sequence[Record]) -> Cells:
         failed = sum("error" in seed for seed in seeds)
         body.append([f"{name} ({failed} of {len(seeds)} seeds failed)" if failed else name, *cells, *_costs(seeds)])
     return [head, *body]
+
+
+def error_table(suite: Suite, records: Sequence[Record]) -> Cells:
+    """A row for each method: its distance from the teacher's trajectories at every duration."""
+    head = ["", *(f"$\\delta$ = {delta:g}" for delta in sorted(suite.deltas))]
+    rows = _by_delta(suite, records)
+    return [head, *([name, *(_cell(found) for _, found in points)] for name, points in rows.items())]
+
+
+def _by_delta(suite: Suite, records: Sequence[Record]) -> dict[str, list[tuple[float, list[float]]]]:
+    """The distances of each method over the seeds, by the duration."""
+    found = {}
+    for name, seeds in seeds_of(records).items():
+        errors = [error for seed in seeds for error in seed.get("trajectory_errors", [])]
+        found[name] = [(d, [e["mean"] for e in errors if e["delta"] == d]) for d in sorted(suite.deltas)]
+    return found
 
 
 def _costs(seeds: Sequence[Record]) -> list[str]:
@@ -150,15 +174,15 @@ def _levels(suite: Suite, teachers: Sequence[Record]) -> dict[str, float]:
 
 def _by_budget(suite: Suite, records: Sequence[Record]) -> dict[str, list[tuple[float, list[float]]]]:
     """The first metric in one jump of each method, by the evaluations that its training spent."""
-    one, curves = _jumps(suite.student_steps[0]), {}
+    one, found = _jumps(suite.student_steps[0]), {}
     for name, seeds in seeds_of([r for r in records if "steps" in r]).items():
         points = []
         for budget in suite.budgets:
             ours = [seed for seed in seeds if seed["budget"] == budget]
-            if found := values(ours, one, suite.metrics[0]):
-                points.append((statistics.mean(sum(seed["evaluations"].values()) for seed in ours), found))
-        curves[name] = points
-    return curves
+            if figures := values(ours, one, suite.metrics[0]):
+                points.append((statistics.mean(sum(seed["evaluations"].values()) for seed in ours), figures))
+        found[name] = points
+    return found
 
 
 def _note(suite: Suite, records: Sequence[Record]) -> list[str]:

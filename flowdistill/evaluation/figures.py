@@ -129,29 +129,37 @@ def ranking(
     figure.savefig(path, dpi=130)
 
 
-def budget_curves(curves: Mapping[str, Sequence[tuple[float, Sequence[float]]]], metric: str, path: Path) -> None:
-    """Write values over seeds against what was spent for them, a line for each name, which is written at its end."""
-    figure = _figure(8.0, 5.5)
+def curves(
+    lines: Mapping[str, Sequence[tuple[float, Sequence[float]]]],
+    labels: tuple[str, str],
+    path: Path,
+    log_x: bool = False,
+) -> None:
+    """Write values over seeds against a number, a line for each name, which is written at its end.
+
+    Args:
+        lines: numbers and the values there, by name.
+        labels: of the axes; the second is logarithmic.
+        path: of the picture.
+        log_x: makes the first logarithmic as well.
+    """
+    figure = _figure(8.0, 5.0)
     axes = figure.subplots()
-    for number, (name, points) in enumerate(curves.items()):
-        if not points:
+    for number, (name, points) in enumerate(lines.items()):
+        known = [(x, values) for x, values in points if values]
+        if not known:
             continue
-        spent = [x for x, _ in points]
-        means = np.array([np.mean(values) for _, values in points])
-        reach = np.array([(m - min(v), max(v) - m) for m, (_, v) in zip(means, points, strict=True)]).T
-        line = axes.errorbar(spent, means, yerr=reach, fmt="o-", ms=3, lw=1, color=f"C{number % 10}")
-        axes.annotate(
-            name,
-            (spent[-1], means[-1]),
-            xytext=(4, 0),
-            textcoords="offset points",
-            fontsize=6,
-            va="center",
-            color=line[0].get_color(),
-        )
-    axes.set_xscale("log")
+        means = np.array([np.mean(values) for _, values in known])
+        reach = np.array([(m - min(v), max(v) - m) for m, (_, v) in zip(means, known, strict=True)]).T
+        colour = f"C{number % 10}"
+        axes.errorbar([x for x, _ in known], means, yerr=reach, fmt="o-", ms=3, lw=1, color=colour)
+        end = (known[-1][0], means[-1])
+        axes.annotate(name, end, xytext=(4, 0), textcoords="offset points", fontsize=7, va="center", color=colour)
+    if log_x:
+        axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("evaluations of networks in training")
-    axes.set_ylabel(metric)
-    axes.grid(alpha=0.2)
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    axes.margins(x=0.15)
+    axes.grid(alpha=0.2, which="both")
     figure.savefig(path, dpi=130)

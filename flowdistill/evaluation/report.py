@@ -21,6 +21,7 @@ from flowdistill.evaluation.figures import image_grid, loss_curves, scatter_side
 from flowdistill.evaluation.measure import measure
 from flowdistill.evaluation.references import reference_set
 from flowdistill.evaluation.samples import sample_set
+from flowdistill.evaluation.trajectories import ErrorAt, trajectory_error
 from flowdistill.flow_maps import FlowMapTeacher
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import Condition, FlowMap, Teacher
@@ -49,6 +50,8 @@ class Evaluation:
         num_samples: samples of each model.
         teacher_steps: Euler steps at which the teacher is measured beside the student; the last is its best.
         student_steps: jumps at which the student is measured; one that knows a single jump is measured at that alone.
+        deltas: durations at which the student's distance from the teacher's trajectories is measured, see
+            `flowdistill.evaluation.trajectory_error`; for a map to data only (1.0,).
         guidance: guidance scale of teacher and student; None is their own.
         precision: "bf16" draws the samples under autocast, several times faster.
         seed: of the noise.
@@ -60,6 +63,7 @@ class Evaluation:
     num_samples: int = attrs.field(default=2000, validator=ge(1))
     teacher_steps: Sequence[int] = (1, 4, 64)
     student_steps: Sequence[int] = attrs.field(default=(1,), validator=min_len(1))
+    deltas: Sequence[float] = ()
     guidance: float | None = None
     precision: Literal["float32", "bf16"] = attrs.field(default="float32", validator=in_(("float32", "bf16")))
     seed: int = 0
@@ -197,7 +201,15 @@ def write_report(
             "under classifier-free guidance. The noise floor is a second set of samples of the teacher.",
             "",
         ]
-        write_figures(workdir, rows, evaluation)
+        errors: list[ErrorAt] = []
+        if distilled is not None and evaluation.deltas:
+            errors = trajectory_error(distilled, teacher, evaluation.deltas, guidance=guidance, seed=seed)
+            lines += [
+                "Distance from the teacher's trajectories, relative to their length, by the duration of a jump:",
+                "",
+            ]
+            lines += [*table({"student": {f"{error.delta:g}": error.mean for error in errors}}), ""]
+        write_figures(workdir, rows, evaluation, errors)
     lines += ["![curves](plots/curves.png)", ""]
     if records:
         last = records[-1]
@@ -210,9 +222,12 @@ def write_report(
     return figures
 
 
-def write_figures(workdir: Path, rows: dict[str, dict[str, float]], evaluation: Evaluation) -> None:
+def write_figures(
+    workdir: Path, rows: dict[str, dict[str, float]], evaluation: Evaluation, errors: Sequence[ErrorAt] = ()
+) -> None:
     """Write ``figures.json``, all at once."""
     record = {"num_samples": evaluation.num_samples, "seed": evaluation.seed, "machine": machine(), "rows": rows}
+    record |= {"trajectory_errors": [attrs.asdict(error) for error in errors]} if errors else {}
     partial = workdir / "figures.partial"
     partial.write_text(json.dumps(record, indent=1) + "\n")
     partial.replace(workdir / "figures.json")

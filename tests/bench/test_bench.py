@@ -142,6 +142,24 @@ def test_budgets_have_a_table_each_and_a_plot(tmp_path):
     }
 
 
+def test_distances_from_trajectories(tmp_path):
+    (tmp_path / "tiny.gin").write_text(
+        SUITE.replace("(1, 2)\nbench.metrics", "(1,)\nbench.deltas = (0.5, 1.0)\nbench.metrics").replace(
+            ", 'two jumps': ('consistency/ect_plane.gin',)", ""
+        )
+    )
+    done = command(tmp_path)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "runs" / "bench" / "tiny"
+    (student,) = [r for r in json.loads((out / "results.json").read_text())["records"] if r["name"] != "teacher"]
+    assert [error["delta"] for error in student["trajectory_errors"]] == [0.5, 1.0]
+    assert all(error["mean"] > 0 for error in student["trajectory_errors"])
+    assert "| | $\\delta$ = 0.5 | $\\delta$ = 1 |" in (out / "table.md").read_text().replace("|  |", "| |")
+    assert (out / "errors.png").is_file()
+    report = (tmp_path / "runs" / "bench" / student["run"] / "report.md").read_text()
+    assert "Distance from the teacher's trajectories" in report
+
+
 def test_from_python(folder, monkeypatch):
     monkeypatch.chdir(folder)
     with pytest.raises(ConfigError, match=r"no row of tiny\.gin"):
