@@ -52,7 +52,7 @@ class Job:
     @property
     def key(self) -> str:
         """The name of the run directory: what is trained, and nothing else, decides it."""
-        return "teacher_" * self.teacher + _hash(self.gin)
+        return "teacher_" * self.teacher + _hash(config.expanded(self.row.recipe) + self.gin)
 
 
 @gin.register("bench")

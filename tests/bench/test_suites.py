@@ -53,6 +53,16 @@ def test_runs_are_told_apart_by_what_they_train(tmp_path):
     assert [job.key for job in same.jobs(same.table(), {})] == [job.key for job in jobs]
 
 
+def test_a_changed_recipe_is_another_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    keys = []
+    for rate in (1e-3, 2e-3):
+        write(tmp_path / "mine.gin", f"include 'freeflow/plane.gin'\nAdamW.lr = {rate}\n")
+        suite = load_suite(write(tmp_path / "one.gin", "bench.rows = {'A': ('mine.gin',)}\nbench.seeds = (1,)"))
+        keys.append([job.key for job in (*suite.jobs(suite.table(), {}), *suite.teachers(suite.table()))])
+    assert not set(keys[0]) & set(keys[1])
+
+
 def test_a_budget_sets_the_steps_and_what_is_counted_in_them(tmp_path):
     path = write(
         tmp_path / "budget.gin",
