@@ -59,21 +59,18 @@ def jvp(
         torch.full_like(t, dt),
         torch.full_like(s, ds),
     )
-    plain = None
-    if graph:
-        for module in student.modules():
-            replace = getattr(module, "replace_weight", None)
-            if replace is not None:
-                replace()
-    else:
+    if not graph:
         plain = evaluate(student, x, t, s, condition)
-    if plain is not None:
         # Dual numbers as they are: torch.func wraps every operation once more, half of the time of a small network.
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), dual_level():
             dual_x, dual_t, dual_s = (make_dual(*pair) for pair in zip((x, t, s), tangents, strict=True))  # type: ignore[no-untyped-call]
             dual = student.average_velocity(dual_x, dual_t, dual_s, condition)
-            slope: Tensor | None = unpack_dual(dual).tangent  # type: ignore[no-untyped-call]
-        return plain, torch.zeros_like(plain) if slope is None else slope
+            tangent: Tensor | None = unpack_dual(dual).tangent  # type: ignore[no-untyped-call]
+        return plain, torch.zeros_like(plain) if tangent is None else tangent
+    for module in student.modules():
+        replace = getattr(module, "replace_weight", None)
+        if replace is not None:
+            replace()
     with sdpa_kernel(SDPBackend.MATH), _PlainLayerNorm():
         average, slope = torch.func.jvp(  # type: ignore[misc]
             lambda x, t, s: student.average_velocity(x, t, s, condition), (x, t, s), tangents
