@@ -1,75 +1,24 @@
-"""Model folders: written, read, damaged, converted, distilled, and fetched from a hub."""
+"""Model folders: written, read, damaged, converted, and distilled."""
 
-import functools
-import hashlib
-import http.server
 import json
 import math
 import os
 import shutil
-import subprocess
-import sys
-import threading
 
 import pytest
 import safetensors.torch
 import torch
 from runs import command, write
+from tiny_teachers import NETWORKS, SIT, checkpoint, python, teacher_of, velocity
 
 import flowdistill
 from flowdistill import CheckpointError, CheckpointWriteError, Condition, ConfigError, load_teacher
-from flowdistill.decoders import Pixels, StableDiffusionVae
+from flowdistill.decoders import StableDiffusionVae
 from flowdistill.flow_maps import NetworkTeacher, from_teacher
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import Decoder
-from flowdistill.networks import EDM2, MLP, SiT
-from flowdistill.pretrained import is_model, load_model, locate, save_model
-
-SIT = {
-    "input_size": 4,
-    "patch_size": 2,
-    "in_channels": 2,
-    "hidden_size": 8,
-    "depth": 2,
-    "num_heads": 2,
-    "num_classes": 3,
-}
-UNET = {
-    "img_resolution": 4,
-    "img_channels": 2,
-    "label_dim": 3,
-    "model_channels": 4,
-    "channel_mult": [1, 2],
-    "num_blocks": 1,
-}
-VAE = StableDiffusionVae(scale=(0.2, 0.4), bias=(0.1, -0.3), pixel_range=(0.0, 1.0), rounding="down")
-NETWORKS = {
-    "sit": (functools.partial(SiT, **SIT), Pixels(scale=0.5, crop=2)),
-    "repa": (functools.partial(SiT, **SIT, learn_sigma=False, qk_norm=True, noise_time=1), VAE),
-    "edm2": (functools.partial(EDM2, **UNET, attn_resolutions=(2,), channels_per_head=4), VAE),
-    "unconditional": (functools.partial(EDM2, **{**UNET, "label_dim": 0}), None),
-    "mlp": (functools.partial(MLP, dim=2, hidden_size=8, depth=1, num_classes=3), None),
-}
-
-
-def teacher_of(kind="sit", seed=0):
-    """A teacher whose velocity depends on everything."""
-    build, decoder = NETWORKS[kind]
-    torch.manual_seed(seed)
-    network = build()
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if name != "pos_embed":
-                parameter.copy_(0.5 * torch.randn_like(parameter))
-    return NetworkTeacher(network, decoder)
-
-
-def velocity(teacher):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, *teacher.sample_shape, generator=generator)
-    labels = None if teacher.num_classes is None else torch.tensor([0, 1, 2, -1])
-    return teacher.velocity(x, torch.tensor([0.1, 0.5, 0.9, 1.0]), Condition(labels))
-
+from flowdistill.networks import SiT
+from flowdistill.pretrained import is_model, load_model, save_model
 
 # Written and read.
 
@@ -335,13 +284,6 @@ train.sample_every = 0
 """
 
 
-def checkpoint(path):
-    """A training checkpoint of a SiT, as its authors write it."""
-    teacher = teacher_of()
-    torch.save({"ema": teacher.network.state_dict()}, path)
-    return teacher
-
-
 def test_a_checkpoint_of_others_is_converted(tmp_path):
     teacher = checkpoint(tmp_path / "sit.pt")
     folder = flowdistill.convert(tmp_path / "sit.pt", tmp_path / "model", num_heads=2)
@@ -376,17 +318,6 @@ def test_an_anchored_student_is_not_converted(tmp_path):
         with pytest.raises(ConfigError, match=message):
             flowdistill.convert(tmp_path / conditioning, tmp_path / "converted")
     assert not (tmp_path / "converted").exists()
-
-
-def python(code, cwd, **env):
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **{name: str(v) for name, v in env.items()}},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def test_the_command_line_converts_and_a_fresh_process_loads(tmp_path):
@@ -479,130 +410,3 @@ def test_mistakes_in_a_gin_file_are_located(tmp_path):
     assert "did you mean sit-xl/2-256" in message("load_teacher.name_or_path = 'sit-xl/2-265'")
     missing = message("load_teacher.name_or_path = 'sit-xl/2-256'", "load_teacher.checkpoint = 'x.pt'")
     assert "there is no file x.pt" in missing
-
-
-# Fetched from a hub.
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Answers as the HuggingFace hub does to a request for a file, and hangs up on one repository."""
-
-    def do_HEAD(self):
-        self._answer(with_body=False)
-
-    def do_GET(self):
-        self._answer(with_body=True)
-
-    def _answer(self, with_body):
-        self.server.requests.append((self.command, self.path))
-        parts = self.path.strip("/").split("/")
-        repository, file = "/".join(parts[:2]), "/".join(parts[4:])
-        if repository == "someone/torn":
-            return self.connection.close()
-        files = self.server.repositories.get(repository) if parts[2:4] == ["resolve", "main"] or with_body else None
-        content = None if files is None else files.get(file)
-        self.send_response(200 if content is not None else 404)
-        self.send_header("X-Repo-Commit", "0123456789abcdef0123456789abcdef01234567")
-        if content is None:
-            content = b""
-            self.send_header("X-Error-Code", "RepoNotFound" if files is None else "EntryNotFound")
-        else:
-            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        return self.wfile.write(content) if with_body else None
-
-    def log_message(self, *_args):
-        pass
-
-
-@pytest.fixture
-def hub(tmp_path):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.requests, server.repositories = [], {}
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-FETCH = """
-import json, sys, time, torch, flowdistill
-results = {}
-def attempt(name, *args, **kwargs):
-    start = time.monotonic()
-    try:
-        teacher = flowdistill.load_teacher(*args, **kwargs)
-        x = torch.randn(4, *teacher.sample_shape, generator=torch.Generator().manual_seed(0))
-        t, labels = torch.tensor([0.1, 0.5, 0.9, 1.0]), torch.tensor([0, 1, 2, -1])
-        torch.save(teacher.velocity(x, t, flowdistill.Condition(labels)), name + ".velocity")
-        results[name] = ["loaded", type(teacher).__name__]
-    except flowdistill.FlowDistillError as error:
-        results[name] = [type(error).__name__, str(error)]
-    results[name].append(time.monotonic() - start)
-attempt("model", "hf://someone/tiny")
-attempt("file", "sit_teacher", checkpoint="hf://someone/tiny/deep/tiny.pt", num_heads=2)
-attempt("by_suffix", "hf://someone/tiny/deep/tiny.pt", num_heads=2)
-attempt("no_repository", "hf://someone/nothing")
-attempt("no_file", "sit_teacher", checkpoint="hf://someone/tiny/huge.pt")
-attempt("no_model", "hf://someone/empty")
-attempt("torn", "hf://someone/torn")
-attempt("name", "hf://not a name")
-json.dump(results, open("results.json", "w"))
-"""
-
-
-def test_a_hub_gives_model_folders_and_files(tmp_path, hub):
-    teacher, other = teacher_of(seed=1), checkpoint(tmp_path / "tiny.pt")
-    save_model(teacher, tmp_path / "model")
-    files = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
-    hub.repositories["someone/tiny"] = files | {"deep/tiny.pt": (tmp_path / "tiny.pt").read_bytes()}
-    hub.repositories["someone/empty"] = {"config.json": b"{}"}
-    cache = tmp_path / "cache"
-    endpoint = f"http://127.0.0.1:{hub.server_port}"
-    done = python(FETCH, tmp_path, HF_ENDPOINT=endpoint, HF_HOME=cache, NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
-    assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["model"][:2] == ["loaded", "NetworkTeacher"]
-    assert torch.equal(torch.load(tmp_path / "model.velocity"), velocity(teacher))
-    for name in ("file", "by_suffix"):
-        assert results[name][:2] == ["loaded", "SiTTeacher"]
-        assert torch.equal(torch.load(tmp_path / f"{name}.velocity"), velocity(other))
-    gets = [path for method, path in hub.requests if method == "GET" and path.startswith("/someone/tiny")]
-    assert len(gets) == 3  # the file was fetched once
-    for name, place in (
-        ("no_repository", "hf://someone/nothing"),
-        ("no_file", "hf://someone/tiny/huge.pt"),
-        ("no_model", "hf://someone/empty"),
-        ("torn", "hf://someone/torn"),
-    ):
-        kind, message, seconds = results[name]
-        assert kind == "CheckpointError", message
-        assert message.startswith(f"there is no file {place}, and the hub does not give it: ")
-        assert len(message.splitlines()) == 1
-        assert seconds < 20
-    assert "Repository Not Found" in results["no_repository"][1]
-    assert "Entry Not Found" in results["no_file"][1]
-    assert results["name"][:2] == ["CheckpointError", "there is no file hf://not a name"]
-
-
-def test_without_huggingface_hub_the_message_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # what an import of it sees where it is missing
-    for place in ("hf://someone/tiny", "hf://someone/tiny/tiny.pt"):
-        with pytest.raises(ConfigError, match=r"needs huggingface_hub: pip install 'flowdistill\[hub\]'"):
-            locate(place)
-    with pytest.raises(ConfigError, match="huggingface_hub"):
-        load_teacher("hf://someone/tiny")
-
-
-def test_a_path_is_taken_before_a_repository_of_its_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    save_model(teacher_of(), tmp_path / "owner" / "model")
-    assert locate("owner/model").resolve() == tmp_path / "owner" / "model"
-    assert load_teacher("owner/model").num_classes == 3
-    for missing in ("nothing.pt", "owner/nothing.pt", "owner/model/more.pt", "/nothing"):
-        with pytest.raises(CheckpointError, match=f"^there is no file {missing}$"):
-            locate(missing)

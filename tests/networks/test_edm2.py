@@ -307,3 +307,10 @@ def test_what_it_was_built_with():
     assert torch.equal(network.velocity(x, t), again.eval().velocity(x, t))
     assert network.arguments["num_blocks"] == 1
     assert network.arguments["sigma_data"] == 0.5
+
+
+def test_sums_of_mixed_precisions():
+    """Under autocast on a GPU one branch is in half precision and the other, after a normalisation, is not."""
+    a, b = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    mixed = mp_sum(a, b.bfloat16(), 0.3)
+    torch.testing.assert_close(mixed, mp_sum(a, b, 0.3), rtol=0, atol=0.02)
