@@ -14,13 +14,13 @@ Whatever wraps a student (data parallelism, compilation, a fused kernel) is to b
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -59,23 +59,20 @@ def jvp(
         torch.full_like(t, dt),
         torch.full_like(s, ds),
     )
-    if not graph:
+    plain = None
+    if graph:
+        for module in student.modules():
+            replace = getattr(module, "replace_weight", None)
+            if replace is not None:
+                replace()
+    else:
         plain = evaluate(student, x, t, s, condition)
-        # Dual numbers as they are: torch.func wraps every operation once more, half of the time of a small network.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), dual_level():
-            dual_x, dual_t, dual_s = (make_dual(*pair) for pair in zip((x, t, s), tangents, strict=True))  # type: ignore[no-untyped-call]
-            dual = student.average_velocity(dual_x, dual_t, dual_s, condition)
-            tangent: Tensor | None = unpack_dual(dual).tangent  # type: ignore[no-untyped-call]
-        return plain, torch.zeros_like(plain) if tangent is None else tangent
-    for module in student.modules():
-        replace = getattr(module, "replace_weight", None)
-        if replace is not None:
-            replace()
-    with sdpa_kernel(SDPBackend.MATH), _PlainLayerNorm():
+    plain_norms = _PlainLayerNorm() if graph else contextlib.nullcontext()
+    with torch.set_grad_enabled(graph), sdpa_kernel(SDPBackend.MATH), plain_norms:
         average, slope = torch.func.jvp(  # type: ignore[misc]
             lambda x, t, s: student.average_velocity(x, t, s, condition), (x, t, s), tangents
         )
-    return average, slope
+    return (average if plain is None else plain), slope
 
 
 class _PlainLayerNorm(TorchFunctionMode):

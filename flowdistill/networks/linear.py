@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.forward_ad import make_dual, unpack_dual
 
 
 class _JvpLinear(torch.autograd.Function):
@@ -53,27 +52,15 @@ class _JvpLinear(torch.autograd.Function):
         )
 
 
-def _dual(x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Value and tangent, of a tensor that has one."""
-    value, tangent = unpack_dual(x)  # type: ignore[no-untyped-call]
-    return None if tangent is None else (value, tangent)
-
-
 class Linear(nn.Linear):
     """`torch.nn.Linear`, with the same numbers and a cheaper forward-mode derivative.
 
-    Only in forward-mode differentiation does it differ: ordinary forward and backward passes are PyTorch's own.
+    Only within `torch.func.jvp` does it differ: ordinary forward and backward passes are PyTorch's own.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """X W^T + b."""
-        if torch.is_autocast_enabled(x.device.type):
-            return super().forward(x)
-        if torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active() and not torch.is_autocast_enabled(x.device.type):
             result: Tensor = _JvpLinear.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
-        elif torch.is_grad_enabled() or not (dual := _dual(x)) or _dual(self.weight):
-            result = super().forward(x)
-        else:
-            primal, tangent = dual
-            result = make_dual(super().forward(primal), F.linear(tangent, self.weight))  # type: ignore[no-untyped-call]
-        return result
+            return result
+        return super().forward(x)
