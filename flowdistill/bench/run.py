@@ -42,8 +42,10 @@ def bench(
 
     Trainings run in ``jobs`` processes of cores / ``jobs`` threads, each in a directory under ``runs`` with a name made
     of its configuration: interrupted ones continue from their last checkpoint, and finished ones are not repeated, in
-    whichever suite they were. A training that fails is named in the tables, and tried again by the next call. A script
-    that calls this function needs the usual ``if __name__ == "__main__":``.
+    whichever suite they were, also where only their evaluation differs. What ``results.json`` in ``out`` holds already
+    of the suite is kept as it is, so that a suite may be run in parts, and on several machines. A training that fails
+    is named in the tables, and tried again by the next call. A script that calls this function needs the usual
+    ``if __name__ == "__main__":``.
 
     Args:
         suite: ``toy``, ``digits``, ``mnist``, or a gin file that binds the attributes of `Suite`.
@@ -67,29 +69,42 @@ def bench(
     description = load_suite(suite, bindings, quick)
     name = Path(suite).stem + ("_quick" if quick else "")
     results = Path(runs) / name if out is None else Path(out)
-    table = [row for row in description.table() if not only or any(part in row.name for part in only)]
-    if not table:
+    rows = description.table()
+    chosen = [row for row in rows if not only or any(part in row.name for part in only)]
+    if not chosen:
         raise ConfigError(f"no row of {suite} has any of {', '.join(only)} in its name")
-    tasks = [*description.teachers(table), *_jobs(description, table, Path(runs) / "costs.json")]
+    known = _known(results / "results.json")
+    before = {(record["group"], record["name"]) for record in known.values()}
+    shown = [row for row in rows if row in chosen or (row.group, row.name) in before]
+    groups = {row.group for row in shown}
+    wanted = [job for job in description.teachers(rows) if job.row.group in groups]
+    wanted += _jobs(description, shown, Path(runs) / "costs.json")
+    # A process does all measurements of one training, one after another.
+    tasks: dict[str, list[Job]] = {}
+    for job in wanted:
+        if job.figures not in known and (job.teacher or job.row in chosen):
+            tasks.setdefault(job.run, []).append(job)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     console = Console(file=sys.stderr)
     # Processes that start afresh, since a GPU's context does not survive a fork; one does many trainings in turn.
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,))
     with Progress(console=console, disable=not console.is_terminal) as bar, pool:
         progress = bar.add_task(name, total=len(tasks))
-        futures = [pool.submit(_run, job, Path(runs), device) for job in tasks]
+        futures = [pool.submit(_run, jobs, Path(runs), device) for jobs in tasks.values()]
         for future in as_completed(futures):
             bar.advance(progress)
             try:
-                record = future.result()
+                found = future.result()
             except BrokenProcessPool:
                 raise RunsFailedError(
                     "a process was killed, perhaps for its memory: run the same command again to continue, with fewer "
                     "--jobs if it happens again"
                 ) from None
-            if "error" in record or not console.is_terminal:
-                console.print(_line(record), markup=False, highlight=False, soft_wrap=True)
-        records = [future.result() for future in futures]
+            for record in found:
+                known[record["figures"]] = record
+                if "error" in record or not console.is_terminal:
+                    console.print(_line(record), markup=False, highlight=False, soft_wrap=True)
+    records = [known[job.figures] for job in wanted if job.figures in known]
     results.mkdir(parents=True, exist_ok=True)
     write_tables(name, description, records, results)
     if failed := sum("error" in record for record in records):
@@ -110,32 +125,45 @@ def _jobs(suite: Suite, rows: Sequence[Row], costs: Path) -> list[Job]:
     return jobs
 
 
-def _run(job: Job, runs: Path, device: str | None) -> dict[str, Any]:
-    """One job, in a process of the pool, unless it has been done; what `write_tables` needs of it."""
-    workdir = runs / job.key
+def _known(results: Path) -> dict[str, dict[str, Any]]:
+    """What has been measured, by the name of the figures; nothing of what failed."""
+    if not results.is_file():
+        return {}
+    records = json.loads(results.read_text())["records"]
+    return {record["figures"]: record for record in records if "error" not in record}
+
+
+def _run(jobs: Sequence[Job], runs: Path, device: str | None) -> list[dict[str, Any]]:
+    """A training and its measurements, in a process of the pool, unless they are done; what `write_tables` needs."""
+    return [_record(job, runs / job.run, device) for job in jobs]
+
+
+def _record(job: Job, workdir: Path, device: str | None) -> dict[str, Any]:
     record: dict[str, Any] = {
         "group": job.row.group,
         "name": job.row.name,
         "recipe": job.row.recipe,
         "budget": job.budget,
+        "value": job.value,
         "seed": job.seed,
-        "run": workdir.name,
+        "run": job.run,
+        "figures": job.figures,
         "configuration": job.gin,
     }
-    if not (workdir / "figures.json").is_file():
+    if not (workdir / job.figures).is_file():
         try:
             _process(job, workdir, device)
         except FlowDistillError as error:
             return record | {"error": str(error).splitlines()[0]}
         except Exception as error:
             return record | {"error": f"{type(error).__name__}: {error}; see {workdir.with_suffix('.log')}"}
-    figures = json.loads((workdir / "figures.json").read_text())
+    figures = json.loads((workdir / job.figures).read_text())
     kept = ("num_samples", "machine", "rows", "trajectory_errors")
     return record | {key: figures[key] for key in kept if key in figures} | _training(workdir)
 
 
 def _process(job: Job, workdir: Path, device: str | None) -> None:
-    """Train, or measure a teacher; what is printed goes into a log beside the run directory."""
+    """Train, or only measure again, or measure a teacher; what is printed goes into a log beside the run directory."""
     workdir.parent.mkdir(parents=True, exist_ok=True)
     gin_file = workdir.with_suffix(".gin").absolute()
     gin_file.write_text(job.gin)
@@ -148,6 +176,7 @@ def _process(job: Job, workdir: Path, device: str | None) -> None:
         except Exception:
             traceback.print_exc()
             raise
+    (workdir / "figures.json").replace(workdir / job.figures)
 
 
 def _measure_teacher(gin_file: Path, workdir: Path, device: str | None) -> None:

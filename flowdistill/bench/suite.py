@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import itertools
 import re
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
@@ -38,21 +39,41 @@ class Row:
 
 @attrs.frozen(kw_only=True)
 class Job:
-    """A training of a row, by its budget (None is the recipe's own steps) and its seed.
+    """A training of a row and its measurement, by its budget (None is the recipe's own steps) and its seed.
 
     Or, where ``teacher`` is True, the measurement of its teacher.
+
+    Attributes:
+        row: the row.
+        budget: see `Suite`.
+        seed: of both.
+        gin: the whole configuration.
+        value: of the suite's sweep; None where the row does not have its parameter.
+        teacher: nothing is trained.
     """
 
     row: Row
     budget: int | None
     seed: int
     gin: str
+    value: float | None = None
     teacher: bool = False
 
     @property
-    def key(self) -> str:
+    def run(self) -> str:
         """The name of the run directory: what is trained, and nothing else, decides it."""
-        return "teacher_" * self.teacher + _hash(config.expanded(self.row.recipe) + self.gin)
+        if self.teacher:
+            return f"teacher_{_hash(*self._lines())}"
+        return _hash(*(line for line in self._lines() if not line.startswith("evaluation.")))
+
+    @property
+    def figures(self) -> str:
+        """The name of its figures in the run directory, decided by the whole configuration."""
+        return f"figures_{_hash(*self._lines())}.json"
+
+    def _lines(self) -> list[str]:
+        lines = (config.expanded(self.row.recipe) + self.gin).splitlines()
+        return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
 @gin.register("bench")
@@ -69,6 +90,9 @@ class Suite:
             recipe's own number of steps. Steps are what a budget pays for, see `evaluations_per_state`.
         in_steps: parameters that are numbers of steps and keep their proportion to the recipe's when a budget changes
             them, such as ``freeflow.correction_start``.
+        sweep: a parameter and the numbers that it takes in turn, such as ``('random_affine.strength', (0.0, 0.5))``, in
+            the rows that have the part that it sets; the others are trained once. Teachers are measured at each where
+            it is a parameter of ``evaluation``.
         seeds: of the trainings and of their evaluations.
         teacher_steps: Euler steps at which the teacher of a table is measured.
         student_steps: jumps at which students are measured.
@@ -81,6 +105,7 @@ class Suite:
     bindings: Sequence[str] = ()
     budgets: Sequence[int | None] = attrs.field(default=(None,), validator=min_len(1))
     in_steps: Sequence[str] = ()
+    sweep: tuple[str, Sequence[float]] | None = None
     seeds: Sequence[int] = attrs.field(default=(1, 2, 3), validator=min_len(1))
     teacher_steps: Sequence[int] = (1, 4)
     student_steps: Sequence[int] = (1, 2, 4)
@@ -105,54 +130,56 @@ class Suite:
         return found
 
     def jobs(self, rows: Sequence[Row], costs: MutableMapping[str, float]) -> list[Job]:
-        """The trainings of rows: every budget and every seed.
+        """The trainings of rows: every budget, every value of the sweep and every seed.
 
         Args:
             rows: of `table`.
             costs: evaluations per state of configurations, which take a while to count; new ones are added.
         """
-        return [
-            job
-            for row in rows
-            for budget in self.budgets
-            for job in self._of_row(row, budget, self._bindings(row), costs)
-        ]
-
-    def _of_row(
-        self, row: Row, budget: int | None, bindings: list[str], costs: MutableMapping[str, float]
-    ) -> list[Job]:
-        bindings = [*bindings, *self._measured(self.teacher_steps[-1:])]
-        if budget is not None:
-            bindings += self._steps(row.recipe, bindings, budget, costs)
-        seeded = [[*bindings, f"train.seed = {seed}", f"evaluation.seed = {seed}"] for seed in self.seeds]
-        return [
-            Job(row=row, budget=budget, seed=seed, gin="\n".join([f"include '{row.recipe}'", *lines]) + "\n")
-            for seed, lines in zip(self.seeds, seeded, strict=True)
-        ]
+        measured = self._measured(self.teacher_steps[-1:])
+        found = []
+        for row, budget in itertools.product(rows, self.budgets):
+            for value, bindings in self._swept(row):
+                if budget is not None:
+                    bindings = [*bindings, *self._steps(row.recipe, bindings, budget, costs)]
+                for seed in self.seeds:
+                    seeded = [f"train.seed = {seed}", f"evaluation.seed = {seed}"]
+                    text = _text(row.recipe, *bindings, *measured, *seeded)
+                    found.append(Job(row=row, budget=budget, seed=seed, gin=text, value=value))
+        return found
 
     def teachers(self, rows: Sequence[Row]) -> list[Job]:
         """The measurements of the teacher of each table, with the settings of the table's first row."""
-        first = {row.group: row for row in reversed(rows)}
-        return [
-            Job(
-                row=attrs.evolve(row, name="teacher"), budget=None, seed=seed, gin="\n".join(lines) + "\n", teacher=True
-            )
-            for row in reversed(first.values())
-            for seed in self.seeds
-            for lines in [
-                [
-                    f"include '{row.recipe}'",
-                    *self._bindings(row),
-                    *self._measured(self.teacher_steps),
-                    f"evaluation.seed = {seed}",
-                ]
-            ]
-        ]
+        measured = self._measured(self.teacher_steps)
+        found = []
+        for first in {row.group: row for row in reversed(rows)}.values():
+            row = attrs.evolve(first, name="teacher")
+            swept = self.sweep is not None and self.sweep[0].startswith("evaluation.")
+            for value, bindings in self._swept(first) if swept else [(None, self._bindings(first))]:
+                for seed in self.seeds:
+                    text = _text(row.recipe, *bindings, *measured, f"evaluation.seed = {seed}")
+                    found.append(Job(row=row, budget=None, seed=seed, gin=text, value=value, teacher=True))
+        return found
+
+    def _swept(self, row: Row) -> list[tuple[float | None, list[str]]]:
+        """The values of the sweep in a row, and the row's bindings at each."""
+        bindings = self._bindings(row)
+        if self.sweep is None:
+            return [(None, bindings)]
+        parameter, values = self.sweep
+        if _part(parameter) not in _parts(config.expanded(row.recipe), *bindings):
+            return [(None, bindings)]
+        return [(value, [*bindings, f"{parameter} = {value}"]) for value in values]
 
     def _bindings(self, row: Row) -> list[str]:
         """Those for all rows, without what sets a part that the recipe does not have, and then the row's own."""
-        parts = {"train", *re.findall(r"@(?:\w+/)*(\w+)", config.expanded(row.recipe) + "\n".join(row.bindings))}
-        return [*(b for b in self.bindings if re.split(r"[/.]", b.partition("=")[0])[-2] in parts), *row.bindings]
+        parts = _parts("@train", config.expanded(row.recipe), *row.bindings)
+        kept = []
+        for binding in self.bindings:
+            if _part(binding) in parts:
+                kept.append(binding)
+                parts |= _parts(binding)
+        return [*kept, *row.bindings]
 
     def _measured(self, teacher_steps: Sequence[int]) -> list[str]:
         return [
@@ -164,7 +191,8 @@ class Suite:
 
     def _steps(self, recipe: str, bindings: Sequence[str], budget: int, costs: MutableMapping[str, float]) -> list[str]:
         """Bindings that make a training spend a budget."""
-        key = _hash("\n".join([config.expanded(recipe), *bindings]))
+        bindings = [binding for binding in bindings if not binding.startswith("evaluation.")]
+        key = _hash(config.expanded(recipe), *bindings)
         if key not in costs:
             costs[key] = evaluations_per_state(recipe, bindings)
         with config.parsed([recipe], bindings):
@@ -176,8 +204,23 @@ class Suite:
         return [f"train.steps = {steps}", *(f"{name} = {value!r}" for name, value in scaled.items())]
 
 
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _text(recipe: str, *bindings: str) -> str:
+    """The text of a gin file."""
+    return "\n".join([f"include '{recipe}'", *bindings]) + "\n"
+
+
+def _hash(*lines: str) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _part(binding: str) -> str:
+    """The part that a binding, or a parameter, belongs to: ``schedule`` of ``train/schedule.warmup = 20``."""
+    return re.split(r"[/.]", binding.partition("=")[0])[-2]
+
+
+def _parts(*texts: str) -> set[str]:
+    """The parts that are referred to."""
+    return {name for text in texts for name in re.findall(r"@(?:\w+/)*(\w+)", text)}
 
 
 def _scaled(value: Any, factor: float) -> Any:

@@ -15,41 +15,101 @@ from flowdistill.evaluation.figures import curves, ranking
 
 Record: TypeAlias = Mapping[str, Any]
 Cells: TypeAlias = list[list[str]]
+Section: TypeAlias = tuple[str, Cells | str]  # a title, and a table or the name of a picture
 
 
 def write_tables(name: str, suite: Suite, records: Sequence[Record], out: Path) -> None:
     """Write everything into a directory."""
     (out / "results.json").write_text(json.dumps({"suite": name, "records": list(records)}, indent=1) + "\n")
-    sections: list[tuple[str, Cells | str]] = []
+    sections: list[Section] = []
     for group in dict.fromkeys(record["group"] for record in records):
         ours = [record for record in records if record["group"] == group]
-        teachers = [record for record in ours if record["name"] == "teacher" and "rows" in record]
         stem = "_".join(filter(None, (group.lower().replace(" ", "_"), "quality")))
-        if teachers:
-            sections.append((_title(group, "teacher"), teacher_table(suite, teachers)))
-        for budget in suite.budgets:
-            students = [r for r in ours if r["name"] != "teacher" and r["budget"] == budget]
-            title = _title(group, "students") + ("" if budget is None else f", {budget:,} evaluations of training")
-            sections.append((title, student_table(suite, students)))
-            if ranked := _ranked(suite, students):
-                picture = f"{stem}.png" if budget is None else f"{stem}_{budget}.png"
-                ranking(ranked, _levels(suite, teachers), suite.metrics[0], out / picture)
-                sections.append(("", picture))
-            if suite.deltas and ranked:
-                title = f"{title}: distance from the teacher's trajectories"
-                sections.append((title, error_table(suite, students)))
-                picture = picture.replace("quality", "errors")
-                labels = ("duration of the jump", "distance / length of the way")
-                curves(_by_delta(suite, students), labels, out / picture)
-                sections.append(("", picture))
-        if len(suite.budgets) > 1:
-            picture = f"{stem}_budgets.png"
-            labels = ("evaluations of networks in training", suite.metrics[0].replace("_", " "))
-            curves(_by_budget(suite, ours), labels, out / picture, log_x=True)
-            sections.append(("", picture))
+        sections += _swept(suite, group, stem, ours, out) if suite.sweep else _compared(suite, group, stem, ours, out)
     note = _note(suite, records)
     (out / "table.md").write_text(_markdown(sections, note))
     (out / "table.html").write_text(_html(name, sections, note))
+
+
+def _compared(suite: Suite, group: str, stem: str, records: Sequence[Record], out: Path) -> list[Section]:
+    """Tables of teachers and students, with a ranking of the students at each budget, and quality against budget."""
+    sections: list[Section] = []
+    teachers = [record for record in records if record["name"] == "teacher" and "rows" in record]
+    if teachers:
+        sections.append((_title(group, "teacher"), teacher_table(suite, teachers)))
+    for budget in suite.budgets:
+        students = [r for r in records if r["name"] != "teacher" and r["budget"] == budget]
+        title = _title(group, "students") + _trained(budget)
+        sections.append((title, student_table(suite, students)))
+        if ranked := _ranked(suite, students):
+            picture = f"{stem}.png" if budget is None else f"{stem}_{budget}.png"
+            ranking(ranked, _levels(suite, teachers), suite.metrics[0], out / picture)
+            sections.append(("", picture))
+        if suite.deltas and ranked:
+            sections.append((f"{title}: distance from the teacher's trajectories", error_table(suite, students)))
+            picture = picture.replace("quality", "errors")
+            errors = {"distance / length of the way": _by_delta(suite, students)}
+            curves(errors, "duration of the jump", out / picture, log_y=tuple(errors))
+            sections.append(("", picture))
+    if len(suite.budgets) > 1:
+        picture = f"{stem}_budgets.png"
+        panels = {metric.replace("_", " "): _by_budget(suite, records, metric) for metric in suite.metrics}
+        curves(panels, "evaluations of networks in training", out / picture, log_x=True, log_y=tuple(panels)[:1])
+        sections.append(("", picture))
+    return sections
+
+
+def _swept(suite: Suite, group: str, stem: str, records: Sequence[Record], out: Path) -> list[Section]:
+    """A table for each metric, of rows by the values of the sweep, and a plot of all at each budget."""
+    assert suite.sweep is not None
+    parameter, numbers = suite.sweep
+    sections: list[Section] = []
+    for budget in suite.budgets:
+        panels = {}
+        for metric in suite.metrics:
+            panels[metric.replace("_", " ")] = rows = _by_value(suite, records, budget, metric)
+            head = ["", *(f"{parameter.rpartition('.')[2]} = {number:g}" for number in numbers)]
+            body = [
+                [name, *(_cell(points.get(number, points.get(None, []))) for number in numbers)]
+                for name, points in rows.items()
+            ]
+            title = _title(group, metric.replace("_", " ")) + _trained(budget)
+            sections.append((title, [head, *body]))
+        lines = {
+            metric: {name: _drawn(points, numbers) for name, points in rows.items()} for metric, rows in panels.items()
+        }
+        picture = f"{stem}.png" if budget is None else f"{stem}_{budget}.png"
+        curves(lines, parameter.rpartition(".")[2].replace("_", " "), out / picture, log_y=tuple(panels)[:1])
+        sections.append(("", picture))
+    return sections
+
+
+def _by_value(
+    suite: Suite, records: Sequence[Record], budget: int | None, metric: str
+) -> dict[str, dict[float | None, list[float]]]:
+    """A metric over the seeds by the value of the sweep: of each row of the teacher, and of each method in one jump."""
+    one, found = _jumps(suite.student_steps[0]), {}
+    teachers = [record for record in records if record["name"] == "teacher" and "rows" in record]
+    for row in dict.fromkeys(row for record in teachers for row in record["rows"]):
+        found[row] = {v: values(ours, row, metric) for v, ours in _split(teachers, "value").items()}
+    students = [r for r in records if r["name"] != "teacher" and r["budget"] == budget]
+    for name, seeds in seeds_of(students).items():
+        found[name] = {v: values(ours, one, metric) for v, ours in _split(seeds, "value").items()}
+    return found
+
+
+def _split(records: Sequence[Record], key: str) -> dict[Any, list[Record]]:
+    """The records by what they have under a key."""
+    return {value: [r for r in records if r[key] == value] for value in dict.fromkeys(r[key] for r in records)}
+
+
+def _drawn(points: Mapping[float | None, list[float]], numbers: Sequence[float]) -> list[tuple[float, list[float]]]:
+    """The points of a line; a level over all numbers where a row does not have the parameter."""
+    return [(number, points.get(number, points.get(None, []))) for number in numbers]
+
+
+def _trained(budget: int | None) -> str:
+    return "" if budget is None else f", {budget:,} evaluations of training"
 
 
 def _title(group: str, what: str) -> str:
@@ -59,7 +119,7 @@ def _title(group: str, what: str) -> str:
 
 def seeds_of(records: Sequence[Record]) -> dict[str, list[Record]]:
     """The records of each row, by its name."""
-    return {name: [r for r in records if r["name"] == name] for name in dict.fromkeys(r["name"] for r in records)}
+    return _split(records, "name")
 
 
 def values(records: Sequence[Record], row: str, column: str) -> list[float]:
@@ -172,14 +232,13 @@ def _levels(suite: Suite, teachers: Sequence[Record]) -> dict[str, float]:
     return {row: statistics.mean(v) for row in rows if (v := values(teachers, row, suite.metrics[0]))}
 
 
-def _by_budget(suite: Suite, records: Sequence[Record]) -> dict[str, list[tuple[float, list[float]]]]:
-    """The first metric in one jump of each method, by the evaluations that its training spent."""
+def _by_budget(suite: Suite, records: Sequence[Record], metric: str) -> dict[str, list[tuple[float, list[float]]]]:
+    """A metric of each method in one jump, by the evaluations that its training spent."""
     one, found = _jumps(suite.student_steps[0]), {}
     for name, seeds in seeds_of([r for r in records if "steps" in r]).items():
         points = []
-        for budget in suite.budgets:
-            ours = [seed for seed in seeds if seed["budget"] == budget]
-            if figures := values(ours, one, suite.metrics[0]):
+        for ours in _split(seeds, "budget").values():
+            if figures := values(ours, one, metric):
                 points.append((statistics.mean(sum(seed["evaluations"].values()) for seed in ours), figures))
         found[name] = points
     return found
@@ -202,7 +261,7 @@ def _note(suite: Suite, records: Sequence[Record]) -> list[str]:
     return lines
 
 
-def _markdown(sections: Sequence[tuple[str, Cells | str]], note: Sequence[str]) -> str:
+def _markdown(sections: Sequence[Section], note: Sequence[str]) -> str:
     blocks = []
     for title, content in sections:
         blocks += [f"### {title}"] if title else []
@@ -223,7 +282,7 @@ img { max-width: 100% } div { overflow-x: auto }
 """
 
 
-def _html(name: str, sections: Sequence[tuple[str, Cells | str]], note: Sequence[str]) -> str:
+def _html(name: str, sections: Sequence[Section], note: Sequence[str]) -> str:
     def row(tag: str, cells: Sequence[str]) -> str:
         return f"<tr>{''.join(f'<{tag}>{_bold(html.escape(cell))}</{tag}>' for cell in cells)}</tr>"
 

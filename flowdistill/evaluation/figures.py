@@ -130,36 +130,46 @@ def ranking(
 
 
 def curves(
-    lines: Mapping[str, Sequence[tuple[float, Sequence[float]]]],
-    labels: tuple[str, str],
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, Sequence[float]]]]],
+    label: str,
     path: Path,
     log_x: bool = False,
+    log_y: Sequence[str] = (),
 ) -> None:
-    """Write values over seeds against a number, a line for each name, which is written at its end.
+    """Write values over seeds against a number, a panel for each kind of value and in it a line for each name.
+
+    The line is at the means, its bars reach from the least to the largest, and its name is at its end.
 
     Args:
-        lines: numbers and the values there, by name.
-        labels: of the axes; the second is logarithmic.
+        panels: numbers and the values there, by kind and by name.
+        label: of the number.
         path: of the picture.
-        log_x: makes the first logarithmic as well.
+        log_x: makes its axis logarithmic.
+        log_y: kinds of values whose axis is logarithmic.
     """
-    figure = _figure(8.0, 5.0)
-    axes = figure.subplots()
-    for number, (name, points) in enumerate(lines.items()):
-        known = [(x, values) for x, values in points if values]
-        if not known:
-            continue
-        means = np.array([np.mean(values) for _, values in known])
-        reach = np.array([(m - min(v), max(v) - m) for m, (_, v) in zip(means, known, strict=True)]).T
-        colour = f"C{number % 10}"
-        axes.errorbar([x for x, _ in known], means, yerr=reach, fmt="o-", ms=3, lw=1, color=colour)
-        end = (known[-1][0], means[-1])
-        axes.annotate(name, end, xytext=(4, 0), textcoords="offset points", fontsize=7, va="center", color=colour)
-    if log_x:
-        axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel(labels[0])
-    axes.set_ylabel(labels[1])
-    axes.margins(x=0.15)
-    axes.grid(alpha=0.2, which="both")
+    columns = min(len(panels), 2)
+    rows = math.ceil(len(panels) / columns)
+    figure = _figure(8.0 if columns == 1 else 6.0 * columns, 5.0 if columns == 1 else 4.0 * rows)
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, (kind, lines) in zip(grid, panels.items(), strict=False):
+        for number, (name, points) in enumerate(lines.items()):
+            known = [(x, values) for x, values in points if values]
+            if not known:
+                continue
+            means = np.array([np.mean(values) for _, values in known])
+            reach = np.array([(m - min(v), max(v) - m) for m, (_, v) in zip(means, known, strict=True)]).T
+            colour = f"C{number % 10}"
+            axes.errorbar([x for x, _ in known], means, yerr=reach, fmt="o-", ms=3, lw=1, color=colour)
+            end = (known[-1][0], means[-1])
+            axes.annotate(name, end, xytext=(4, 0), textcoords="offset points", fontsize=7, va="center", color=colour)
+        if log_x:
+            axes.set_xscale("log")
+        if kind in log_y:
+            axes.set_yscale("log")
+        axes.set_xlabel(label)
+        axes.set_ylabel(kind)
+        axes.margins(x=0.2)
+        axes.grid(alpha=0.2, which="both")
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
     figure.savefig(path, dpi=130)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import NoneType
@@ -62,8 +63,8 @@ def train(
         gin_files: further gin files, read after ``gin_file``.
         gin_bindings: bindings such as ``"train.steps = 10"``, read after all files.
         workdir: the run directory; by default ``runs/`` and the name of the last gin file.
-        resume: "auto" continues an interrupted run of the same configuration in ``workdir``; "never" wants an empty
-            one.
+        resume: "auto" continues a run of the same configuration in ``workdir``, whose steps and evaluation alone may
+            differ: one that was interrupted, or further, or only to measure it again; "never" wants an empty one.
         device: where to train; by default the first GPU if there is one, else the CPU.
 
     Raises:
@@ -286,7 +287,7 @@ def _claim(workdir: Path, resume: str, operative: str) -> None:
     if path.is_file():
         if resume == "never":
             raise ConfigError(f"{workdir} already holds a run: choose another workdir")
-        theirs, ours = (_without_steps(text) for text in (path.read_text(), operative))
+        theirs, ours = (_what_trains(text) for text in (path.read_text(), operative))
         differing = [line for line in ours if line not in theirs] + [line for line in theirs if line not in ours]
         if differing:
             raise ConfigError(
@@ -299,6 +300,11 @@ def _claim(workdir: Path, resume: str, operative: str) -> None:
     partial.replace(path)
 
 
-def _without_steps(configuration: str) -> list[str]:
-    """The lines of a configuration, but for the number of steps: a run may be continued beyond its end."""
-    return [line for line in configuration.splitlines() if not line.startswith("train.steps =")]
+def _what_trains(configuration: str) -> list[str]:
+    """The bindings of a configuration that a run must keep.
+
+    Not the number of steps nor the evaluation: a run may be continued beyond its end, and be measured again.
+    """
+    bindings = re.findall(r"^\w.* = .*(?:\n .*)*", configuration, re.MULTILINE)
+    free = r"train\.(steps|evaluation) |(evaluation|\w+_features)\."
+    return [binding for binding in bindings if not re.match(free, binding)]

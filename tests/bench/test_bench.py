@@ -62,16 +62,42 @@ def test_a_suite_is_run_once(folder):
     assert table.count("| FreeFlow |") == 1
     assert "<table>" in (out / "table.html").read_text()
     assert (out / "quality.png").stat().st_size > 1000
-    # What has been trained is not trained again; what was interrupted is.
-    before = {path: path.stat().st_mtime_ns for path in (folder / "runs" / "bench").glob("*/figures.json")}
-    removed = folder / "runs" / "bench" / students[0]["run"] / "figures.json"
+
+
+def stamps(folder, pattern):
+    return {path.name: path.stat().st_mtime_ns for path in sorted((folder / "runs" / "bench").glob(pattern))}
+
+
+def test_what_is_measured_is_not_repeated(folder):
+    """Neither what the results hold, nor what lies in a run directory, nor a training for another measurement."""
+    out = folder / "runs" / "bench" / "tiny"
+    text, table = (out / "results.json").read_text(), (out / "table.md").read_text()
+    records = json.loads(text)["records"]
+    (out / "results.json").unlink()
+    removed = folder / "runs" / "bench" / records[-1]["run"] / records[-1]["figures"]
     removed.unlink()
-    second = command(folder, "--jobs", "2")
-    assert second.returncode == 0, second.stderr
-    again = {path: path.stat().st_mtime_ns for path in (folder / "runs" / "bench").glob("*/figures.json")}
-    assert {path for path in again if again[path] != before[path]} == {removed}
-    assert json.loads((out / "results.json").read_text())["records"] == records
+    figures, checkpoints = stamps(folder, "*/figures_*.json"), stamps(folder, "*/checkpoints/*/meta.json")
+    assert command(folder, "--jobs", "2").returncode == 0
+    again = stamps(folder, "*/figures_*.json")
+    assert {name for name in again if again[name] != figures.get(name)} == {removed.name}
+    assert (out / "results.json").read_text() == text
     assert (out / "table.md").read_text() == table
+    # Other samples, and parts of the suite at a time: nothing is trained, and the table grows.
+    for only in ("FreeFlow", "two"):
+        part = command(folder, "--out", "parts", "--only", only, "--gin.evaluation.num_samples=60")
+        assert part.returncode == 0, part.stderr
+    parts = json.loads((folder / "parts" / "results.json").read_text())["records"]
+    assert [(r["name"], r["seed"], r["run"]) for r in parts[2:]] == [
+        (r["name"], r["seed"], r["run"]) for r in records[2:]
+    ]
+    assert {r["num_samples"] for r in parts} == {60}
+    assert stamps(folder, "*/checkpoints/*/meta.json") == checkpoints
+    # What is in the results needs no runs.
+    before = (folder / "parts" / "results.json").read_text()
+    moved = command(folder, "--out", "parts", "--runs", "elsewhere", "--gin.evaluation.num_samples=60")
+    assert moved.returncode == 0, moved.stderr
+    assert (folder / "parts" / "results.json").read_text() == before
+    assert not (folder / "elsewhere").exists()
 
 
 def test_failures_are_named_and_the_others_reported(folder):
@@ -140,6 +166,28 @@ def test_budgets_have_a_table_each_and_a_plot(tmp_path):
         "quality_20.png",
         "quality_budgets.png",
     }
+
+
+def test_a_sweep_has_a_table_for_each_metric(tmp_path):
+    (tmp_path / "tiny.gin").write_text(
+        SUITE.replace("(1, 2)\nbench.metrics", "(1, 2)\nbench.sweep = ('freeflow.alpha', (0.0, 3.0))\nbench.metrics")
+    )
+    done = command(tmp_path, "--gin.freeflow.correction_start=0")
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "runs" / "bench" / "tiny"
+    records = json.loads((out / "results.json").read_text())["records"]
+    assert [(r["name"], r["value"]) for r in records[::2]] == [
+        ("teacher", None), ("FreeFlow", 0.0), ("FreeFlow", 3.0), ("two jumps", None),
+    ]  # fmt: skip
+    w2, coverage = (out / "table.md").read_text().split("### ")[1:]
+    assert w2.startswith("W2\n\n|  | alpha = 0 | alpha = 3 |\n")
+    assert coverage.startswith("Mode coverage\n")
+    cells = {name: row for name, *row in (line.strip("| ").split(" | ") for line in w2.splitlines()[4:9])}
+    assert list(cells) == ["teacher, 1 step", "teacher, 4 steps", "noise floor", "FreeFlow", "two jumps"]
+    assert cells["two jumps"][0] == cells["two jumps"][1] != ""
+    one, other = ([row["rows"]["student, 1 step"]["w2"] for row in records[i : i + 2]] for i in (2, 4))
+    assert one != other
+    assert (out / "quality.png").stat().st_size > 1000
 
 
 def test_distances_from_trajectories(tmp_path):

@@ -47,10 +47,42 @@ def test_named_rows_and_bindings(tmp_path):
 def test_runs_are_told_apart_by_what_they_train(tmp_path):
     suite = load_suite(write(tmp_path / "two.gin", ONE))
     jobs = suite.jobs(suite.table(), {})
-    assert len({job.key for job in jobs}) == 6
-    assert {job.key for job in suite.teachers(suite.table())}.isdisjoint(job.key for job in jobs)
+    assert len({job.run for job in jobs}) == 6
+    assert {job.run for job in suite.teachers(suite.table())}.isdisjoint(job.run for job in jobs)
     same = load_suite(write(tmp_path / "other.gin", ONE.replace("'IMM'", "'another title'")))
-    assert [job.key for job in same.jobs(same.table(), {})] == [job.key for job in jobs]
+    assert [job.run for job in same.jobs(same.table(), {})] == [job.run for job in jobs]
+
+
+def test_an_evaluation_is_not_a_part_of_the_training(tmp_path):
+    suite = load_suite(write(tmp_path / "two.gin", ONE), ["bench.seeds = (1,)"])
+    other = load_suite(write(tmp_path / "two.gin", ONE), ["bench.seeds = (1,)", "bench.metrics = ('mmd',)"])
+    for job, measured in zip(suite.jobs(suite.table(), {}), other.jobs(other.table(), {}), strict=True):
+        assert job.run == measured.run
+        assert job.figures != measured.figures
+
+
+def test_a_sweep_takes_its_values_where_its_part_is(tmp_path):
+    sweep = "bench.sweep = ('times_of_imm.std', (0.5, 2.0))"
+    text = ONE.replace("'imm/plane.gin',", "'imm/plane.gin', 'imm.times = @times_of_imm()',") + sweep
+    suite = load_suite(write(tmp_path / "two.gin", text), ["bench.seeds = (5,)"])
+    jobs = suite.jobs(suite.table(), {})
+    assert [(job.row.name, job.value) for job in jobs] == [("FreeFlow", None), ("IMM", 0.5), ("IMM", 2.0)]
+    assert "times_of_imm.std = 2.0\n" in jobs[2].gin
+    assert [job.value for job in suite.teachers(suite.table())] == [None]
+    # A part that only a binding of the suite brings in
+    binding = "bench.bindings = ('imm.times = @times_of_imm()',)\n"
+    suite = load_suite(write(tmp_path / "two.gin", binding + ONE + sweep), ["bench.seeds = (5,)"])
+    assert [job.value for job in suite.jobs(suite.table(), {})] == [None, 0.5, 2.0]
+
+
+def test_a_sweep_of_the_evaluation_trains_once_and_measures_the_teacher_as_well(tmp_path):
+    text = ONE + "bench.sweep = ('evaluation.guidance', (1.0, 2.0))"
+    suite = load_suite(write(tmp_path / "two.gin", text), ["bench.seeds = (5,)"])
+    one, two, *_ = suite.jobs(suite.table(), {})
+    assert (one.value, two.value) == (1.0, 2.0)
+    assert one.run == two.run
+    assert one.figures != two.figures
+    assert [job.value for job in suite.teachers(suite.table())] == [1.0, 2.0]
 
 
 def test_a_changed_recipe_is_another_training(tmp_path, monkeypatch):
@@ -59,7 +91,7 @@ def test_a_changed_recipe_is_another_training(tmp_path, monkeypatch):
     for rate in (1e-3, 2e-3):
         write(tmp_path / "mine.gin", f"include 'freeflow/plane.gin'\nAdamW.lr = {rate}\n")
         suite = load_suite(write(tmp_path / "one.gin", "bench.rows = {'A': ('mine.gin',)}\nbench.seeds = (1,)"))
-        keys.append([job.key for job in (*suite.jobs(suite.table(), {}), *suite.teachers(suite.table()))])
+        keys.append([job.run for job in (*suite.jobs(suite.table(), {}), *suite.teachers(suite.table()))])
     assert not set(keys[0]) & set(keys[1])
 
 
