@@ -207,8 +207,11 @@ def value(parameter: str, default: Any = None) -> Any:
     return copy.deepcopy(bound)  # gin evaluates references when they are copied
 
 
-def check_all_used() -> None:
+def check_all_used(without: Sequence[str] = ()) -> None:
     """Fail if a binding was not consumed by anything that has been built so far.
+
+    Args:
+        without: gin modules whose bindings may be without use, such as ``evaluation``.
 
     Raises:
         ConfigError: names every such binding, which does nothing: the part it sets is not in this configuration.
@@ -221,7 +224,9 @@ def check_all_used() -> None:
             for (used_scope, used_selector), names in used.items()
             if used_selector == selector and (not scope or f"{used_scope}/".startswith(f"{scope}/"))
         ]
-        name = selector.rpartition(".")[2]
+        module, _, name = selector.rpartition(".")
+        if module in without:
+            continue
         for parameter in parameters:
             if not any(parameter in names for names in consumers):
                 macro = selector == "gin.macro"

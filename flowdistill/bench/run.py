@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import gin
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -22,7 +26,10 @@ from flowdistill import config
 from flowdistill.bench.suite import Job, Row, Suite, load_suite
 from flowdistill.bench.tables import write_tables
 from flowdistill.errors import ConfigError, FlowDistillError, RunsFailedError
-from flowdistill.evaluation.report import compare, write_figures
+from flowdistill.evaluation.report import compare, teacher_samples, trajectory_errors, write_figures
+from flowdistill.evaluation.samples import SampleSet
+from flowdistill.interfaces import FlowMap
+from flowdistill.runs import load_flow_map
 from flowdistill.training import train
 from flowdistill.training.run_log import read_records
 
@@ -87,7 +94,7 @@ def bench(
     threads = max(1, (os.cpu_count() or 1) // jobs)
     console = Console(file=sys.stderr)
     # Processes that start afresh, since a GPU's context does not survive a fork; one does many trainings in turn.
-    pool = ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,))
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker, (threads,))
     with Progress(console=console, disable=not console.is_terminal) as bar, pool:
         progress = bar.add_task(name, total=len(tasks))
         futures = [pool.submit(_run, jobs, Path(runs), device) for jobs in tasks.values()]
@@ -110,6 +117,19 @@ def bench(
     if failed := sum("error" in record for record in records):
         raise RunsFailedError(f"{failed} of {len(records)} runs failed, as {results / 'table.md'} says")
     return results
+
+
+def _start_worker(threads: int) -> None:
+    """Set a process of the pool up; it ends with the one that started it, even where that is killed."""
+    torch.set_num_threads(threads)
+    parent = parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=follow, daemon=True).start()
 
 
 def _jobs(suite: Suite, rows: Sequence[Row], costs: Path) -> list[Job]:
@@ -163,29 +183,49 @@ def _record(job: Job, workdir: Path, device: str | None) -> dict[str, Any]:
 
 
 def _process(job: Job, workdir: Path, device: str | None) -> None:
-    """Train, or only measure again, or measure a teacher; what is printed goes into a log beside the run directory."""
-    workdir.parent.mkdir(parents=True, exist_ok=True)
+    """Train what is not trained yet, and measure; what is printed goes into a log beside the run directory."""
+    workdir.mkdir(parents=True, exist_ok=True)
     gin_file = workdir.with_suffix(".gin").absolute()
     gin_file.write_text(job.gin)
     with workdir.with_suffix(".log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
         try:
-            if job.teacher:
-                _measure_teacher(gin_file, workdir, device)
-            else:
-                train(gin_file=gin_file, workdir=workdir, device=device)
+            student = None
+            if not job.teacher:
+                train(gin_file=gin_file, gin_bindings=["train.evaluation = None"], workdir=workdir, device=device)
+                student = load_flow_map(workdir)
+            _measure(student, gin_file, workdir / job.figures, workdir.parent / "teacher_samples", device)
         except Exception:
             traceback.print_exc()
             raise
-    (workdir / "figures.json").replace(workdir / job.figures)
 
 
-def _measure_teacher(gin_file: Path, workdir: Path, device: str | None) -> None:
-    """Write the ``figures.json`` that a training would leave, without the student's rows."""
+def _measure(student: FlowMap | None, gin_file: Path, figures: Path, cache: Path, device: str | None) -> None:
+    """Write the figures of a student, or of the teacher alone.
+
+    The samples of a teacher that students are measured against are drawn once, and kept under what they depend on:
+    whatever gin has used to build it, and the evaluation but for what it measures them by.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with config.parsed([gin_file], []), config.errors_located():
         teacher, evaluation = config.value("train.teacher"), config.value("train.evaluation")
-    teacher.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_figures(workdir, compare(None, teacher, evaluation), evaluation)
+        used = gin.operative_config_str()
+    if evaluation is None:
+        raise ConfigError("nothing to measure: the recipe has no train.evaluation")
+    best = None
+    if student is not None:
+        student.to(device)
+    if teacher is not None:
+        teacher.eval().requires_grad_(False).to(device)
+    if student is not None and teacher is not None:
+        free = r"evaluation\.(metrics|reference|student_steps|deltas) "
+        kept = [line for line in used.splitlines() if not re.match(free, line)]
+        path = cache / f"{hashlib.sha256(chr(10).join(kept).encode()).hexdigest()[:16]}.safetensors"
+        best = SampleSet.load(path)
+        if best is None:
+            best = teacher_samples(teacher, evaluation)
+            best.save(path)
+    rows = compare(student, teacher, evaluation, best)
+    write_figures(figures, rows, evaluation, trajectory_errors(student, teacher, evaluation))
 
 
 def _training(workdir: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from flowdistill.evaluation.features import FeatureExtractor
 from flowdistill.evaluation.figures import image_grid, loss_curves, scatter_side_by_side, side_by_side
 from flowdistill.evaluation.measure import measure
 from flowdistill.evaluation.references import reference_set
-from flowdistill.evaluation.samples import sample_set
+from flowdistill.evaluation.samples import SampleSet, sample_set
 from flowdistill.evaluation.trajectories import ErrorAt, trajectory_error
 from flowdistill.flow_maps import FlowMapTeacher
 from flowdistill.guidance import GuidedTeacher
@@ -69,32 +69,29 @@ class Evaluation:
     seed: int = 0
 
 
-def compare(student: FlowMap | None, teacher: Teacher | None, evaluation: Evaluation) -> dict[str, dict[str, float]]:
+def compare(
+    student: FlowMap | None, teacher: Teacher | None, evaluation: Evaluation, best: SampleSet | None = None
+) -> dict[str, dict[str, float]]:
     """The figures of teacher and student, a row each, by the row's name.
 
     Columns are the network evaluations spent on a sample, as counted, the metrics against the reference and, for
     ``fid`` and ``w2``, the same distance to the teacher's samples at its most steps, drawn from other noise. The row
     ``noise floor`` is a second such set of teacher samples, the best that a student can look.
+
+    Args:
+        student: None measures the teacher alone.
+        teacher: None measures the student alone.
+        evaluation: what is measured.
+        best: `teacher_samples` of this teacher and evaluation; with them the student's rows alone are measured.
     """
-    n, device = evaluation.num_samples, _device(student, teacher)
     model = student if student is not None else teacher
     assert model is not None
-    features = evaluation.features
-    reference = reference_set(features, teacher, n, evaluation.seed, evaluation.reference, model.decoder)
-    size = 100 if device.type == "cpu" else 500  # what fits a processor's caches is faster there
-
-    def draw(sampler: Sampler, stream: str) -> tuple[Tensor, Tensor | None]:
-        generator = step_generator(evaluation.seed, 0, stream)
-        noise = torch.randn((n, *model.sample_shape), generator=generator).to(device)
-        condition = Condition.in_turn(model.num_classes, n, evaluation.guidance).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=evaluation.precision == "bf16"):
-            parts = [slice(i, i + size) for i in range(0, n, size)]
-            samples = torch.cat([sampler(noise[part], condition[part], generator) for part in parts])
-        return samples.cpu(), None if condition.labels is None else condition.labels.cpu()
-
+    reference = reference_set(
+        evaluation.features, teacher, evaluation.num_samples, evaluation.seed, evaluation.reference, model.decoder
+    )
     samplers: dict[str, tuple[Sampler, str]] = {}
     most = ""
-    if teacher is not None:
+    if teacher is not None and best is None:
         for steps in evaluation.teacher_steps:
             most = f"teacher, {_number(steps, 'step')}"
             samplers[most] = _euler(teacher, steps), "evaluation"
@@ -104,12 +101,10 @@ def compare(student: FlowMap | None, teacher: Teacher | None, evaluation: Evalua
             samplers[f"student, {_number(steps, 'step')}"] = _jumps(student, steps), "evaluation, student"
     distances = [metric for metric in ("fid", "w2") if metric in evaluation.metrics]
     rows: dict[str, dict[str, float]] = {}
-    best = None
     for name, (sampler, stream) in samplers.items():
         before = _evaluations(student, teacher)
-        samples, labels = draw(sampler, stream)
-        evaluations = (_evaluations(student, teacher) - before) / n
-        generated = sample_set(samples, labels, features, model.decoder)
+        generated = _drawn(sampler, stream, model, evaluation)
+        evaluations = (_evaluations(student, teacher) - before) / evaluation.num_samples
         rows[name] = {"evaluations": evaluations, **measure(evaluation.metrics, generated, reference)}
         if best is not None:
             to_teacher = measure(distances, generated, best)
@@ -117,6 +112,23 @@ def compare(student: FlowMap | None, teacher: Teacher | None, evaluation: Evalua
         if name == most:
             best = generated
     return rows
+
+
+def teacher_samples(teacher: Teacher, evaluation: Evaluation) -> SampleSet:
+    """The teacher's samples at its most steps, which students are measured against."""
+    return _drawn(_euler(teacher, evaluation.teacher_steps[-1]), "evaluation", teacher, evaluation)
+
+
+def _drawn(sampler: Sampler, stream: str, model: FlowMap | Teacher, evaluation: Evaluation) -> SampleSet:
+    n, device = evaluation.num_samples, _device(model)
+    size = 100 if device.type == "cpu" else 500  # what fits a processor's caches is faster there
+    generator = step_generator(evaluation.seed, 0, stream)
+    noise = torch.randn((n, *model.sample_shape), generator=generator).to(device)
+    condition = Condition.in_turn(model.num_classes, n, evaluation.guidance).to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=evaluation.precision == "bf16"):
+        parts = [slice(i, i + size) for i in range(0, n, size)]
+        samples = torch.cat([sampler(noise[part], condition[part], generator) for part in parts])
+    return sample_set(samples.cpu(), condition.labels, evaluation.features, model.decoder)
 
 
 def _evaluations(*models: FlowMap | Teacher | None) -> int:
@@ -201,15 +213,14 @@ def write_report(
             "under classifier-free guidance. The noise floor is a second set of samples of the teacher.",
             "",
         ]
-        errors: list[ErrorAt] = []
-        if distilled is not None and evaluation.deltas:
-            errors = trajectory_error(distilled, teacher, evaluation.deltas, guidance=guidance, seed=seed)
+        errors = trajectory_errors(distilled, teacher, evaluation)
+        if errors:
             lines += [
                 "Distance from the teacher's trajectories, relative to their length, by the duration of a jump:",
                 "",
             ]
             lines += [*table({"student": {f"{error.delta:g}": error.mean for error in errors}}), ""]
-        write_figures(workdir, rows, evaluation, errors)
+        write_figures(workdir / "figures.json", rows, evaluation, errors)
     lines += ["![curves](plots/curves.png)", ""]
     if records:
         last = records[-1]
@@ -222,15 +233,22 @@ def write_report(
     return figures
 
 
+def trajectory_errors(student: FlowMap | None, teacher: Teacher | None, evaluation: Evaluation) -> list[ErrorAt]:
+    """The student's distances from the teacher's trajectories at the durations of an evaluation, if any."""
+    if student is None or teacher is None or not evaluation.deltas:
+        return []
+    return trajectory_error(student, teacher, evaluation.deltas, guidance=evaluation.guidance, seed=evaluation.seed)
+
+
 def write_figures(
-    workdir: Path, rows: dict[str, dict[str, float]], evaluation: Evaluation, errors: Sequence[ErrorAt] = ()
+    path: Path, rows: dict[str, dict[str, float]], evaluation: Evaluation, errors: Sequence[ErrorAt] = ()
 ) -> None:
-    """Write ``figures.json``, all at once."""
+    """Write a JSON file of figures, all at once."""
     record = {"num_samples": evaluation.num_samples, "seed": evaluation.seed, "machine": machine(), "rows": rows}
     record |= {"trajectory_errors": [attrs.asdict(error) for error in errors]} if errors else {}
-    partial = workdir / "figures.partial"
+    partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(record, indent=1) + "\n")
-    partial.replace(workdir / "figures.json")
+    partial.replace(path)
 
 
 def _compare_pictures(student: FlowMap | None, teacher: Teacher, guidance: float | None, seed: int, path: Path) -> bool:

@@ -91,7 +91,7 @@ def train(
             _check("seed", seed, int)
             torch.manual_seed(seed)  # networks are built as gin calls build
             run = build(workdir=Path(workdir), device=torch.device(default if device is None else device))
-            config.check_all_used()
+            config.check_all_used(without=("evaluation", "features") if run.evaluation is None else ())
         _claim(run.loop.workdir, resume, gin.operative_config_str())
         return _run(run)
 
@@ -168,7 +168,7 @@ def build(
         sample_every: steps between pictures of samples; 0 is none.
         checkpoint_every: steps between checkpoints.
         keep_checkpoints: newest checkpoints that are kept.
-        evaluation: what is measured at the end; None measures nothing.
+        evaluation: what is measured at the end; None measures nothing, whatever is bound to ``evaluation``.
     """
     for name, number in (
         ("steps", steps),

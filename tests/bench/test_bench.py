@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 
+import flowdistill
 from flowdistill import ConfigError
 from flowdistill.bench import bench, load_suite
 from flowdistill.bench.tables import student_table, write_tables
@@ -204,8 +206,46 @@ def test_distances_from_trajectories(tmp_path):
     assert all(error["mean"] > 0 for error in student["trajectory_errors"])
     assert "| | $\\delta$ = 0.5 | $\\delta$ = 1 |" in (out / "table.md").read_text().replace("|  |", "| |")
     assert (out / "errors.png").is_file()
-    report = (tmp_path / "runs" / "bench" / student["run"] / "report.md").read_text()
-    assert "Distance from the teacher's trajectories" in report
+
+
+def test_the_distance_to_the_teacher_is_that_of_a_report(folder, tmp_path):
+    """The harness draws the teacher's samples once, and measures what a report measures."""
+    out = folder / "runs" / "bench" / "tiny"
+    record = json.loads((out / "results.json").read_text())["records"][-1]
+    (tmp_path / "one.gin").write_text(record["configuration"])
+    flowdistill.train(tmp_path / "one.gin", workdir=tmp_path / "run")
+    figures = json.loads((tmp_path / "run" / "figures.json").read_text())
+    for row in ("student, 1 step", "student, 2 steps"):
+        assert figures["rows"][row] == pytest.approx(record["rows"][row], rel=1e-6)
+    assert len(list((folder / "runs" / "bench" / "teacher_samples").glob("*.safetensors"))) == 4  # seeds, 50 and 60
+
+
+def test_workers_end_with_a_killed_suite(tmp_path):
+    (tmp_path / "tiny.gin").write_text(SUITE.replace("train.steps = 3", "train.steps = 1_000_000"))
+    running = subprocess.Popen(
+        [sys.executable, "-m", "flowdistill", "bench", "tiny.gin"], cwd=tmp_path, stderr=subprocess.DEVNULL
+    )
+    runs = tmp_path / "runs" / "bench"
+
+    def wait_for(condition):
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    def size():
+        return sum(path.stat().st_size for path in runs.glob("*/metrics.jsonl"))
+
+    wait_for(lambda: runs.is_dir() and size() > 0)
+    running.kill()
+    running.wait()
+
+    def still():
+        before = size()
+        time.sleep(2)
+        return size() == before
+
+    wait_for(still)
 
 
 def test_from_python(folder, monkeypatch):
