@@ -152,7 +152,7 @@ class Suite:
         """The measurements of the teacher of each table, with the settings of the table's first row."""
         measured = self._measured(self.teacher_steps)
         found = []
-        for first in {row.group: row for row in reversed(rows)}.values():
+        for first in reversed({row.group: row for row in reversed(rows)}.values()):
             row = attrs.evolve(first, name="teacher")
             swept = self.sweep is not None and self.sweep[0].startswith("evaluation.")
             for value, bindings in self._swept(first) if swept else [(None, self._bindings(first))]:
