@@ -236,15 +236,15 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _search(options: argparse.Namespace) -> None:
+    import gin
+
     from flowdistill import config
     from flowdistill.registry import SEARCH_STRATEGIES, VERIFIERS
     from flowdistill.searching import search
 
-    VERIFIERS.get(options.verifier)
-    SEARCH_STRATEGIES.get(options.strategy)
-    named = [f"search.verifier = @{options.verifier}()", f"search.strategy = @{options.strategy}()"]
-    with config.parsed([], [*named, *options.bindings]), config.errors_located():
-        verifier, strategy = config.value("search.verifier"), config.value("search.strategy")
+    with config.parsed([], options.bindings), config.errors_located():
+        verifier = gin.get_configurable(VERIFIERS.get(options.verifier))()
+        strategy = gin.get_configurable(SEARCH_STRATEGIES.get(options.strategy))()
         config.check_all_used()
     result = search(
         options.run,

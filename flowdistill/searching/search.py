@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import gin
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -165,9 +164,6 @@ def search(
         return None
     pictured = images_of(result.samples[:_PICTURE].to(place), model).cpu()
     return result.write(folder if out is None else Path(out), pictured, settings)
-
-
-gin.register("search", module="searching", allowlist=["verifier", "strategy"])(search)
 
 
 def find(strategy: SearchStrategy, trials: Trials) -> SearchResult:
