@@ -1,9 +1,9 @@
 """Search for good noises at inference, with a one-step student in place of its slow teacher."""
 
 from flowdistill.searching.result import SearchResult
-from flowdistill.searching.search import search
+from flowdistill.searching.run import search
 from flowdistill.searching.strategies import BestOf, SearchStrategy, SuccessiveHalving, ZeroOrder
-from flowdistill.searching.trials import Candidates, Sampler, Trials
+from flowdistill.searching.trials import Candidates, PricedModel, Trials
 from flowdistill.searching.verifiers import ClassLogProbability, ClipScore, FeatureDistance
 
 __all__ = [
@@ -12,7 +12,7 @@ __all__ = [
     "ClassLogProbability",
     "ClipScore",
     "FeatureDistance",
-    "Sampler",
+    "PricedModel",
     "SearchResult",
     "SearchStrategy",
     "SuccessiveHalving",

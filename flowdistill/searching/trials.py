@@ -49,7 +49,7 @@ class Candidates:
         return Candidates(*(torch.cat(pair) for pair in pairs))
 
 
-class Sampler:
+class PricedModel:
     """A student or a teacher as a search sees it: noises to samples, at a price.
 
     An evaluation costs its floating-point operations (matrix products, convolutions and attention) over those of one
@@ -119,8 +119,8 @@ class Trials:
         progress: told of the cost of every batch.
     """
 
-    proposer: Sampler
-    teacher: Sampler
+    proposer: PricedModel
+    teacher: PricedModel
     teacher_steps: int
     verifier: Verifier
     decode: Callable[[Tensor], Tensor]
@@ -173,12 +173,12 @@ class Trials:
         """The teacher's samples of the noises that the proposer found best."""
         return best if self.alone else self.finish(best.noise)
 
-    def _try(self, sampler: Sampler, noise: Tensor, steps: int) -> Candidates:
+    def _try(self, model: PricedModel, noise: Tensor, steps: int) -> Candidates:
         k, b = noise.shape[:2]
         condition = self.condition[torch.arange(b).repeat(k)]
         flat, samples, scores = noise.flatten(0, 1), [], []
         for part in (slice(i, i + self.batch_size) for i in range(0, k * b, self.batch_size)):
-            made = sampler(flat[part], steps, condition[part])
+            made = model(flat[part], steps, condition[part])
             found = self.verifier.scores(self.decode(made), condition[part].to(made.device)).detach().float().cpu()
             if found.shape != (len(made),) or not bool(torch.isfinite(found).all()):
                 raise DataError(
@@ -186,7 +186,7 @@ class Trials:
                 )
             samples.append(made.cpu())
             scores.append(found)
-            self.progress(len(made) * sampler.cost(steps))
+            self.progress(len(made) * model.cost(steps))
         return Candidates(noise, torch.cat(samples).reshape(noise.shape), torch.cat(scores).reshape(k, b))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from flowdistill.decoders import quantize
 from flowdistill.errors import CheckpointError, ConfigError
 from flowdistill.evaluation._torch_fidelity import torch_fidelity
+from flowdistill.evaluation.blocks import rank_and_world
 from flowdistill.evaluation.features import FeatureExtractor, load_features
 from flowdistill.evaluation.references import load_images
 from flowdistill.evaluation.samples import sample_set
@@ -199,5 +200,7 @@ class FunctionVerifier(Verifier):
         return self.function(images, condition)
 
     def fingerprint(self) -> str:
-        """A new one each time."""
+        """A new one each time; ConfigError where several processes would have to agree on it."""
+        if rank_and_world()[1] > 1:
+            raise ConfigError("processes cannot share a search by a plain function: derive a class from Verifier")
         return uuid.uuid4().hex

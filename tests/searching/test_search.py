@@ -13,7 +13,8 @@ from runs import command, write
 import flowdistill
 from flowdistill import ConfigError, DataError
 from flowdistill.cli import main
-from flowdistill.searching import SearchResult, SearchStrategy, search
+from flowdistill.searching import SearchResult, SearchStrategy
+from flowdistill.searching import run as module
 
 QUICK = {"teacher_steps": 2, "device": "cpu"}
 
@@ -39,13 +40,13 @@ def run(trained, tmp_path):
 @pytest.fixture
 def searched(monkeypatch):
     """The numbers of samples that are searched for, block by block."""
-    sizes, find = [], search.__globals__["find"]
+    sizes, find = [], module.find
 
     def counting(strategy, trials):
         sizes.append(len(trials.generators))
         return find(strategy, trials)
 
-    monkeypatch.setitem(search.__globals__, "find", counting)
+    monkeypatch.setattr(module, "find", counting)
     return sizes
 
 
@@ -116,12 +117,12 @@ def test_a_killed_search_continues_where_it_was(run, tmp_path):
     """The command in a process of its own, which dies in its third block."""
     arguments = ["search", str(run), "--budget", "8", "--num_samples", "130", "--teacher_steps", "2"]
     code = (
-        "import os, signal; from flowdistill.cli import main; from flowdistill.searching import search\n"
-        "found, find = [], search.__globals__['find']\n"
+        "import os, signal; from flowdistill.cli import main; from flowdistill.searching import run\n"
+        "found, find = [], run.find\n"
         "def dying(*given):\n"
         "    found.append(1)\n"
         "    return find(*given) if len(found) < 3 else os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"search.__globals__['find'] = dying; main({arguments!r})"
+        f"run.find = dying; main({arguments!r})"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == -9
     first, second = sorted(run.glob("searches/*/*.safetensors"))

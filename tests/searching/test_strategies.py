@@ -13,8 +13,8 @@ from flowdistill._flops import Flops
 from flowdistill.flow_maps import NetworkFlowMap, NetworkTeacher
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.networks import MLP
-from flowdistill.searching import BestOf, Candidates, Sampler, SuccessiveHalving, Trials, ZeroOrder
-from flowdistill.searching.search import find
+from flowdistill.searching import BestOf, Candidates, PricedModel, SuccessiveHalving, Trials, ZeroOrder
+from flowdistill.searching.run import find
 from flowdistill.searching.trials import evaluation_flops
 from flowdistill.searching.verifiers import FunctionVerifier
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
@@ -34,8 +34,8 @@ def trials(
     """The trials of ``rows`` samples; without a student the teacher searches alone."""
     condition = Condition(labels)
     unit = evaluation_flops(teacher, condition)
-    expensive = Sampler(teacher, unit, condition)
-    cheap = expensive if student is None else Sampler(student, unit, condition)
+    expensive = PricedModel(teacher, unit, condition)
+    cheap = expensive if student is None else PricedModel(student, unit, condition)
     if price is not None:
         cheap.price = price
     return Trials(
@@ -74,7 +74,7 @@ def test_scores_are_those_of_the_teachers_samples_and_not_of_the_proxy():
         student.mean += 5.0
     result = find(BestOf(), trials(teacher, student, rows=50))
     assert torch.equal(result.scores, result.samples[:, 0])
-    again = Sampler(teacher, 0, Condition())(result.noise, 16, Condition())
+    again = PricedModel(teacher, 0, Condition())(result.noise, 16, Condition())
     assert torch.allclose(result.samples, again)
     assert result.scores.mean() < 3
 

@@ -93,7 +93,7 @@ def test_what_verifiers_need():
             verifier.setup(features)
 
 
-def test_fingerprints_tell_settings_and_weights_apart():
+def test_fingerprints_tell_settings_and_weights_apart(monkeypatch):
     verifiers = [
         FeatureDistance(features="digits"),
         FeatureDistance(features="mnist"),
@@ -112,6 +112,9 @@ def test_fingerprints_tell_settings_and_weights_apart():
     repeated.setup(None)
     assert again.fingerprint() == repeated.fingerprint()
     assert len(repr(again)) < 100
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="cannot share a search by a plain function"):
+        FunctionVerifier(len).fingerprint()
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from flowdistill.registry import SEARCH_STRATEGIES, VERIFIERS
 from flowdistill.runs import check_counts, find_checkpoint, find_device, load_flow_map, load_teacher, make_condition
 from flowdistill.searching.result import SearchResult
 from flowdistill.searching.strategies import SearchStrategy
-from flowdistill.searching.trials import Sampler, Trials, evaluation_flops
+from flowdistill.searching.trials import PricedModel, Trials, evaluation_flops
 from flowdistill.searching.verifiers import FunctionVerifier, Score
 from flowdistill.training.checkpoints import verify_checkpoint
 from flowdistill.training.randomness import step_generator
@@ -113,8 +113,8 @@ def search(
     model = _teacher(teacher, own_teacher, student, guidance).to(place)
     condition = make_condition(model.num_classes, num_samples, labels, guidance)
     unit = evaluation_flops(model, condition)
-    expensive = Sampler(model, unit, condition)
-    cheap = expensive if proposer == "teacher" else Sampler(student, unit, condition)
+    expensive = PricedModel(model, unit, condition)
+    cheap = expensive if proposer == "teacher" else PricedModel(student, unit, condition)
     console = Console(file=sys.stderr)
     bar = Progress(console=console, disable=not console.is_terminal)
     task = bar.add_task("search", total=num_samples * budget)
