@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class Verifier(ABC):
-    """Scores images; a search looks for the noises whose samples score highest."""
+    """Scores images; a search looks for the noises whose samples score highest.
+
+    Concrete verifiers are attrs classes whose fields are their settings.
+    """
 
     def setup(self, features: str | FeatureExtractor | None) -> None:
         """Build what scores need; called once before a search.
@@ -32,5 +35,5 @@ class Verifier(ABC):
         """
 
     def fingerprint(self) -> str:
-        """A hash of what scores depend on; stored results of a search are known by it."""
+        """A hash of what scores depend on, by default the settings; stored results of a search are known by it."""
         return hashlib.sha256(f"{type(self).__qualname__} {self!r}".encode()).hexdigest()

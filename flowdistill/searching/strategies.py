@@ -14,7 +14,7 @@ from flowdistill.searching.trials import Candidates, Trials, affordable
 
 
 class SearchStrategy(ABC):
-    """Finds noises whose samples the verifier likes."""
+    """Finds noises whose samples the verifier likes. Concrete strategies are attrs classes, known by their settings."""
 
     @abstractmethod
     def search(self, trials: Trials) -> Candidates:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import attrs
 import torch
@@ -149,7 +150,7 @@ class Trials:
             self.refuse(reserved + price)
         return count
 
-    def refuse(self, least: float) -> None:
+    def refuse(self, least: float) -> NoReturn:
         """ConfigError that names the least budget."""
         raise ConfigError(
             f"a budget of {self.budget:g} evaluations is too small: one sample of the teacher at {self.teacher_steps} "

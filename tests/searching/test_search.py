@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import attrs
 import pytest
 import torch
 from runs import command, write
@@ -138,6 +139,7 @@ def test_a_killed_search_continues_where_it_was(run, tmp_path):
 
 
 def test_functions_and_users_strategies(run, searched):
+    @attrs.frozen
     class Last(SearchStrategy):
         """Takes the last of three noises without a look."""
 
