@@ -200,7 +200,7 @@ def plot(rows: dict[str, list[dict[str, float]]], students: dict[str, Variant], 
 
     lines = {"teacher alone": line([f"teacher alone, {steps} steps" for steps in ALONE])}
     lines["search by the teacher"] = line([f"search by the teacher, {budget}" for budget in TEACHER_BUDGETS])
-    lines |= {f"student, {name}": line([f"student, {name}, {budget}" for budget in BUDGETS]) for name in students}
+    lines |= {name: line([f"student, {name}, {budget}" for budget in BUDGETS]) for name in students}
     curves(lines, ("evaluations of the teacher's network for a sample", "distance to the class mean"), path)
 
 

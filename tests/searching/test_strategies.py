@@ -169,8 +169,10 @@ def test_budgets_are_kept_and_used_up(strategy, budget, price, anchored, guided)
     assert result.cost.mean().item() == pytest.approx(cost)
     assert cost <= budget * (1 + 1e-9)
     if isinstance(strategy, SuccessiveHalving):
-        steps = (1,) if anchored else strategy.steps
-        one_more = sum(steps) * price  # at most one noise in each round
+        rounds = strategy.rounds(problem)
+        assert [steps for steps, _ in rounds] == ([1] if anchored else [1, 2, 4])
+        sizes = [max(strategy.finalists, (rounds[0][1] + 1) >> i) for i in range(len(rounds))]
+        one_more = sum((size - now) * steps * price for size, (steps, now) in zip(sizes, rounds, strict=True))
         assert teachers == 2 * strategy.finalists * 8 * (2 if guided else 1)
     else:
         one_more = price
