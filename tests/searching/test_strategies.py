@@ -192,6 +192,7 @@ def test_networks_cost_their_operations(strategy, alone):
     with Flops() as flops:
         result = find(strategy, problem)
     assert unit > 1000
+    assert problem.teacher.price == 1.0  # of each of the two evaluations of a guided step
     assert flops.total / unit / 4 == pytest.approx(result.cost.mean().item(), rel=1e-9)
     assert 60.3 - 8 < result.cost.mean() <= 60.3
     assert alone or 0.05 < problem.proposer.price < 0.9
