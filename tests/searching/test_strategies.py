@@ -146,15 +146,10 @@ def test_halving_lets_the_teacher_decide_between_the_finalists():
     assert result.noise.mean().item() == pytest.approx(LARGEST_OF_TEN, abs=4 * 0.587 / math.sqrt(4000))
 
 
-@given(
-    st.sampled_from(
-        [BestOf(), ZeroOrder(), ZeroOrder(neighbours=3), SuccessiveHalving(), SuccessiveHalving(finalists=3)]
-    ),
-    st.floats(120, 300),
-    st.floats(0.05, 3.0),
-    st.booleans(),
-    st.booleans(),
+@pytest.mark.parametrize(
+    "strategy", [BestOf(), ZeroOrder(neighbours=3), SuccessiveHalving(), SuccessiveHalving(finalists=3)]
 )
+@given(st.floats(120, 300), st.floats(0.05, 3.0), st.booleans(), st.booleans())
 def test_budgets_are_kept_and_used_up(strategy, budget, price, anchored, guided):
     """For any budget and price: what was counted is within the budget, and one more noise would not have been."""
     plain, student = gaussian(dim=2)
