@@ -41,6 +41,8 @@ benchmarks: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/freeflow.py digits_choices --jobs 2
 	$(VENV)/bin/python benchmarks/freeflow.py ring_choices --jobs 2
 	$(VENV)/bin/python benchmarks/pseudo_velocity.py
+	$(VENV)/bin/python benchmarks/search.py digits --jobs 2
+	$(VENV)/bin/python benchmarks/search.py mnist
 	$(RUN) flowdistill bench toy --jobs 2 --out benchmarks/results/toy
 
 clean:

@@ -24,6 +24,7 @@ from flowdistill.interfaces import (
     TargetVelocity,
     Teacher,
     VelocityEstimator,
+    Verifier,
 )
 from flowdistill.planning import Plan, plan
 from flowdistill.registry import (
@@ -34,12 +35,14 @@ from flowdistill.registry import (
     METRICS,
     NETWORKS,
     OBJECTIVES,
+    SEARCH_STRATEGIES,
     SOLVERS,
     STATE_SOURCES,
     TARGET_VELOCITIES,
     TEACHERS,
     TIME_SAMPLERS,
     VELOCITY_ESTIMATORS,
+    VERIFIERS,
     register_dataset,
     register_decoder,
     register_features,
@@ -47,12 +50,14 @@ from flowdistill.registry import (
     register_metric,
     register_network,
     register_objective,
+    register_search_strategy,
     register_solver,
     register_state_source,
     register_target_velocity,
     register_teacher,
     register_time_sampler,
     register_velocity_estimator,
+    register_verifier,
 )
 from flowdistill.runs import (
     convert,
@@ -61,6 +66,7 @@ from flowdistill.runs import (
     load_teacher,
     sample,
 )
+from flowdistill.searching import SearchResult, search
 from flowdistill.training import (
     TrainResult,
     train,
@@ -91,8 +97,10 @@ __all__ = [
     "Objective",
     "ObjectiveOutput",
     "Plan",
+    "SEARCH_STRATEGIES",
     "SOLVERS",
     "STATE_SOURCES",
+    "SearchResult",
     "StateSource",
     "States",
     "TARGET_VELOCITIES",
@@ -102,7 +110,9 @@ __all__ = [
     "Teacher",
     "TrainResult",
     "VELOCITY_ESTIMATORS",
+    "VERIFIERS",
     "VelocityEstimator",
+    "Verifier",
     "convert",
     "evaluate",
     "load_flow_map",
@@ -115,13 +125,16 @@ __all__ = [
     "register_metric",
     "register_network",
     "register_objective",
+    "register_search_strategy",
     "register_solver",
     "register_state_source",
     "register_target_velocity",
     "register_teacher",
     "register_time_sampler",
     "register_velocity_estimator",
+    "register_verifier",
     "sample",
+    "search",
     "testing",
     "train",
 ]

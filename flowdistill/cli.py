@@ -1,4 +1,4 @@
-"""The command line: ``flowdistill train | plan | sample | evaluate | bench | convert | list | show | cite``."""
+"""The command line: ``flowdistill train | plan | sample | evaluate | search | bench | convert | list | show | ...``."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     bindings = [a.removeprefix("--gin.") for a in given if a.startswith("--gin.")]
     parser = _parser()
     options = parser.parse_args([a for a in given if not a.startswith("--gin.")])
-    if bindings and options.command not in (_train, _plan, _bench):
-        parser.error("--gin.NAME=VALUE belongs to train, plan and bench")
+    if bindings and options.command not in (_train, _plan, _search, _bench):
+        parser.error("--gin.NAME=VALUE belongs to train, plan, search and bench")
     if malformed := [b for b in bindings if "=" not in b]:
         parser.error(f"--gin.{malformed[0]} lacks =VALUE")
     options.bindings = bindings
@@ -104,6 +104,26 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--bootstrap", type=int, default=0, help="random halves from which to estimate spreads")
     evaluate.set_defaults(command=_evaluate)
 
+    search = commands.add_parser("search", help="search for noises that a verifier likes, and give them to the teacher")
+    search.add_argument("run", help="a run directory, or a checkpoint in it")
+    search.add_argument("--budget", type=float, required=True, help="for a sample, in evaluations of the teacher")
+    search.add_argument("--teacher", help="a teacher's name or path; by default the one of the run")
+    search.add_argument("--verifier", default="feature_distance", help="as flowdistill list verifiers shows")
+    search.add_argument("--strategy", default="best_of", help="as flowdistill list search_strategies shows")
+    search.add_argument(
+        "--proposer", choices=["student", "teacher"], default="student", help="what noises are tried by"
+    )
+    search.add_argument("--num_samples", type=int, default=64)
+    search.add_argument("--labels", type=int, nargs="+", help="one class for all, or one for each sample")
+    search.add_argument("--teacher_steps", type=int, default=16, help="of Euler's method")
+    search.add_argument("--guidance", type=float)
+    search.add_argument("--seed", type=int, default=0)
+    search.add_argument("--batch_size", type=int)
+    search.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
+    search.add_argument("--out", help="a folder for the result; by default one in RUN/searches")
+    search.epilog = "--gin.NAME=VALUE sets up the verifier and the strategy, as in --gin.zero_order.radius=0.5"
+    search.set_defaults(command=_search)
+
     bench = commands.add_parser("bench", help="train and measure the methods of a suite, and write their tables")
     bench.add_argument("suite", help="toy, digits, mnist, ..., or a gin file")
     bench.add_argument("--quick", action="store_true", help="the quick version of the suite")
@@ -167,12 +187,11 @@ def _sample(options: argparse.Namespace) -> None:
 
     if options.out.suffix not in (".png", ".npz"):
         raise ConfigError(f"--out must end in .png or .npz, not {options.out.name!r}")
-    labels = options.labels[0] if options.labels and len(options.labels) == 1 else options.labels
     samples = sample(
         options.run,
         options.num_samples,
         steps=options.steps,
-        labels=labels,
+        labels=_labels(options),
         guidance=options.guidance,
         seed=options.seed,
         batch_size=options.batch_size,
@@ -214,6 +233,44 @@ def _evaluate(options: argparse.Namespace) -> None:
         print(f"flowdistill: {warning.message}", file=sys.stderr)
     for name, value in figures.items():
         print(f"{name}: {value:.4g}")
+
+
+def _search(options: argparse.Namespace) -> None:
+    import gin
+
+    from flowdistill import config
+    from flowdistill.registry import SEARCH_STRATEGIES, VERIFIERS
+    from flowdistill.searching import search
+
+    with config.parsed([], options.bindings), config.errors_located():
+        verifier = gin.get_configurable(VERIFIERS.get(options.verifier))()
+        strategy = gin.get_configurable(SEARCH_STRATEGIES.get(options.strategy))()
+        config.check_all_used()
+    result = search(
+        options.run,
+        options.budget,
+        teacher=options.teacher,
+        verifier=verifier,
+        strategy=strategy,
+        proposer=options.proposer,
+        num_samples=options.num_samples,
+        labels=_labels(options),
+        teacher_steps=options.teacher_steps,
+        guidance=options.guidance,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        device=options.device,
+        out=options.out,
+    )
+    if result is not None:
+        for name, value in result.figures.items():
+            print(f"{name}: {value:.4g}")
+        print(result.folder)
+
+
+def _labels(options: argparse.Namespace) -> Any:
+    """One class for all samples, or one for each."""
+    return options.labels[0] if options.labels and len(options.labels) == 1 else options.labels
 
 
 def _bench(options: argparse.Namespace) -> None:

@@ -10,10 +10,9 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from flowdistill import config
+from flowdistill._flops import Flops
 from flowdistill._unread import without_files
 from flowdistill.data import Dataset
 from flowdistill.errors import ConfigError
@@ -99,7 +98,7 @@ def plan(
             config.check_all_used()
         if isinstance(loop.source, NoisedData):
             loop.source.dataset = _Blank(loop.source.dataset)
-        flops, activations = _Flops(), _Activations()  # type: ignore[no-untyped-call]
+        flops, activations = Flops(), _Activations()  # type: ignore[no-untyped-call]
         with flops, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
             _step(loop, activations)
@@ -129,19 +128,6 @@ class _Blank(Dataset):
     def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         labels = None if self.num_classes is None else torch.zeros(batch_size, dtype=torch.long)
         return torch.zeros(batch_size, *self.sample_shape), labels
-
-
-class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the operations of what runs inside."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if func._overloadpacket in flop_registry:
-            self.total += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
-        return result
 
 
 class _Activations:

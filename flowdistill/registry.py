@@ -32,6 +32,7 @@ _BUILT_IN = (
     "flowdistill.guidance",
     "flowdistill.networks",
     "flowdistill.runs",
+    "flowdistill.searching",
     "flowdistill.solvers",
     "flowdistill.states",
     "flowdistill.target_velocities",
@@ -184,13 +185,16 @@ DATASETS = Registry("dataset")
 METRICS = Registry("metric")
 SOLVERS = Registry("solver")
 DECODERS = Registry("decoder")
+VERIFIERS = Registry("verifier")
+SEARCH_STRATEGIES = Registry("search strategy")
 FEATURES = Registry("feature extractor", gin_suffix="_features")  # digits and mnist are data sets as well
 
 REGISTRIES = {
     _plural(registry.kind): registry
     for registry in (
         TEACHERS, FLOW_MAPS, OBJECTIVES, VELOCITY_ESTIMATORS, TARGET_VELOCITIES, STATE_SOURCES,
-        TIME_SAMPLERS, NETWORKS, DATASETS, METRICS, SOLVERS, DECODERS, FEATURES,
+        TIME_SAMPLERS, NETWORKS, DATASETS, METRICS, SOLVERS, DECODERS, FEATURES, VERIFIERS,
+        SEARCH_STRATEGIES,
     )
 }  # fmt: skip
 """All registries by the plural of their kind, as the command line names them."""
@@ -208,3 +212,5 @@ register_metric = METRICS.register
 register_solver = SOLVERS.register
 register_decoder = DECODERS.register
 register_features = FEATURES.register
+register_verifier = VERIFIERS.register
+register_search_strategy = SEARCH_STRATEGIES.register

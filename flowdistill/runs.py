@@ -197,14 +197,15 @@ def sample(
         CheckpointError: the run cannot be read.
         ConfigError: arguments that do not fit the student.
     """
-    _check_counts(num_samples=num_samples, batch_size=batch_size)
+    check_counts(num_samples=num_samples, batch_size=batch_size)
     flow_map = load_flow_map(run)
     condition = make_condition(flow_map.num_classes, num_samples, labels, guidance)
     noise, fresh = _noise(flow_map, num_samples, steps, seed, 0, renoise)
     return torch.cat(_draw(flow_map, noise, fresh, condition, steps, batch_size or num_samples))
 
 
-def _check_counts(**counts: int | None) -> None:
+def check_counts(**counts: int | None) -> None:
+    """ConfigError unless all counts that are given are at least 1."""
     for name, count in counts.items():
         if count is not None and count < 1:
             raise ConfigError(f"{name} must be at least 1, not {count}")
@@ -292,7 +293,7 @@ def evaluate(
         >>> flowdistill.evaluate("runs/ring", metrics=("w2",), num_samples=2000)  # doctest: +SKIP
         {'w2': 0.09, 'w2_noise_floor': 0.05}
     """
-    _check_counts(num_samples=num_samples, batch_size=batch_size, bootstrap=bootstrap or None)
+    check_counts(num_samples=num_samples, batch_size=batch_size, bootstrap=bootstrap or None)
     for name in metrics:
         METRICS.get(name)
     workdir, checkpoint = find_checkpoint(run)
@@ -302,7 +303,7 @@ def evaluate(
         features = evaluation.features if features is None else features
         reference = evaluation.reference if reference is None else reference
     extractor = None if features is None else load_features(features)
-    place = _device(device)
+    place = find_device(device)
     flow_map = load_flow_map(checkpoint).to(place)
     condition = make_condition(flow_map.num_classes, num_samples, None, guidance)
     truth = None
@@ -327,7 +328,7 @@ def evaluate(
         "renoise": flow_map.to_data if renoise is None else renoise,
     }
     key = hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:16]
-    generated = collect(workdir / "evaluations" / key, num_samples, draw)
+    generated = collect(SampleSet, workdir / "evaluations" / key, num_samples, draw)
     if generated is None or truth is None:
         return {}
     figures = measure(metrics, generated, truth)
@@ -359,7 +360,8 @@ def _noise_floors(metrics: Sequence[str], n: int, truth: SampleSet, again: Sampl
     return floors
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def find_device(device: str | torch.device | None) -> torch.device:
+    """A device by its name; None is the first GPU (of each rank its own), else the CPU."""
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         return torch.device(own if device is None else device)

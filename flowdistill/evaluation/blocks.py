@@ -1,23 +1,49 @@
-"""Samples in blocks on disk, so that a large evaluation can be interrupted, continued, and shared out over processes.
+"""Samples in blocks on disk, so that a large job can be interrupted, continued, and shared out over processes.
 
-A block is always of the same samples: those of its number. So figures depend neither on where an evaluation was
-interrupted nor on how many ranks it had, and one with more samples or other metrics continues an earlier one.
+A block is always of the same samples: those of its number. So figures depend neither on where a job was interrupted nor
+on how many ranks it had, and one with more samples or other metrics continues an earlier one.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol, TypeVar
+
+from typing_extensions import Self
 
 from flowdistill.errors import DataError
-from flowdistill.evaluation.samples import SampleSet
 
 BLOCK = 500
-"""Samples in a block."""
+"""Samples in a block of an evaluation."""
 
 _PATIENCE = 3600.0  # seconds without a new block after which the other ranks are taken for dead
+
+
+class Rows(Protocol):
+    """What blocks hold, such as `flowdistill.evaluation.SampleSet`."""
+
+    def __len__(self) -> int:
+        """The number of samples."""
+
+    def __getitem__(self, rows: slice) -> Self:
+        """Some of them."""
+
+    def save(self, path: Path) -> None:
+        """Write to a file, which is there whole or not at all."""
+
+    @classmethod
+    def load(cls, path: Path) -> Self | None:
+        """What a file holds; None where there is no such file, or it is damaged."""
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """All samples of some parts."""
+
+
+R = TypeVar("R", bound=Rows)
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -25,44 +51,48 @@ def rank_and_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def collect(folder: Path, num_samples: int, draw: Callable[[int, int], SampleSet]) -> SampleSet | None:
+def collect(
+    kind: type[R], folder: Path, num_samples: int, draw: Callable[[int, int], R], block_size: int = BLOCK
+) -> R | None:
     """The first ``num_samples`` samples of a folder of blocks, where those that are missing are drawn first.
 
     Each rank draws its share. Rank 0 waits for the others' and reads all; elsewhere the result is None.
 
     Args:
+        kind: what the blocks hold.
         folder: of the blocks ``00000.safetensors``, ...; all ranks must see it.
-        num_samples: how many; the last block may hold less than `BLOCK`.
+        num_samples: how many; the last block may hold less than ``block_size``.
         draw: block number and n to the block's first n samples.
+        block_size: samples in a block.
 
     Raises:
         DataError: a block holds another number of samples than it should, or another rank gave no sign for an hour.
     """
     rank, world = rank_and_world()
-    sizes = [min(BLOCK, num_samples - start) for start in range(0, num_samples, BLOCK)]
+    sizes = [min(block_size, num_samples - start) for start in range(0, num_samples, block_size)]
     for block in range(rank, len(sizes), world):
-        if _read(folder, block, sizes[block]) is None:
+        if _read(kind, folder, block, sizes[block]) is None:
             drawn = draw(block, sizes[block])
             if len(drawn) != sizes[block]:
                 raise DataError(f"block {block} has {len(drawn)} samples in place of {sizes[block]}")
             drawn.save(_path(folder, block))
     if rank != 0:
         return None
-    return SampleSet.join([_wait(folder, block, size) for block, size in enumerate(sizes)])
+    return kind.join([_wait(kind, folder, block, size) for block, size in enumerate(sizes)])
 
 
 def _path(folder: Path, block: int) -> Path:
     return folder / f"{block:05d}.safetensors"
 
 
-def _read(folder: Path, block: int, size: int) -> SampleSet | None:
-    found = SampleSet.load(_path(folder, block))
+def _read(kind: type[R], folder: Path, block: int, size: int) -> R | None:
+    found = kind.load(_path(folder, block))
     return None if found is None or len(found) < size else found[:size]
 
 
-def _wait(folder: Path, block: int, size: int) -> SampleSet:
+def _wait(kind: type[R], folder: Path, block: int, size: int) -> R:
     asked = time.monotonic()
-    while (found := _read(folder, block, size)) is None:
+    while (found := _read(kind, folder, block, size)) is None:
         if time.monotonic() - asked > _PATIENCE:
             raise DataError(
                 f"block {block} of {folder} did not come for an hour: run the same command again to continue"

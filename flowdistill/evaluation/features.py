@@ -31,12 +31,14 @@ class FeatureExtractor(nn.Module, ABC):
             are then rounded as its authors round them.
         classifies: whether the logits are of the classes that a model's labels number.
         reference: features (N, D) of the real data that the extractor was trained on, where they come with it.
+        reference_labels: their classes (N,), where they are known.
     """
 
     channels: int = 3
     quantized: bool = False
     classifies: bool = False
     reference: Tensor | None = None
+    reference_labels: Tensor | None = None
 
     @abstractmethod
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -44,18 +46,23 @@ class FeatureExtractor(nn.Module, ABC):
 
     def fingerprint(self) -> str:
         """A hash of the class and its weights; stored features are known by it."""
-        digest = hashlib.sha256(type(self).__qualname__.encode())
-        for name, value in self.state_dict().items():
-            digest.update(name.encode())
-            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint(self)
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A hash of a module's class, parameters and buffers."""
+    digest = hashlib.sha256(type(module).__qualname__.encode())
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class DigitClassifier(FeatureExtractor):
     """A classifier of handwritten digits: three convolutions and two linear layers, between which lie the 64 features.
 
     Features are multiplied by ``scale``, chosen when the network was trained such that two sets of real digits are at
-    the Frechet distance that its card names.
+    the Frechet distance that its card names. The labels of the reference are what the classifier says of it.
 
     Args:
         size: height and width of the images.
@@ -90,6 +97,8 @@ def _trained(name: str, size: int) -> DigitClassifier:
     tensors = safetensors.torch.load_file(WEIGHTS / f"{name}.safetensors")
     network.load_state_dict({key: tensors[key] for key in network.state_dict()})
     network.reference = tensors["reference"].float()
+    with torch.no_grad():
+        network.reference_labels = network.head(F.silu(network.reference / network.scale)).argmax(1)
     return network.eval().requires_grad_(False)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import attrs
@@ -66,8 +66,8 @@ class SampleSet:
         labels, logits = (None if v is None else v[rows] for v in (self.labels, self.logits))
         return SampleSet(self.features[rows], labels, logits, modes=self.modes)
 
-    @staticmethod
-    def join(parts: Sequence[SampleSet]) -> SampleSet:
+    @classmethod
+    def join(cls, parts: Sequence[SampleSet]) -> SampleSet:
         """The set of all rows of some sets."""
         columns = ([part.labels for part in parts], [part.logits for part in parts])
         labels, logits = (None if column[0] is None else torch.cat(column) for column in columns)  # type: ignore[arg-type]
@@ -83,25 +83,37 @@ class SampleSet:
             "mean": mean,
             "covariance": covariance,
         }
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            safetensors.torch.save_file({name: v.contiguous() for name, v in tensors.items() if v is not None}, partial)
-            os.replace(partial, path)
-        except safetensors.SafetensorError as error:  # a full disk, among others
-            raise OSError(f"cannot write {path}: {error}") from None
-        finally:
-            partial.unlink(missing_ok=True)
+        write_tensors(tensors, path)
 
-    @staticmethod
-    def load(path: Path) -> SampleSet | None:
+    @classmethod
+    def load(cls, path: Path) -> SampleSet | None:
         """What `save` has written to a file; None where there is no such file, or it is damaged."""
-        try:
-            tensors = safetensors.torch.load_file(path)
-        except (OSError, safetensors.SafetensorError):
+        tensors = read_tensors(path)
+        if tensors is None:
             return None
         published = (tensors["mean"], tensors["covariance"]) if "mean" in tensors else None
         return SampleSet(tensors.get("features"), tensors.get("labels"), tensors.get("logits"), published)
+
+
+def write_tensors(tensors: Mapping[str, Tensor | None], path: Path) -> None:
+    """Write those tensors that are there to a safetensors file, which is there whole or not at all."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        safetensors.torch.save_file({name: v.contiguous() for name, v in tensors.items() if v is not None}, partial)
+        os.replace(partial, path)
+    except safetensors.SafetensorError as error:  # a full disk, among others
+        raise OSError(f"cannot write {path}: {error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor] | None:
+    """What `write_tensors` has written to a file; None where there is no such file, or it is damaged."""
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError):
+        return None
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from flowdistill.interfaces.velocity_estimator import (
     NoisingVelocity,
     VelocityEstimator,
 )
+from flowdistill.interfaces.verifier import Verifier
 
 __all__ = [
     "NULL_LABEL",
@@ -27,4 +28,5 @@ __all__ = [
     "TargetVelocity",
     "Teacher",
     "VelocityEstimator",
+    "Verifier",
 ]

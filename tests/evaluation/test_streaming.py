@@ -147,7 +147,9 @@ def test_a_rank_draws_its_share_alone(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    result = collect(tmp_path, 2300, lambda block, n: drawn.append((block, n)) or SampleSet(torch.zeros(n, 1)))
+    result = collect(
+        SampleSet, tmp_path, 2300, lambda block, n: drawn.append((block, n)) or SampleSet(torch.zeros(n, 1))
+    )
     assert result is None
     assert drawn == [(1, 500), (3, 500)]
 

@@ -1,0 +1,208 @@
+"""Quality against evaluations: the teacher alone, search by the teacher, search by students of three trainings.
+
+    python benchmarks/search.py digits|mnist [--jobs 2] [--num_samples N] [--steps N]
+
+Students are trained by FreeFlow's prediction alone, by its correction alone and by both, with three seeds; a search
+goes by `feature_distance` and is judged also by what it did not look at: a logistic regression on pixels that has been
+fitted to samples of the teacher (log-probability of the class that was asked for), fid and recall. Trainings lie in
+runs/benchmarks/ and searches in their runs; finished ones are not repeated. Tables and figures, mean ± standard
+deviation over the seeds, are written to benchmarks/results/ and docs/assets/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+from freeflow import CORRECTION, PREDICTION_ALONE
+from sklearn.linear_model import LogisticRegression
+from trainings import RESULTS, SEEDS, Variant, cell, train
+
+import flowdistill
+from flowdistill import Condition, Teacher, config
+from flowdistill.evaluation import measure, reference_set, sample_set
+from flowdistill.evaluation.figures import curves
+from flowdistill.evaluation.report import machine
+from flowdistill.searching import FeatureDistance
+from flowdistill.solvers import Euler
+from flowdistill.training.randomness import step_generator
+
+ASSETS = Path(__file__).parents[1] / "docs" / "assets"
+CORRECTION_ALONE = ("train.objective = @freeflow_correction()",)
+PREDICTION = ("freeflow.", "freeflow_prediction.", "finite_difference.")
+STEPS = 16  # of the teacher at the end of a search
+ALONE = (16, 32, 64)  # steps of the teacher without search
+BUDGETS = (64, 80, 128)
+TEACHER_BUDGETS = (64, 128)
+NOISES = 100  # of each class, for rank correlations
+COLUMNS = ("cost", "score", "second", "fid", "recall")
+
+
+def variants(suite: str) -> dict[str, Variant]:
+    """The trainings of the students, by how they are named in the table."""
+    recipe = {"digits": "freeflow/digits.gin", "mnist": "freeflow/mnist_sit.gin"}[suite]
+    return {
+        "prediction alone": Variant("prediction alone", recipe, PREDICTION_ALONE, CORRECTION),
+        "correction alone": Variant("correction alone", recipe, CORRECTION_ALONE, PREDICTION),
+        "both": Variant("both", recipe),
+    }
+
+
+@attrs.frozen
+class Judge:
+    """What searches are measured by, beside their own score."""
+
+    features: str
+    classifier: Any
+
+    def __call__(self, samples: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+        """The figures of samples in [-1, 1]."""
+        found = sample_set(samples, labels, self.features)
+        figures = measure(["fid", "recall"], found, reference_set(self.features, None, len(samples), 0))
+        probabilities = self.classifier.predict_log_proba(samples.flatten(1).numpy())
+        return {"second": float(probabilities[np.arange(len(labels)), labels.numpy()].mean()), **figures}
+
+
+def teacher_of(run: Path) -> Teacher:
+    """The guided teacher of a run."""
+    with config.parsed([run.absolute() / "config.gin"], []):
+        teacher: Teacher = config.value("train.teacher")
+    return teacher.eval().requires_grad_(False)
+
+
+def samples_of(teacher: Teacher, n: int, stream: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noises of all classes in turn, and the teacher's samples of them."""
+    noise = torch.randn((n, *teacher.sample_shape), generator=step_generator(0, 0, stream))
+    condition = Condition.in_turn(teacher.num_classes, n)
+    with torch.no_grad():
+        parts = [slice(i, i + 100) for i in range(0, n, 100)]
+        made = torch.cat([Euler(steps=STEPS).solve(teacher, noise[part], condition[part]) for part in parts])
+    return noise, made
+
+
+def judge_of(suite: str, teacher: Teacher) -> Judge:
+    """The classifier on pixels, fitted to samples of the teacher, and the features of the metrics."""
+    n = 100 * (teacher.num_classes or 1)
+    _, samples = samples_of(teacher, n, "classifier")
+    classifier = LogisticRegression(C=0.1, max_iter=1000)
+    classifier.fit(samples.flatten(1).numpy(), np.arange(n) % (n // 100))
+    return Judge(suite, classifier)
+
+
+def searched(run: Path, judge: Judge, budget: float, seed: int, **settings: Any) -> dict[str, float]:
+    """The figures of a search."""
+    result = flowdistill.search(run, budget, seed=seed, device="cpu", **settings)
+    assert result is not None
+    assert result.labels is not None
+    return {**result.figures, **judge(result.samples, result.labels)}
+
+
+def correlation(run: Path, teacher: Teacher, features: str, seed: int) -> float:
+    """Spearman's rank correlation of the scores of student and teacher over noises of a class; mean of the classes."""
+    student, verifier = flowdistill.load_flow_map(run), FeatureDistance(features=features)
+    verifier.setup(None)
+    classes = teacher.num_classes or 1
+    noise, ours = samples_of(teacher, NOISES * classes, f"correlation {seed}")
+    condition = Condition.in_turn(teacher.num_classes, len(noise))
+    parts = [slice(i, i + 100) for i in range(0, len(noise), 100)]
+    theirs = torch.cat([student.sample(noise[part], 1, condition[part]) for part in parts])
+    scores = [verifier.scores(samples, condition).reshape(NOISES, classes).T for samples in (ours, theirs)]
+    ranks = [part.argsort(1).argsort(1).double() for part in scores]
+    return statistics.mean(float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in zip(*ranks, strict=True))
+
+
+def row_of(rows: dict[str, list[dict[str, float]]]) -> list[str]:
+    """The lines of a table; mean ± standard deviation over the seeds."""
+    titles = ("evaluations", "score", "second verifier", "fid", "recall")
+    lines = [f"| | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+    for name, seeds in rows.items():
+        lines.append(f"| {name} | {' | '.join(cell([figures[c] for figures in seeds]) for c in COLUMNS)} |")
+    return lines
+
+
+def verdict(rows: dict[str, list[dict[str, float]]]) -> str:
+    """Whether search by a student at 80 evaluations beats the teacher alone at 128, seed by seed."""
+    alone = rows[f"teacher alone, {ALONE[-1]} steps"]
+    found = rows["student, prediction alone, 80"]
+    better = sum(a["score"] > b["score"] for a, b in zip(found, alone, strict=True))
+    return (
+        f"Search by the student (prediction alone) at 80 evaluations scores higher than the teacher alone at 128 with "
+        f"{better} of {len(alone)} seeds."
+    )
+
+
+def main() -> None:
+    """Train, search, measure, and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=("digits", "mnist"))
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
+    parser.add_argument("--num_samples", type=int, default=500, help="of each search")
+    parser.add_argument("--steps", type=int, help="training steps of one seed: a quick look, not written")
+    options = parser.parse_args()
+    students, threads = variants(options.suite), max(1, (os.cpu_count() or 1) // options.jobs)
+    seeds, n = SEEDS if options.steps is None else SEEDS[:1], options.num_samples
+    with ThreadPoolExecutor(options.jobs) as pool:
+        jobs = {(k, s): pool.submit(train, v, s, threads, options.steps) for s in seeds for k, v in students.items()}
+        runs = {key: job.result() for key, job in jobs.items()}
+    teacher = teacher_of(runs["both", seeds[0]])
+    judge = judge_of(options.suite, teacher)
+    rows: dict[str, list[dict[str, float]]] = {}
+    ranks: dict[str, list[float]] = {name: [] for name in students}
+
+    def add(name: str, *arguments: Any, **settings: Any) -> None:
+        rows.setdefault(name, []).append(searched(*arguments, num_samples=n, **settings))
+        print(name, rows[name][-1], flush=True)
+
+    for seed in seeds:
+        anyone = runs["both", seed]
+        for steps in ALONE:
+            settings: dict[str, Any] = {"proposer": "teacher", "teacher_steps": steps}
+            add(f"teacher alone, {steps} steps", anyone, judge, 2 * steps, seed, **settings)
+        for budget in TEACHER_BUDGETS:
+            add(f"search by the teacher, {budget}", anyone, judge, budget, seed, proposer="teacher")
+        for name in students:
+            for budget in BUDGETS:
+                add(f"student, {name}, {budget}", runs[name, seed], judge, budget, seed)
+            ranks[name].append(correlation(runs[name, seed], teacher, options.suite, seed))
+    for strategy in ("zero_order", "successive_halving"):
+        for seed in seeds:
+            add(f"{strategy}, prediction alone, 80", runs["prediction alone", seed], judge, 80, seed, strategy=strategy)
+    lines = row_of(rows)
+    lines += ["", "| student trained by | rank correlation with the teacher |", "|---|---|"]
+    lines += [f"| {name} | {cell(values)} |" for name, values in ranks.items()]
+    lines += ["", verdict(rows)]
+    lines += [f"Seeds {', '.join(map(str, seeds))}; {n} samples a row. {machine()}."]
+    print("\n".join(lines))
+    if options.steps is None:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"search_{options.suite}.md").write_text("\n".join(lines) + "\n")
+        record = {"seeds": seeds, "num_samples": n, "machine": machine(), "rows": rows, "rank_correlations": ranks}
+        (RESULTS / f"search_{options.suite}.json").write_text(json.dumps(record, indent=1) + "\n")
+        plot(rows, students, ASSETS / f"search_{options.suite}.png")
+
+
+def plot(rows: dict[str, list[dict[str, float]]], students: dict[str, Variant], path: Path) -> None:
+    """The distance to the class means, which is minus the score, against the evaluations."""
+
+    def line(names: list[str]) -> list[tuple[float, list[float]]]:
+        return [
+            (statistics.mean(f["cost"] for f in rows[name]), [-figures["score"] for figures in rows[name]])
+            for name in names
+        ]
+
+    lines = {"teacher alone": line([f"teacher alone, {steps} steps" for steps in ALONE])}
+    lines["search by the teacher"] = line([f"search by the teacher, {budget}" for budget in TEACHER_BUDGETS])
+    lines |= {name: line([f"student, {name}, {budget}" for budget in BUDGETS]) for name in students}
+    curves({"distance to the class mean": lines}, "evaluations of the teacher's network for a sample", path)
+
+
+if __name__ == "__main__":
+    main()
