@@ -112,7 +112,7 @@ def ranking(
         points = [(i, row[condition]) for i, row in enumerate(rows.values()) if condition in row]
         places = [i + 0.14 * (number - (len(conditions) - 1) / 2) for i, _ in points]
         means = np.array([np.mean(values) for _, values in points])
-        reach = np.array([(m - min(v), max(v) - m) for m, (_, v) in zip(means, points, strict=True)]).T
+        reach = _reach([values for _, values in points])
         axes.errorbar(means, places, xerr=reach, fmt="o", ms=4, lw=1, color=colours[number % 4], label=condition)
     for number, (name, level) in enumerate(levels.items()):
         style = ("-", "--", ":", "-.")[number % 4]
@@ -127,6 +127,12 @@ def ranking(
     axes.grid(alpha=0.2, which="both")
     figure.legend(fontsize=7, loc="outside right upper")
     figure.savefig(path, dpi=130)
+
+
+def _reach(rows: Sequence[Sequence[float]]) -> np.ndarray[Any, Any]:
+    """How far the least and the largest of each row lie from its mean, (2, rows); not below 0, as by rounding."""
+    distances = [(np.mean(row) - min(row), max(row) - np.mean(row)) for row in rows]
+    return np.maximum(np.array(distances).T, 0.0)
 
 
 def curves(
@@ -157,7 +163,7 @@ def curves(
             if not known:
                 continue
             means = np.array([np.mean(values) for _, values in known])
-            reach = np.array([(m - min(v), max(v) - m) for m, (_, v) in zip(means, known, strict=True)]).T
+            reach = _reach([values for _, values in known])
             colour = f"C{number % 10}"
             axes.errorbar([x for x, _ in known], means, yerr=reach, fmt="o-", ms=3, lw=1, color=colour)
             end = (known[-1][0], means[-1])
