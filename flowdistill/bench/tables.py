@@ -244,13 +244,18 @@ def _by_budget(suite: Suite, records: Sequence[Record], metric: str) -> dict[str
     return found
 
 
+_EXPLANATION = (
+    " The best is bold where it lies outside the spreads. Steps are those of training; student, teacher and others are "
+    "thousands of evaluations of networks in training, counted, each on one sample."
+)
+
+
 def _note(suite: Suite, records: Sequence[Record]) -> list[str]:
     done = [record for record in records if "rows" in record]
     lines = [
         f"Seeds {', '.join(map(str, suite.seeds))}: mean ± standard deviation; "
-        f"{', '.join(sorted({str(r['num_samples']) for r in done}))} samples a figure. The best is bold where it lies "
-        "outside the spreads. Steps are those of training; student, teacher and others are thousands of evaluations of "
-        "networks in training, counted, each on one sample.",
+        f"{', '.join(sorted({str(r['num_samples']) for r in done}))} samples a figure."
+        + ("" if suite.sweep else _EXPLANATION),
         *sorted({f"{r['machine']}." for r in done}),
     ]
     lines += [

@@ -132,7 +132,8 @@ def ranking(
 def _reach(rows: Sequence[Sequence[float]]) -> np.ndarray[Any, Any]:
     """How far the least and the largest of each row lie from its mean, (2, rows); not below 0, as by rounding."""
     distances = [(np.mean(row) - min(row), max(row) - np.mean(row)) for row in rows]
-    return np.maximum(np.array(distances).T, 0.0)
+    reach: np.ndarray[Any, Any] = np.maximum(np.array(distances).T, 0.0)
+    return reach
 
 
 def curves(
@@ -144,7 +145,7 @@ def curves(
 ) -> None:
     """Write values over seeds against a number, a panel for each kind of value and in it a line for each name.
 
-    The line is at the means, its bars reach from the least to the largest, and its name is at its end.
+    The line is at the means, and its bars reach from the least to the largest.
 
     Args:
         panels: numbers and the values there, by kind and by name.
@@ -155,27 +156,39 @@ def curves(
     """
     columns = min(len(panels), 2)
     rows = math.ceil(len(panels) / columns)
-    figure = _figure(8.0 if columns == 1 else 6.0 * columns, 5.0 if columns == 1 else 4.0 * rows)
+    figure = _figure(5.0 * columns + 2.0, 4.0 * rows)
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    handles = {}
     for axes, (kind, lines) in zip(grid, panels.items(), strict=False):
-        for number, (name, points) in enumerate(lines.items()):
+        for name, points in lines.items():
             known = [(x, values) for x, values in points if values]
             if not known:
                 continue
-            means = np.array([np.mean(values) for _, values in known])
-            reach = _reach([values for _, values in known])
-            colour = f"C{number % 10}"
-            axes.errorbar([x for x, _ in known], means, yerr=reach, fmt="o-", ms=3, lw=1, color=colour)
-            end = (known[-1][0], means[-1])
-            axes.annotate(name, end, xytext=(4, 0), textcoords="offset points", fontsize=7, va="center", color=colour)
+            number = names.index(name)
+            handles[name] = axes.errorbar(
+                [x for x, _ in known],
+                [np.mean(values) for _, values in known],
+                yerr=_reach([values for _, values in known]),
+                fmt="o",
+                ms=3,
+                lw=1,
+                ls=("-", "--", ":")[number // 10 % 3],
+                color=f"C{number % 10}",
+            )
         if log_x:
             axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+            axes.xaxis.set_minor_formatter("{x:,.0f}")
         if kind in log_y:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(which="both", labelsize=7)
         axes.set_xlabel(label)
         axes.set_ylabel(kind)
-        axes.margins(x=0.2)
         axes.grid(alpha=0.2, which="both")
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
+    figure.legend(handles.values(), handles.keys(), fontsize=7, loc="outside right upper")
     figure.savefig(path, dpi=130)
