@@ -154,6 +154,8 @@ def curves(
         log_x: makes its axis logarithmic.
         log_y: kinds of values whose axis is logarithmic.
     """
+    from matplotlib.ticker import LogLocator
+
     columns = min(len(panels), 2)
     rows = math.ceil(len(panels) / columns)
     figure = _figure(5.0 * columns + 2.0, 4.0 * rows)
@@ -178,6 +180,7 @@ def curves(
             )
         if log_x:
             axes.set_xscale("log")
+            axes.xaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
             axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.xaxis.set_minor_formatter("{x:,.0f}")
         if kind in log_y:
