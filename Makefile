@@ -10,6 +10,8 @@ DEMO ?= runs/demo
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_FALLBACK ?= torch==2.13.0
 
+SUITES = toy mismatch synergy errors ablations guidance  # whose results are committed
+
 .PHONY: demo test test-all lint docs benchmarks clean
 
 demo: $(VENV)/installed
@@ -43,7 +45,11 @@ benchmarks: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/pseudo_velocity.py
 	$(VENV)/bin/python benchmarks/search.py digits --jobs 2
 	$(VENV)/bin/python benchmarks/search.py mnist
-	$(RUN) flowdistill bench toy --jobs 2 --out benchmarks/results/toy
+	rm -f $(SUITES:%=benchmarks/results/%/results.json) benchmarks/results/toy_quick/results.json
+	for suite in $(SUITES); do \
+		$(RUN) flowdistill bench $$suite --jobs 2 --out benchmarks/results/$$suite || exit 1; \
+	done
+	$(RUN) flowdistill bench toy --quick --gin.bench.seeds="(1, 2, 3)" --jobs 2 --out benchmarks/results/toy_quick
 
 clean:
 	rm -rf $(VENV) runs site build dist
