@@ -1,6 +1,7 @@
 """Searches of runs: what they leave, what they repeat, and the command line."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -136,6 +137,21 @@ def test_a_killed_search_continues_where_it_was(run, tmp_path):
     shutil.rmtree(run / "searches")
     whole = flowdistill.search(run, 8, num_samples=130, **QUICK)
     assert torch.equal(whole.scores, resumed.scores)
+
+
+def test_ranks_share_a_search_and_the_first_tells(trained, run):
+    """Two processes as torchrun starts them, beside one that does all; 120 samples are three blocks."""
+    arguments = ["search", run, "--budget", 6, "--num_samples", 120, "--teacher_steps", 2, "--device", "cpu"]
+    code = [sys.executable, "-m", "flowdistill", *map(str, arguments)]
+    ranks = [{"OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": "2"} for rank in (0, 1)]
+    other = subprocess.Popen(code, env={**os.environ, **ranks[1]}, stdout=subprocess.PIPE, text=True)
+    first = command(*arguments, cwd=run.parent, env=ranks[0])
+    assert first.returncode == 0, first.stderr
+    assert other.communicate(timeout=120)[0] == ""
+    assert other.returncode == 0
+    (found,) = run.glob("searches/*/result.safetensors")
+    alone = flowdistill.search(trained / "digits", 6, num_samples=120, **QUICK)
+    assert torch.equal(SearchResult.load(found).scores, alone.scores)
 
 
 def test_functions_and_users_strategies(run, searched):
