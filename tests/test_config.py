@@ -90,11 +90,28 @@ def test_missing_files_list_near_recipes(tmp_path):
 
 def test_packaged_recipes_can_be_included(tmp_path):
     file = tmp_path / "mine.gin"
-    file.write_text("include 'freeflow/ring.gin'\ntrain.steps = 2\ntrain.evaluation = None\ntrain.sample_every = 0\n")
-    with pytest.raises(ConfigError, match=r"nothing uses evaluation\.metrics"):
+    file.write_text("include 'freeflow/ring.gin'\ntrain.steps = 2\nschedule.warmup = 1\nlogit_normal.mean = 1.0\n")
+    with pytest.raises(ConfigError, match=r"nothing uses logit_normal\.mean"):
         flowdistill.train(gin_file=file, workdir=tmp_path / "run")
     file.write_text("include 'freeflow/ring.gin'\ntrain.steps = 2\nevaluation.num_samples = 10\n")
     assert flowdistill.train(gin_file=file, workdir=tmp_path / "run").steps == 2
+
+
+def test_an_evaluation_may_be_left_out_and_made_up_for(tmp_path):
+    """Its bindings need no use then, and a run may be measured by training it again, which trains nothing."""
+    file, run = tmp_path / "mine.gin", tmp_path / "run"
+    text = "include 'freeflow/ring.gin'\ntrain.steps = 2\ntrain.sample_every = 0\n"
+    file.write_text(f"{text}train.evaluation = None\n")
+    first = flowdistill.train(gin_file=file, workdir=run)
+    assert not (run / "figures.json").exists()
+    saved = first.checkpoint.stat().st_mtime_ns
+    for metric in ("w2", "mmd"):
+        file.write_text(f"{text}evaluation.num_samples = 10\nevaluation.metrics = ('{metric}',)\n")
+        assert metric in flowdistill.train(gin_file=file, workdir=run).metrics
+    assert first.checkpoint.stat().st_mtime_ns == saved
+    file.write_text(f"{text}evaluation.num_samples = 10\nAdamW.lr = 1.0\n")
+    with pytest.raises(ConfigError, match=r"another configuration"):
+        flowdistill.train(gin_file=file, workdir=run)
 
 
 def test_a_configuration_parsed_by_the_caller_holds(tmp_path):
