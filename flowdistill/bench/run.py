@@ -149,8 +149,11 @@ def _known(results: Path) -> dict[str, dict[str, Any]]:
     """What has been measured, by the name of the figures; nothing of what failed."""
     if not results.is_file():
         return {}
-    records = json.loads(results.read_text())["records"]
-    return {record["figures"]: record for record in records if "error" not in record}
+    try:
+        records = json.loads(results.read_text())["records"]
+        return {record["figures"]: record for record in records if "error" not in record}
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{results} is not what flowdistill bench writes: move it, or name another --out") from None
 
 
 def _run(jobs: Sequence[Job], runs: Path, device: str | None) -> list[dict[str, Any]]:

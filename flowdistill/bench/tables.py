@@ -20,7 +20,9 @@ Section: TypeAlias = tuple[str, Cells | str]  # a title, and a table or the name
 
 def write_tables(name: str, suite: Suite, records: Sequence[Record], out: Path) -> None:
     """Write everything into a directory."""
-    (out / "results.json").write_text(json.dumps({"suite": name, "records": list(records)}, indent=1) + "\n")
+    partial = out / "results.partial"
+    partial.write_text(json.dumps({"suite": name, "records": list(records)}, indent=1) + "\n")
+    partial.replace(out / "results.json")
     sections: list[Section] = []
     for group in dict.fromkeys(record["group"] for record in records):
         ours = [record for record in records if record["group"] == group]
@@ -67,45 +69,41 @@ def _swept(suite: Suite, group: str, stem: str, records: Sequence[Record], out: 
     for budget in suite.budgets:
         panels = {}
         for metric in suite.metrics:
-            panels[metric.replace("_", " ")] = rows = _by_value(suite, records, budget, metric)
+            lines = _by_value(suite, records, budget, metric)
+            panels[metric.replace("_", " ")] = lines
             head = ["", *(f"{parameter.rpartition('.')[2]} = {number:g}" for number in numbers)]
-            body = [
-                [name, *(_cell(points.get(number, points.get(None, []))) for number in numbers)]
-                for name, points in rows.items()
-            ]
-            title = _title(group, metric.replace("_", " ")) + _trained(budget)
-            sections.append((title, [head, *body]))
-        lines = {
-            metric: {name: _drawn(points, numbers) for name, points in rows.items()} for metric, rows in panels.items()
-        }
+            body = [[name, *(_cell(found) for _, found in points)] for name, points in lines.items()]
+            sections.append((_title(group, metric.replace("_", " ")) + _trained(budget), [head, *body]))
         picture = f"{stem}.png" if budget is None else f"{stem}_{budget}.png"
-        curves(lines, parameter.rpartition(".")[2].replace("_", " "), out / picture, log_y=tuple(panels)[:1])
+        curves(panels, parameter.rpartition(".")[2].replace("_", " "), out / picture, log_y=tuple(panels)[:1])
         sections.append(("", picture))
     return sections
 
 
 def _by_value(
     suite: Suite, records: Sequence[Record], budget: int | None, metric: str
-) -> dict[str, dict[float | None, list[float]]]:
-    """A metric over the seeds by the value of the sweep: of each row of the teacher, and of each method in one jump."""
-    one, found = _jumps(suite.student_steps[0]), {}
+) -> dict[str, list[tuple[float, list[float]]]]:
+    """A metric by the value of the sweep: of each row of the teacher, and of each method in one jump.
+
+    Rows that do not have the sweep's parameter are on one level for all values.
+    """
+    assert suite.sweep is not None
+    one, rows = _jumps(suite.student_steps[0]), {}
     teachers = [record for record in records if record["name"] == "teacher" and "rows" in record]
     for row in dict.fromkeys(row for record in teachers for row in record["rows"]):
-        found[row] = {v: values(ours, row, metric) for v, ours in _split(teachers, "value").items()}
+        rows[row] = {v: values(ours, row, metric) for v, ours in _split(teachers, "value").items()}
     students = [r for r in records if r["name"] != "teacher" and r["budget"] == budget]
     for name, seeds in seeds_of(students).items():
-        found[name] = {v: values(ours, one, metric) for v, ours in _split(seeds, "value").items()}
-    return found
+        rows[name] = {v: values(ours, one, metric) for v, ours in _split(seeds, "value").items()}
+    return {
+        name: [(value, found.get(value, found.get(None, []))) for value in suite.sweep[1]]
+        for name, found in rows.items()
+    }
 
 
 def _split(records: Sequence[Record], key: str) -> dict[Any, list[Record]]:
     """The records by what they have under a key."""
     return {value: [r for r in records if r[key] == value] for value in dict.fromkeys(r[key] for r in records)}
-
-
-def _drawn(points: Mapping[float | None, list[float]], numbers: Sequence[float]) -> list[tuple[float, list[float]]]:
-    """The points of a line; a level over all numbers where a row does not have the parameter."""
-    return [(number, points.get(number, points.get(None, []))) for number in numbers]
 
 
 def _trained(budget: int | None) -> str:

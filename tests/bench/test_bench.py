@@ -248,6 +248,15 @@ def test_workers_end_with_a_killed_suite(tmp_path):
     wait_for(still)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"records": [{}]}'])
+def test_damaged_results(folder, tmp_path, monkeypatch, text):
+    monkeypatch.chdir(folder)
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ConfigError, match="is not what flowdistill bench writes"):
+        bench("tiny.gin", out=tmp_path)
+    assert (tmp_path / "results.json").read_text() == text
+
+
 def test_from_python(folder, monkeypatch):
     monkeypatch.chdir(folder)
     with pytest.raises(ConfigError, match=r"no row of tiny\.gin"):
