@@ -26,6 +26,7 @@ from flowdistill import config
 from flowdistill.bench.suite import Job, Row, Suite, load_suite
 from flowdistill.bench.tables import write_tables
 from flowdistill.errors import ConfigError, FlowDistillError, RunsFailedError
+from flowdistill.evaluation.features import fingerprint
 from flowdistill.evaluation.report import compare, teacher_samples, trajectory_errors, write_figures
 from flowdistill.evaluation.samples import SampleSet
 from flowdistill.interfaces import FlowMap
@@ -206,7 +207,7 @@ def _measure(student: FlowMap | None, gin_file: Path, figures: Path, cache: Path
     """Write the figures of a student, or of the teacher alone.
 
     The samples of a teacher that students are measured against are drawn once, and kept under what they depend on:
-    whatever gin has used to build it, and the evaluation but for what it measures them by.
+    whatever gin has used to build it, its weights, and the evaluation but for what it measures them by.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with config.parsed([gin_file], []), config.errors_located():
@@ -221,7 +222,7 @@ def _measure(student: FlowMap | None, gin_file: Path, figures: Path, cache: Path
         teacher.eval().requires_grad_(False).to(device)
     if student is not None and teacher is not None:
         free = r"evaluation\.(metrics|reference|student_steps|deltas) "
-        kept = [line for line in used.splitlines() if not re.match(free, line)]
+        kept = [*(line for line in used.splitlines() if not re.match(free, line)), fingerprint(teacher)]
         path = cache / f"{hashlib.sha256(chr(10).join(kept).encode()).hexdigest()[:16]}.safetensors"
         best = SampleSet.load(path)
         if best is None:
