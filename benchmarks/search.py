@@ -2,11 +2,11 @@
 
     python benchmarks/search.py digits|mnist [--jobs 2] [--num_samples N] [--steps N]
 
-Students are trained by FreeFlow's prediction alone, by its correction alone and by both, with three seeds; a search
-goes by `feature_distance` and is judged also by what it did not look at: a logistic regression on pixels that has been
-fitted to samples of the teacher (log-probability of the class that was asked for), fid and recall. Trainings lie in
-runs/benchmarks/ and searches in their runs; finished ones are not repeated. Tables and figures, mean ± standard
-deviation over the seeds, are written to benchmarks/results/ and docs/assets/.
+Students are trained by FreeFlow's prediction alone, by its correction alone and by both, with three seeds and at equal
+steps; a search goes by `feature_distance` and is judged also by what it did not look at: a logistic regression on
+pixels that has been fitted to samples of the teacher (log-probability of the class that was asked for), fid and recall.
+Trainings lie in runs/benchmarks/ and searches in their runs; finished ones are not repeated. Tables and figures, mean ±
+standard deviation over the seeds, are written to benchmarks/results/ and docs/assets/.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import argparse
 import json
 import os
 import statistics
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +37,40 @@ from flowdistill.solvers import Euler
 from flowdistill.training.randomness import step_generator
 
 ASSETS = Path(__file__).parents[1] / "docs" / "assets"
-CORRECTION_ALONE = ("train.objective = @freeflow_correction()",)
-PREDICTION = ("freeflow.", "freeflow_prediction.", "finite_difference.")
+CORRECTION_ALONE = (  # VSD without momentum, with which it collapses (docs/claims/synergy.md), as FreeFlow corrects
+    "vsd.weighting = 'none'",
+    "vsd.times = @logit_normal()",
+    "logit_normal.mean = 0.8",
+    "logit_normal.std = 1.6",
+    "train.states = @prior()",
+)
+AS_THE_OTHERS = {
+    "digits": (
+        "prior.guidance = (1.0, 1.5)",
+        "from_teacher.guidance = 1.1",
+        "evaluation.guidance = 1.1",
+        "AdamW.lr = 2e-3",
+    ),
+    "mnist": (),
+}
 STEPS = 16  # of the teacher at the end of a search
 ALONE = (16, 32, 64)  # steps of the teacher without search
 BUDGETS = (64, 80, 128)
 TEACHER_BUDGETS = (64, 128)
 NOISES = 100  # of each class, for rank correlations
+Figures = dict[str, dict[str, float]]  # by the names of the rows
 COLUMNS = ("cost", "score", "second", "fid", "recall")
 
 
 def variants(suite: str) -> dict[str, Variant]:
     """The trainings of the students, by how they are named in the table."""
-    recipe = {"digits": "freeflow/digits.gin", "mnist": "freeflow/mnist_sit.gin"}[suite]
+    task = {"digits": "digits", "mnist": "mnist_sit"}[suite]
+    recipe = f"freeflow/{task}.gin"
     return {
         "prediction alone": Variant("prediction alone", recipe, PREDICTION_ALONE, CORRECTION),
-        "correction alone": Variant("correction alone", recipe, CORRECTION_ALONE, PREDICTION),
+        "correction alone": Variant(
+            "correction alone", f"vsd/vsd_{task}.gin", (*CORRECTION_ALONE, *AS_THE_OTHERS[suite])
+        ),
         "both": Variant("both", recipe),
     }
 
@@ -88,8 +107,9 @@ def samples_of(teacher: Teacher, n: int, stream: str) -> tuple[torch.Tensor, tor
     return noise, made
 
 
-def judge_of(suite: str, teacher: Teacher) -> Judge:
-    """The classifier on pixels, fitted to samples of the teacher, and the features of the metrics."""
+def judge_of(suite: str, run: Path) -> Judge:
+    """The classifier on pixels, fitted to samples of the teacher of a run, and the features of the metrics."""
+    teacher = teacher_of(run)
     n = 100 * (teacher.num_classes or 1)
     _, samples = samples_of(teacher, n, "classifier")
     classifier = LogisticRegression(C=0.1, max_iter=1000)
@@ -119,7 +139,30 @@ def correlation(run: Path, teacher: Teacher, features: str, seed: int) -> float:
     return statistics.mean(float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in zip(*ranks, strict=True))
 
 
-def row_of(rows: dict[str, list[dict[str, float]]]) -> list[str]:
+def searches(runs: dict[str, Path], judge: Judge, seed: int, n: int) -> tuple[Figures, dict[str, float]]:
+    """The figures of all searches with one seed, and the rank correlation of each student with its teacher."""
+    rows: Figures = {}
+
+    def add(name: str, *arguments: Any, **settings: Any) -> None:
+        rows[name] = searched(*arguments, num_samples=n, **settings)
+        print(f"seed {seed}, {name}: {rows[name]}", flush=True)
+
+    anyone = runs["both"]
+    for steps in ALONE:
+        settings: dict[str, Any] = {"proposer": "teacher", "teacher_steps": steps}
+        add(f"teacher alone, {steps} steps", anyone, judge, 2 * steps, seed, **settings)
+    for budget in TEACHER_BUDGETS:
+        add(f"search by the teacher, {budget}", anyone, judge, budget, seed, proposer="teacher")
+    for name, run in runs.items():
+        for budget in BUDGETS:
+            add(f"student, {name}, {budget}", run, judge, budget, seed)
+    for strategy in ("zero_order", "successive_halving"):
+        add(f"{strategy}, prediction alone, 80", runs["prediction alone"], judge, 80, seed, strategy=strategy)
+    teacher = teacher_of(anyone)
+    return rows, {name: correlation(run, teacher, judge.features, seed) for name, run in runs.items()}
+
+
+def table(rows: dict[str, list[dict[str, float]]]) -> list[str]:
     """The lines of a table; mean ± standard deviation over the seeds."""
     titles = ("evaluations", "score", "second verifier", "fid", "recall")
     lines = [f"| | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
@@ -143,39 +186,25 @@ def main() -> None:
     """Train, search, measure, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=("digits", "mnist"))
-    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--num_samples", type=int, default=500, help="of each search")
     parser.add_argument("--steps", type=int, help="training steps of one seed: a quick look, not written")
     options = parser.parse_args()
     students, threads = variants(options.suite), max(1, (os.cpu_count() or 1) // options.jobs)
+    torch.set_num_threads(threads)
     seeds, n = SEEDS if options.steps is None else SEEDS[:1], options.num_samples
     with ThreadPoolExecutor(options.jobs) as pool:
         jobs = {(k, s): pool.submit(train, v, s, threads, options.steps) for s in seeds for k, v in students.items()}
         runs = {key: job.result() for key, job in jobs.items()}
-    teacher = teacher_of(runs["both", seeds[0]])
-    judge = judge_of(options.suite, teacher)
-    rows: dict[str, list[dict[str, float]]] = {}
-    ranks: dict[str, list[float]] = {name: [] for name in students}
-
-    def add(name: str, *arguments: Any, **settings: Any) -> None:
-        rows.setdefault(name, []).append(searched(*arguments, num_samples=n, **settings))
-        print(name, rows[name][-1], flush=True)
-
-    for seed in seeds:
-        anyone = runs["both", seed]
-        for steps in ALONE:
-            settings: dict[str, Any] = {"proposer": "teacher", "teacher_steps": steps}
-            add(f"teacher alone, {steps} steps", anyone, judge, 2 * steps, seed, **settings)
-        for budget in TEACHER_BUDGETS:
-            add(f"search by the teacher, {budget}", anyone, judge, budget, seed, proposer="teacher")
-        for name in students:
-            for budget in BUDGETS:
-                add(f"student, {name}, {budget}", runs[name, seed], judge, budget, seed)
-            ranks[name].append(correlation(runs[name, seed], teacher, options.suite, seed))
-    for strategy in ("zero_order", "successive_halving"):
-        for seed in seeds:
-            add(f"{strategy}, prediction alone, 80", runs["prediction alone", seed], judge, 80, seed, strategy=strategy)
-    lines = row_of(rows)
+    with ProcessPoolExecutor(options.jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as processes:
+        judge = processes.submit(judge_of, options.suite, runs["both", seeds[0]]).result()
+        found = [
+            processes.submit(searches, {name: runs[name, seed] for name in students}, judge, seed, n) for seed in seeds
+        ]
+        by_seed = [future.result() for future in found]
+    rows = {name: [figures[name] for figures, _ in by_seed] for name in by_seed[0][0]}
+    ranks = {name: [rank[name] for _, rank in by_seed] for name in students}
+    lines = table(rows)
     lines += ["", "| student trained by | rank correlation with the teacher |", "|---|---|"]
     lines += [f"| {name} | {cell(values)} |" for name, values in ranks.items()]
     lines += ["", verdict(rows)]
