@@ -51,29 +51,38 @@ def test_default_run_directory_and_overrides(folder):
     assert json.loads(records[-1])["step"] == 2
 
 
-def test_list_show_cite(folder):
+def test_list_show_cite(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+
+    def said(*arguments):
+        with pytest.raises(SystemExit) as exit_:
+            main(list(arguments))
+        assert exit_.value.code == 0
+        return capsys.readouterr().out
+
     listed = command("list", cwd=folder).stdout
+    assert said("list") == listed
     for name in ("freeflow", "meanflow", "digits_teacher", "ring", "finite_difference", "freeflow/digits.gin"):
         assert name in listed
-    solvers = command("list", "solvers", cwd=folder).stdout.splitlines()
+    solvers = said("list", "solvers").splitlines()
     assert [line.split()[0] for line in solvers] == ["dopri5", "edm", "euler", "heun", "rk4", "sde"]
-    objectives = {line.split()[0]: line for line in command("list", "objectives", cwd=folder).stdout.splitlines()}
+    objectives = {line.split()[0]: line for line in said("list", "objectives").splitlines()}
     here = {name: flowdistill.OBJECTIVES.get(name) for name in flowdistill.OBJECTIVES.names()}
     assert objectives.keys() == {name for name, found in here.items() if found.__module__.startswith("flowdistill.")}
     assert objectives["meanflow"].split()[1] == "data"
     assert objectives["meanflow_distillation"].split()[1] == "teacher"
-    teachers = command("list", "teachers", cwd=folder).stdout
+    teachers = said("list", "teachers")
     for name in ("ring", "mnist_sit", "sit-xl/2-256", "sit-xl/2-repa-512", "edm2-xxl-512-uncond", "edm2-s-64"):
         assert name in re.split(r"[\s,]+", teachers)
-    assert "EDM2 network" in command("show", "teachers", "edm2-s-512", cwd=folder).stdout
-    shown = command("show", "objectives", "freeflow", cwd=folder).stdout
+    assert "EDM2 network" in said("show", "teachers", "edm2-s-512")
+    shown = said("show", "objectives", "freeflow")
     assert "alpha=1.0" in shown
     assert "freeflow/ring.gin" not in shown
     assert "freeflow/mnist.gin" in shown
     assert "2511.19428" in shown
-    assert "train.teacher = @ring()" in command("show", "recipes", "freeflow/ring.gin", cwd=folder).stdout
+    assert "train.teacher = @ring()" in said("show", "recipes", "freeflow/ring.gin")
     for source in ("run", "freeflow/ring.gin"):
-        assert "@article{tong2025freeflow" in command("cite", source, cwd=folder).stdout
+        assert "@article{tong2025freeflow" in said("cite", source)
     assert re.fullmatch(r"flowdistill \d+\.\d+\.\d+\n", command("--version", cwd=folder).stdout)
 
 
