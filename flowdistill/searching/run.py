@@ -62,9 +62,9 @@ def search(
     classifier-free guidance costs 2, an evaluation of the student its floating-point operations over those of the
     teacher's network. Evaluations of the verifier are not counted.
 
-    What is found for a sample depends on the seed, its number and its label. Samples are searched for in blocks of 50,
-    which are kept in ``RUN/searches``: an interrupted search continues, and one for more samples begins with what is
-    there. Under torchrun the ranks share the blocks out.
+    Samples are drawn in the precision of the run's evaluation. What is found for a sample depends on the seed, its
+    number and its label. Samples are searched for in blocks of 50, which are kept in ``RUN/searches``: an interrupted
+    search continues, and one for more samples begins with what is there. Under torchrun the ranks share the blocks out.
 
     Args:
         run: a run directory, or a checkpoint in it.
@@ -113,8 +113,9 @@ def search(
     model = _teacher(teacher, own_teacher, student, guidance).to(place)
     condition = make_condition(model.num_classes, num_samples, labels, guidance)
     unit = evaluation_flops(model, condition)
-    expensive = PricedModel(model, unit, condition)
-    cheap = expensive if proposer == "teacher" else PricedModel(student, unit, condition)
+    bf16 = evaluation is not None and evaluation.precision == "bf16"
+    expensive = PricedModel(model, unit, condition, bf16)
+    cheap = expensive if proposer == "teacher" else PricedModel(student, unit, condition, bf16)
     console = Console(file=sys.stderr)
     bar = Progress(console=console, disable=not console.is_terminal)
     task = bar.add_task("search", total=num_samples * budget)
@@ -148,7 +149,7 @@ def search(
         "seed": seed,
     }
     identity = {
-        "format": 1,
+        "format": 2,
         "weights": verify_checkpoint(checkpoint)["sha256"],
         "config": hashlib.sha256((workdir / "config.gin").read_bytes()).hexdigest(),
         "teacher": fingerprint(model),

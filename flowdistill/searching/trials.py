@@ -60,6 +60,7 @@ class PricedModel:
         model: the student or the teacher, which is sampled by Euler's method.
         unit: operations of one evaluation of the teacher's network on one sample.
         condition: of any sample; guidance scales are for models that take them.
+        bf16: evaluate it under autocast.
 
     Attributes:
         evaluations: of one sample at one step: 1, or 2 under guidance.
@@ -67,8 +68,9 @@ class PricedModel:
         single: whether the model knows one step alone.
     """
 
-    def __init__(self, model: FlowMap | Teacher, unit: int, condition: Condition) -> None:
+    def __init__(self, model: FlowMap | Teacher, unit: int, condition: Condition, bf16: bool = False) -> None:
         self.model = model
+        self._bf16 = bf16
         self._like = next(itertools.chain(model.parameters(), model.buffers()), torch.zeros(()))
         self.single = isinstance(model, FlowMap) and (model.anchored or model.to_data)
         before = model.evaluations
@@ -85,11 +87,12 @@ class PricedModel:
     def __call__(self, noise: Tensor, steps: int, condition: Condition) -> Tensor:
         """Samples (B, ...) of noise (B, ...), in the model's dtype and where it lies."""
         noise, condition = noise.to(self._like), condition.to(self._like.device)
-        if isinstance(self.model, Teacher):
-            return Euler(steps=steps).solve(self.model, noise, condition)
-        if getattr(self.model, "guidance", None) is None:
-            condition = attrs.evolve(condition, guidance=None)
-        return self.model.sample(noise, steps, condition)
+        with torch.autocast(noise.device.type, torch.bfloat16, enabled=self._bf16):
+            if isinstance(self.model, Teacher):
+                return Euler(steps=steps).solve(self.model, noise, condition)
+            if getattr(self.model, "guidance", None) is None:
+                condition = attrs.evolve(condition, guidance=None)
+            return self.model.sample(noise, steps, condition)
 
 
 def evaluation_flops(teacher: Teacher, condition: Condition) -> int:

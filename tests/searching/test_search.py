@@ -52,6 +52,25 @@ def searched(monkeypatch):
     return sizes
 
 
+def test_samples_are_drawn_in_the_precision_of_the_evaluation(run):
+    def drawn():
+        seen = []
+
+        def score(images, condition):
+            seen.append(images.dtype)
+            return images.mean((1, 2, 3))
+
+        result = flowdistill.search(run, 5.5, num_samples=4, verifier=score, **QUICK)  # one noise for each sample
+        assert set(seen) == {torch.float32}
+        return result.samples
+
+    full = drawn()
+    with (run / "config.gin").open("a") as file:
+        file.write("\nevaluation.precision = 'bf16'\n")
+    half = drawn()
+    assert 1e-4 < (half - full).abs().max() < 0.1
+
+
 def test_a_search_leaves_its_result_and_figures(run):
     result = flowdistill.search(run, 10, num_samples=12, **QUICK)
     assert result.samples.shape == result.noise.shape == (12, 1, 8, 8)
