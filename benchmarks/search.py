@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import statistics
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -58,7 +59,6 @@ ALONE = (16, 32, 64)  # steps of the teacher without search
 BUDGETS = (64, 80, 128)
 TEACHER_BUDGETS = (64, 128)
 NOISES = 100  # of each class, for rank correlations
-Figures = dict[str, dict[str, float]]  # by the names of the rows
 COLUMNS = ("cost", "score", "second", "fid", "recall")
 
 
@@ -117,17 +117,36 @@ def judge_of(suite: str, run: Path) -> Judge:
     return Judge(suite, classifier)
 
 
-def searched(run: Path, judge: Judge, budget: float, seed: int, **settings: Any) -> dict[str, float]:
+def searches(runs: dict[tuple[str, int], Path]) -> Iterator[tuple[str, Path, float, dict[str, Any]]]:
+    """Row, run, budget and settings of every search, of runs by student and seed."""
+    for (student, seed), run in runs.items():
+        if student == "both":
+            for steps in ALONE:
+                settings = {"seed": seed, "proposer": "teacher", "teacher_steps": steps}
+                yield f"teacher alone, {steps} steps", run, 2 * steps, settings
+            for budget in TEACHER_BUDGETS:
+                yield f"search by the teacher, {budget}", run, budget, {"seed": seed, "proposer": "teacher"}
+    for (student, seed), run in runs.items():
+        for budget in BUDGETS:
+            yield f"student, {student}, {budget}", run, budget, {"seed": seed}
+    for strategy in ("zero_order", "successive_halving"):
+        for (student, seed), run in runs.items():
+            if student == "prediction alone":
+                yield f"{strategy}, {student}, 80", run, 80, {"seed": seed, "strategy": strategy}
+
+
+def searched(run: Path, judge: Judge, budget: float, **settings: Any) -> dict[str, float]:
     """The figures of a search."""
-    result = flowdistill.search(run, budget, seed=seed, device="cpu", **settings)
+    result = flowdistill.search(run, budget, device="cpu", **settings)
     assert result is not None
     assert result.labels is not None
     return {**result.figures, **judge(result.samples, result.labels)}
 
 
-def correlation(run: Path, teacher: Teacher, features: str, seed: int) -> float:
+def correlation(run: Path, features: str, seed: int) -> float:
     """Spearman's rank correlation of the scores of student and teacher over noises of a class; mean of the classes."""
-    student, verifier = flowdistill.load_flow_map(run), FeatureDistance(features=features)
+    student, teacher = flowdistill.load_flow_map(run), teacher_of(run)
+    verifier = FeatureDistance(features=features)
     verifier.setup(None)
     classes = teacher.num_classes or 1
     noise, ours = samples_of(teacher, NOISES * classes, f"correlation {seed}")
@@ -137,29 +156,6 @@ def correlation(run: Path, teacher: Teacher, features: str, seed: int) -> float:
     scores = [verifier.scores(samples, condition).reshape(NOISES, classes).T for samples in (ours, theirs)]
     ranks = [part.argsort(1).argsort(1).double() for part in scores]
     return statistics.mean(float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in zip(*ranks, strict=True))
-
-
-def searches(runs: dict[str, Path], judge: Judge, seed: int, n: int) -> tuple[Figures, dict[str, float]]:
-    """The figures of all searches with one seed, and the rank correlation of each student with its teacher."""
-    rows: Figures = {}
-
-    def add(name: str, *arguments: Any, **settings: Any) -> None:
-        rows[name] = searched(*arguments, num_samples=n, **settings)
-        print(f"seed {seed}, {name}: {rows[name]}", flush=True)
-
-    anyone = runs["both"]
-    for steps in ALONE:
-        settings: dict[str, Any] = {"proposer": "teacher", "teacher_steps": steps}
-        add(f"teacher alone, {steps} steps", anyone, judge, 2 * steps, seed, **settings)
-    for budget in TEACHER_BUDGETS:
-        add(f"search by the teacher, {budget}", anyone, judge, budget, seed, proposer="teacher")
-    for name, run in runs.items():
-        for budget in BUDGETS:
-            add(f"student, {name}, {budget}", run, judge, budget, seed)
-    for strategy in ("zero_order", "successive_halving"):
-        add(f"{strategy}, prediction alone, 80", runs["prediction alone"], judge, 80, seed, strategy=strategy)
-    teacher = teacher_of(anyone)
-    return rows, {name: correlation(run, teacher, judge.features, seed) for name, run in runs.items()}
 
 
 def table(rows: dict[str, list[dict[str, float]]]) -> list[str]:
@@ -196,14 +192,21 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         jobs = {(k, s): pool.submit(train, v, s, threads, options.steps) for s in seeds for k, v in students.items()}
         runs = {key: job.result() for key, job in jobs.items()}
+    rows: dict[str, list[dict[str, float]]] = {}
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as processes:
         judge = processes.submit(judge_of, options.suite, runs["both", seeds[0]]).result()
         found = [
-            processes.submit(searches, {name: runs[name, seed] for name in students}, judge, seed, n) for seed in seeds
+            (name, processes.submit(searched, run, judge, budget, num_samples=n, **settings))
+            for name, run, budget, settings in searches(runs)
         ]
-        by_seed = [future.result() for future in found]
-    rows = {name: [figures[name] for figures, _ in by_seed] for name in by_seed[0][0]}
-    ranks = {name: [rank[name] for _, rank in by_seed] for name in students}
+        correlations = {
+            name: [processes.submit(correlation, runs[name, seed], options.suite, seed) for seed in seeds]
+            for name in students
+        }
+        for name, future in found:
+            rows.setdefault(name, []).append(future.result())
+            print(name, rows[name][-1], flush=True)
+        ranks = {name: [future.result() for future in futures] for name, futures in correlations.items()}
     lines = table(rows)
     lines += ["", "| student trained by | rank correlation with the teacher |", "|---|---|"]
     lines += [f"| {name} | {cell(values)} |" for name, values in ranks.items()]
