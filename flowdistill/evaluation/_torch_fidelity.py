@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
-from typing import Any
 
-import torch
-
-_LIBRARY: list[torch.library.Library] = []  # a schema lives as long as its library
+from torch.library import define
 
 
 def torch_fidelity(module: str) -> ModuleType:
@@ -18,12 +15,9 @@ def torch_fidelity(module: str) -> ModuleType:
     dies because it attaches Python rules to operators that do not exist. Declaring their schemas first is enough:
     nothing here calls them.
     """
-    if not _LIBRARY:
-        try:
-            importlib.import_module("torchvision")
-        except (RuntimeError, OSError):
-            library: Any = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
-            library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            _LIBRARY.append(library)
+    try:
+        importlib.import_module("torchvision")
+    except (RuntimeError, OSError):
+        for name in ("torchvision::nms", "torchvision::qnms"):
+            define(name, "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return importlib.import_module(f"torch_fidelity.{module}")
