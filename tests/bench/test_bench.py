@@ -127,7 +127,9 @@ def test_mistakes_end_with_one_message(folder, monkeypatch, capsys, options):
     with pytest.raises(SystemExit) as wrong:
         main(["bench", "tiny.gin", *options])
     assert wrong.value.code == 2
-    assert capsys.readouterr().err.startswith("flowdistill: error: ")
+    message = capsys.readouterr().err
+    assert message.startswith("flowdistill: error: ")
+    assert "Traceback" not in message
 
 
 def record(name, seed, value, budget=None):
@@ -236,9 +238,7 @@ def test_the_samples_of_a_teacher_are_those_of_its_weights(tmp_path):
         "        super().__init__(json.loads(pathlib.Path('means.json').read_text()), 0.01)\n"
     )
     (tmp_path / "recipe.gin").write_text("import mine\ninclude 'freeflow/plane.gin'\ndistribution = @of_a_file()\n")
-    (tmp_path / "tiny.gin").write_text(
-        SUITE.replace("'freeflow/plane.gin'", "'recipe.gin'").replace("'consistency/ect_plane.gin'", "'recipe.gin'")
-    )
+    (tmp_path / "tiny.gin").write_text(SUITE.replace("'freeflow/plane.gin'", "'recipe.gin'"))
     distances = []
     for mean, metrics in ((0.0, "('w2',)"), (5.0, "('w2', 'sliced_w2')")):
         (tmp_path / "means.json").write_text(json.dumps([[mean, 0.0]]))
