@@ -239,6 +239,7 @@ class _UNet(nn.Module):
     def forward(self, x: Tensor, early: Tensor, late: Tensor, early_blocks: int) -> Tensor:
         """The output for x (B, C, H, W); the first ``early_blocks`` blocks see ``early``, the others ``late``."""
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        x = x.contiguous(memory_format=torch.channels_last)  # faster convolutions: a tenth of a step on a CPU
         skips = []
         for i, (name, layer) in enumerate(self.enc.items()):
             x = layer(x) if name.endswith("_conv") else layer(x, early if i <= early_blocks else late)
@@ -265,8 +266,8 @@ class EDM2(VelocityNetwork):
         u(x, t) = (t - k^2 (1 - t))/r^2 x - k/r F(x/r, ln(sigma)/4),
 
     which divides by neither t nor 1 - t. Only the noise level that F is told is cut to the range in which the authors
-    use
-    it: outside, its derivative by way of the noise level is 0, and u goes on to both ends. A fresh network has F = 0.
+    use it: outside, its derivative by way of the noise level is 0, and u goes on to both ends. A fresh network has
+    F = 0.
 
     Args:
         img_resolution: height and width.
