@@ -31,11 +31,14 @@ class Combined(Objective):
     Attributes:
         prediction: the objective that follows trajectories.
         correction: the correction, which starts from the noises of its states.
-        correction_fraction: fraction of the batch for the correction, in (0, 1).
+        correction_fraction: fraction of the batch for the correction, in (0, 1); each part has at least one state.
         alpha: ratio of the scaled correction residual to the prediction's, or lambda itself.
         balance: "adaptive", or "fixed" for lambda = alpha.
         correction_start: training step of the first correction; until then the whole batch is prediction.
         online_warmup: steps before ``correction_start`` from which the correction's own modules are trained.
+
+    Raises:
+        ConfigError: from `loss`, for a batch of a single state.
     """
 
     prediction: Objective = attrs.field(validator=instance_of(Objective))
@@ -83,16 +86,20 @@ class Combined(Objective):
         self.correction.after_step(student, step)
 
     def _split(self, states: States) -> tuple[States, States]:
-        rows = max(1, round(self.correction_fraction * len(states)))
+        if len(states) < 2:
+            raise ConfigError(
+                "prediction and correction share each batch, so it needs at least 2 states: a larger train.batch_size"
+            )
+        rows = min(max(1, round(self.correction_fraction * len(states))), len(states) - 1)
         return states[rows:], states[:rows]
 
     def loss(
         self, student: FlowMap, teacher: Teacher | None, states: States, *, step: int, generator: torch.Generator
     ) -> ObjectiveOutput:
         """Prediction loss + lambda times correction loss."""
+        for_prediction, for_correction = self._split(states)  # a batch too small is known from the first step on
         if step < self.correction_start:
             return self.prediction.loss(student, teacher, states, step=step, generator=generator)
-        for_prediction, for_correction = self._split(states)
         prediction = self.prediction.loss(student, teacher, for_prediction, step=step, generator=generator)
         correction = self.correction.loss(student, teacher, for_correction, step=step, generator=generator)
         scale = self._scale(prediction, correction)

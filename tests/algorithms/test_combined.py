@@ -154,6 +154,19 @@ def test_rows_are_shared_out():
     assert set(output.metrics) == {"error", "correction_error", "lambda"}
 
 
+@pytest.mark.parametrize(("fraction", "rows"), [(0.01, 1), (0.9, 7), (0.99, 7)])
+def test_neither_part_is_left_without_rows(fraction, rows):
+    objective = recorders(correction_fraction=fraction)
+    _, rest, first = called(objective, objective.loss, 0)
+    assert [*first, *rest] == [[*range(rows)], [*range(rows, 8)]]
+
+
+@pytest.mark.parametrize("start", [0, 1000])
+def test_a_single_state_cannot_be_shared(start):
+    with pytest.raises(ConfigError, match=r"at least 2 states: a larger train\.batch_size"):
+        recorders(correction_start=start).loss(None, None, STATES[:1], step=0, generator=None)
+
+
 def test_modules_learn_from_the_rows_of_their_part():
     objective = recorders(correction_start=4, online_warmup=2)
     whole, first, rest = [*range(8)], [0, 1], [*range(2, 8)]
