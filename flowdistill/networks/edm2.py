@@ -153,7 +153,8 @@ class _Block(nn.Module):
         """Cosine attention over the pixels; output channels of ``qkv`` are ordered (head, channel, q|k|v)."""
         batch, channels, height, width = qkv.shape
         parts = qkv.reshape(batch, self.heads, channels // (3 * self.heads), 3, height * width)
-        q, k, v = normalize(parts, dim=[2]).transpose(2, 4).unbind(3)
+        # Fused kernels want the channels of a head next to each other.
+        q, k, v = normalize(parts, dim=[2]).transpose(2, 4).contiguous().unbind(3)
         attended = F.scaled_dot_product_attention(q, k, v)
         return attended.transpose(2, 3).reshape(batch, channels // 3, height, width)
 
