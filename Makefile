@@ -19,10 +19,10 @@ demo: $(VENV)/installed
 	@echo "open $(DEMO)/report.md"
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(RUN) pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(RUN) pytest -n auto --dist loadfile -m "not slow"
 
 test-all: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(RUN) pytest
+	OMP_NUM_THREADS=1 $(RUN) pytest -n auto --dist loadfile
 
 lint: $(VENV)/developer
 	$(RUN) ruff check .
