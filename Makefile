@@ -44,7 +44,7 @@ benchmarks: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/freeflow.py ring_choices --jobs 2
 	$(VENV)/bin/python benchmarks/pseudo_velocity.py
 	$(VENV)/bin/python benchmarks/search.py digits --jobs 2
-	$(VENV)/bin/python benchmarks/search.py mnist
+	$(VENV)/bin/python benchmarks/search.py mnist --jobs 2
 	rm -f $(SUITES:%=benchmarks/results/%/results.json) benchmarks/results/toy_quick/results.json
 	for suite in $(SUITES); do \
 		$(RUN) flowdistill bench $$suite --jobs 2 --out benchmarks/results/$$suite || exit 1; \

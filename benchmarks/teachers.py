@@ -39,7 +39,7 @@ class Study:
 STUDIES = {
     "digits": Study("digits_teacher", "digits", (1.0, 1.1, 1.25, 1.5), (1, 4, 16, 64)),
     "mnist_sit": Study("mnist_sit", "mnist", (1.0, 1.5), (1, 4, 16), 1000, "bf16"),
-    "mnist_edm2": Study("mnist_edm2", "mnist", (1.5,), (1, 8), 500, "bf16"),
+    "mnist_edm2": Study("mnist_edm2", "mnist", (1.0, 1.5), (1, 4, 16), 1000, "bf16"),
 }
 
 
