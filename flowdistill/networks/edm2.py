@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowdistill.errors import ConfigError
+from flowdistill.networks.attention import attention
 from flowdistill.networks.base import VelocityNetwork
 from flowdistill.paths import expand_time
 from flowdistill.registry import register_network
@@ -155,7 +156,7 @@ class _Block(nn.Module):
         parts = qkv.reshape(batch, self.heads, channels // (3 * self.heads), 3, height * width)
         # Fused kernels want the channels of a head next to each other.
         q, k, v = normalize(parts, dim=[2]).transpose(2, 4).contiguous().unbind(3)
-        attended = F.scaled_dot_product_attention(q, k, v)
+        attended = attention(q, k, v)
         return attended.transpose(2, 3).reshape(batch, channels // 3, height, width)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from flowdistill.errors import ConfigError
+from flowdistill.networks.attention import attention
 from flowdistill.networks.base import VelocityNetwork, widened
 from flowdistill.networks.embeddings import LabelEmbedding, ScalarEmbedding, position_table
 from flowdistill.networks.linear import Linear
@@ -41,7 +42,7 @@ class _Attention(nn.Module):
         batch, tokens, size = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, size // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        attended = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        attended = attention(self.q_norm(q), self.k_norm(k), v)
         projected: Tensor = self.proj(attended.transpose(1, 2).reshape(batch, tokens, size))
         return projected
 
