@@ -16,14 +16,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 
 import flowdistill
 from flowdistill.algorithms.freeflow import FreeFlowCorrection, FreeFlowPrediction
 from flowdistill.evaluation.report import machine
-from flowdistill.flow_maps import from_teacher
+from flowdistill.flow_maps import NetworkTeacher, from_teacher
 from flowdistill.interfaces import Objective, States
+from flowdistill.networks import sit
 from flowdistill.states import Prior
 from flowdistill.training import Ema, Schedule, step_generator
 from flowdistill.training.ema import AveragedModel
@@ -138,6 +141,28 @@ def loop_overhead(workdir: Path) -> float:
     return seconds["loop"] / seconds["bare"]
 
 
+def fused_attention() -> float:
+    """Cost in bfloat16 of the MNIST network's forward and backward with PyTorch's fused attention on a CPU."""
+    teacher = flowdistill.load_teacher("mnist_sit")
+    assert isinstance(teacher, NetworkTeacher)
+    network = teacher.network.requires_grad_()
+    generator = torch.Generator().manual_seed(0)
+    x, t = torch.randn(64, *network.sample_shape, generator=generator), torch.rand(64, generator=generator)
+    labels = torch.randint(10, (64,), generator=generator)
+
+    def plain() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            velocity = network.velocity(x, t, labels)
+        velocity.square().mean().backward()  # type: ignore[no-untyped-call]
+
+    def fused() -> None:
+        with mock.patch.object(sit, "attention", F.scaled_dot_product_attention):
+            plain()
+
+    seconds = in_turns(plain=plain, fused=fused)
+    return seconds["fused"] / seconds["plain"]
+
+
 def import_seconds() -> float:
     """Seconds that `import flowdistill` takes beyond `import torch`; the median of five processes."""
     code = "import time, torch; start = time.perf_counter(); import flowdistill; print(time.perf_counter() - start)"
@@ -166,6 +191,7 @@ def main() -> None:
             ("correction step", cost["correction"], "2.0"),
             ("online network's step", cost["online"], ""),
             ("loop's step / the same by hand", loop_overhead(Path(folder)), "1.03"),
+            ("MNIST network in bfloat16: PyTorch's attention / the library's", fused_attention(), ""),
             ("`import flowdistill` after `import torch`, seconds", import_seconds(), "1"),
             ("peak memory of the demo, GiB", demo_gigabytes(Path(folder) / "demo"), "1.5"),
         ]

@@ -17,4 +17,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.device.type != "cpu" or q.shape[-2] > _MOST_PLAIN_TOKENS:
         return F.scaled_dot_product_attention(q, k, v)
     weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)
-    return weights.to(v.dtype) @ v
+    result: Tensor = weights.to(v.dtype) @ v
+    return result

@@ -3,6 +3,7 @@ import torch
 
 from flowdistill import NULL_LABEL
 from flowdistill.networks import MLP, Linear, SiT, add_lora
+from flowdistill.networks.attention import attention
 
 SIT = {"input_size": 4, "patch_size": 2, "in_channels": 1, "hidden_size": 16, "depth": 2, "num_heads": 2}
 
@@ -111,3 +112,24 @@ def test_lora_starts_as_the_module_and_trains_little():
     assert sum(p.numel() for p in network.parameters() if p.requires_grad) < 0.5 * whole
     network.velocity(x, t).sum().backward()
     assert any(p.grad is not None and p.grad.any() for p in network.parameters())
+
+
+@pytest.mark.parametrize("tokens", [5, 1025])
+def test_attention_is_pytorchs(tokens):
+    parts = torch.randn(3, 2, 2, tokens, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ours, theirs = parts.clone().requires_grad_(), parts.clone().requires_grad_()
+    result, expected = attention(*ours), torch.nn.functional.scaled_dot_product_attention(*theirs)
+    torch.testing.assert_close(result, expected)
+    result.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_attention_keeps_a_low_precision(dtype):
+    parts = torch.randn(3, 2, 2, 5, 4, generator=torch.Generator().manual_seed(0))
+    assert attention(*parts.to(dtype)).dtype == dtype
+    with torch.autocast("cpu", dtype):
+        result = attention(*parts)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.float(), attention(*parts), atol=0.03, rtol=0.03)
