@@ -158,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from flowdistill.distributed import rank_and_world
     from flowdistill.training import train
 
     if options.dry_run:
@@ -170,7 +171,8 @@ def _train(options: argparse.Namespace) -> None:
         resume=options.resume,
         device=options.device,
     )
-    print(result.workdir / "report.md")
+    if rank_and_world()[0] == 0:
+        print(result.workdir / "report.md")
 
 
 def _plan(options: argparse.Namespace) -> None:

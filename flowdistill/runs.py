@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +16,9 @@ import torch
 from torch import Tensor
 
 from flowdistill import config
+from flowdistill.distributed import find_device, rank_and_world
 from flowdistill.errors import CheckpointError, ConfigError
-from flowdistill.evaluation.blocks import BLOCK, collect, rank_and_world
+from flowdistill.evaluation.blocks import BLOCK, collect
 from flowdistill.evaluation.features import FeatureExtractor, load_features
 from flowdistill.evaluation.measure import measure, spread
 from flowdistill.evaluation.references import Reference, reference_set, split
@@ -358,12 +358,3 @@ def _noise_floors(metrics: Sequence[str], n: int, truth: SampleSet, again: Sampl
             why = "the reference holds a mean and a covariance alone"
         warnings.warn(f"no noise floor of {', '.join(missing)}: {why}", RuntimeWarning, stacklevel=3)
     return floors
-
-
-def find_device(device: str | torch.device | None) -> torch.device:
-    """A device by its name; None is the first GPU (of each rank its own), else the CPU."""
-    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.device(own if device is None else device)
-    except RuntimeError as error:
-        raise ConfigError(f"{device!r} is no device: {str(error).splitlines()[0]}") from None

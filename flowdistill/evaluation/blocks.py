@@ -6,7 +6,6 @@ on how many ranks it had, and one with more samples or other metrics continues a
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Protocol, TypeVar
 
 from typing_extensions import Self
 
+from flowdistill.distributed import rank_and_world
 from flowdistill.errors import DataError
 
 BLOCK = 500
@@ -44,11 +44,6 @@ class Rows(Protocol):
 
 
 R = TypeVar("R", bound=Rows)
-
-
-def rank_and_world() -> tuple[int, int]:
-    """This process and how many there are, as torchrun tells them: RANK and WORLD_SIZE."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def collect(

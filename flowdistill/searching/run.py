@@ -16,6 +16,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from flowdistill import config
+from flowdistill.distributed import find_device
 from flowdistill.errors import ConfigError
 from flowdistill.evaluation.blocks import collect
 from flowdistill.evaluation.features import fingerprint
@@ -23,7 +24,7 @@ from flowdistill.evaluation.report import images_of
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import FlowMap, Teacher, Verifier
 from flowdistill.registry import SEARCH_STRATEGIES, VERIFIERS
-from flowdistill.runs import check_counts, find_checkpoint, find_device, load_flow_map, load_teacher, make_condition
+from flowdistill.runs import check_counts, find_checkpoint, load_flow_map, load_teacher, make_condition
 from flowdistill.searching.result import SearchResult
 from flowdistill.searching.strategies import SearchStrategy
 from flowdistill.searching.trials import PricedModel, Trials, evaluation_flops

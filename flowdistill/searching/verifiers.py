@@ -15,9 +15,9 @@ from attrs.validators import min_len
 from torch import Tensor
 
 from flowdistill.decoders import quantize
+from flowdistill.distributed import rank_and_world
 from flowdistill.errors import CheckpointError, ConfigError
 from flowdistill.evaluation._torch_fidelity import torch_fidelity
-from flowdistill.evaluation.blocks import rank_and_world
 from flowdistill.evaluation.features import FeatureExtractor, load_features
 from flowdistill.evaluation.references import load_images
 from flowdistill.evaluation.samples import sample_set

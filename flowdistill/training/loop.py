@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill._unread import placed
+from flowdistill.distributed import add_up, gathered, rank_and_world
 from flowdistill.errors import NonFiniteError
 from flowdistill.interfaces import FlowMap, Objective, ObjectiveOutput, States, StateSource, Teacher
 from flowdistill.training.checkpoints import (
@@ -53,6 +54,7 @@ class _Trained:
 
     def update(self, factor: float, clip: float | None) -> Tensor:
         """One optimiser step at a factor of the learning rate; returns the norm of the gradient."""
+        add_up(p.grad for p in self.parameters if p.grad is not None)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, float("inf") if clip is None else clip)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
@@ -65,7 +67,8 @@ class Loop:
     """Student, auxiliary networks, optimisers and averages, and how one training step moves them all.
 
     The step does not depend on anything but its number and what a checkpoint holds, so that an interrupted run
-    continues bit for bit on a CPU.
+    continues bit for bit on a CPU. Several processes share out the backward passes of a step, the ``accumulation`` of
+    the settings, and add up their gradients.
     """
 
     def __init__(
@@ -86,6 +89,8 @@ class Loop:
         self.schedule, self.settings, self.workdir = schedule, settings, workdir
         self.device = next(student.parameters()).device
         self.step = 0
+        rank, world = rank_and_world()
+        self._micros = range(rank, settings.accumulation, world)
         self.trained = _Trained(student, optimizer)
         self._extra = {name: placed(module, self.device) for name, module in objective.modules().items()}
         self.auxiliary = {
@@ -108,6 +113,11 @@ class Loop:
     def _random(self, stream: str, micro: int) -> torch.Generator:
         number = self.step * self.settings.accumulation + micro
         return step_generator(self.settings.seed, number, stream, self.device)
+
+    def _seed_global(self, stream: str, micro: int) -> None:
+        """Seed the generator that dropout draws from."""
+        number = self.step * self.settings.accumulation + micro
+        torch.manual_seed(stream_seed(self.settings.seed, number, stream))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision in which losses are evaluated."""
@@ -137,12 +147,12 @@ class Loop:
         settings = self.settings
         if not self.student.training:  # as after pictures of its samples
             self.student.train()
-        torch.manual_seed(stream_seed(settings.seed, self.step, "global"))  # which dropout draws from
         factor = self.schedule.factor(self.step, settings.steps)
         batches: list[States] = []
-        for micro in range(settings.accumulation):
+        for micro in self._micros:
             states = self.source.sample(settings.batch_size, self._random("states", micro))
             batches.append(states)
+            self._seed_global("global", micro)
             with self.autocast():
                 output = self.objective.loss(
                     self.student,
@@ -161,8 +171,10 @@ class Loop:
         for number in range(self.objective.auxiliary_updates if self.auxiliary else 0):
             stream = f" {number}" if number else ""
             if number:
-                micros = range(settings.accumulation)
-                batches = [self.source.sample(settings.batch_size, self._random(f"states{stream}", m)) for m in micros]
+                batches = [
+                    self.source.sample(settings.batch_size, self._random(f"states{stream}", micro))
+                    for micro in self._micros
+                ]
             for name, auxiliary in self.auxiliary.items():
                 if self._train_auxiliary(name, batches, f"auxiliary {name}{stream}"):
                     auxiliary.update(factor, settings.gradient_clip)
@@ -170,7 +182,8 @@ class Loop:
 
     def _train_auxiliary(self, name: str, batches: list[States], stream: str) -> bool:
         trained = False
-        for micro, states in enumerate(batches):
+        for micro, states in zip(self._micros, batches, strict=True):
+            self._seed_global(f"global {stream}", micro)
             with self.autocast():
                 output = self.objective.auxiliary_loss(
                     name,
@@ -186,14 +199,15 @@ class Loop:
         return trained
 
     def record(self) -> dict[str, float]:
-        """The averages of the metrics since the last call, with speed and counted evaluations.
+        """The averages of the metrics since the last call, with speed and counted evaluations, over all processes.
 
         Raises:
             NonFiniteError: a loss or gradient was NaN or infinite.
         """
         self.check_finite()
         now = time.monotonic()
-        record = {name: float(value) / self._counts[name] for name, value in self._sums.items()}
+        parts = gathered(({name: float(value) for name, value in self._sums.items()}, self._counts))
+        record = {name: sum(sums[name] for sums, _ in parts) / sum(n[name] for _, n in parts) for name in self._sums}
         record["steps_per_second"] = (self.step - self._recorded) / max(now - self._started, 1e-9)
         record |= {name: float(count) for name, count in self.counters.items()}
         self._sums, self._counts, self._recorded, self._started = {}, Counter(), self.step, now
@@ -201,23 +215,24 @@ class Loop:
 
     @property
     def counters(self) -> dict[str, int]:
-        """Evaluations of student, teacher and the objective's own models so far, counted per sample."""
+        """Evaluations of student, teacher and the objective's own models so far, by all processes, per sample."""
         models: dict[str, Any] = {"student": self.student, "teacher": self.teacher, **self._extra}
         counts = {f"{name}_evaluations": getattr(model, "evaluations", None) for name, model in models.items()}
         counts["teacher_evaluations"] = counts["teacher_evaluations"] or 0
-        return {name: self._base_counters.get(name, 0) + count for name, count in counts.items() if count is not None}
+        ours = {name: count for name, count in counts.items() if count is not None}
+        parts = gathered(ours)
+        return {name: self._base_counters.get(name, 0) + sum(part[name] for part in parts) for name in ours}
 
     _base_counters: Mapping[str, int] = {}
 
     def check_finite(self) -> None:
         """Raise NonFiniteError if a loss or gradient so far was NaN or infinite; names the first such step."""
-        step = int(self._first_bad)
-        if step >= 0:
+        bad = [step for step in gathered(int(self._first_bad)) if step >= 0]
+        if bad:
             saved = checkpoint_paths(self.workdir)
             good = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved before"
-            raise NonFiniteError(
-                f"the loss or gradient of {type(self.objective).__name__} became NaN or infinite at step {step}; {good}"
-            )
+            name = type(self.objective).__name__
+            raise NonFiniteError(f"the loss or gradient of {name} became NaN or infinite at step {min(bad)}; {good}")
 
     def _modules(self) -> dict[str, nn.Module]:
         average = {} if self.average is None else {"ema": self.average.module}
@@ -229,11 +244,14 @@ class Loop:
             **{name: auxiliary.optimizer for name, auxiliary in self.auxiliary.items()},
         }
 
-    def save(self, keep: int) -> Path:
-        """Write a checkpoint of the present step and keep the newest ``keep``."""
+    def save(self, keep: int) -> None:
+        """Write a checkpoint of the present step, by the first process, and keep the newest ``keep``."""
         self.check_finite()
+        counters = self.counters
+        if rank_and_world()[0] != 0:
+            return
         states = {name: optimizer.state_dict() for name, optimizer in self._optimizers().items()}
-        return save_checkpoint(self.workdir, self.step, self._modules(), states, self.counters, keep)
+        save_checkpoint(self.workdir, self.step, self._modules(), states, counters, keep)
 
     def load(self, checkpoint: Path) -> None:
         """Continue from a checkpoint."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from flowdistill import config
 from flowdistill._unread import placed
+from flowdistill.distributed import barrier, find_device, process_group, rank_and_world
 from flowdistill.errors import ConfigError
 from flowdistill.evaluation.report import Evaluation, save_samples, write_report
 from flowdistill.interfaces import FlowMap, Objective, StateSource, Teacher
@@ -65,7 +67,7 @@ def train(
         workdir: the run directory; by default ``runs/`` and the name of the last gin file.
         resume: "auto" continues a run of the same configuration in ``workdir``, whose steps and evaluation alone may
             differ: one that was interrupted, or further, or only to measure it again; "never" wants an empty one.
-        device: where to train; by default the first GPU if there is one, else the CPU.
+        device: where to train; by default the first GPU (of each rank its own), else the CPU.
 
     Raises:
         ConfigError: the configuration cannot work, or ``workdir`` holds a run of another one.
@@ -84,13 +86,13 @@ def train(
     files = [*([] if gin_file is None else [gin_file]), *gin_files]
     if workdir is None:
         workdir = Path("runs") / ("-".join(Path(files[-1]).with_suffix("").parts[-2:]) if files else "train")
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.random.fork_rng(), config.parsed(files, gin_bindings):
+    place = find_device(device)
+    with torch.random.fork_rng(), config.parsed(files, gin_bindings), process_group(place):
         with config.errors_located():
             seed = config.value("train.seed", 0)
             _check("seed", seed, int)
             torch.manual_seed(seed)  # networks are built as gin calls build
-            run = build(workdir=Path(workdir), device=torch.device(default if device is None else device))
+            run = build(workdir=Path(workdir), device=place)
             config.check_all_used(without=("evaluation", "features") if run.evaluation is None else ())
         _claim(run.loop.workdir, resume, gin.operative_config_str())
         return _run(run)
@@ -156,7 +158,7 @@ def build(
         states: the state source; by default the prior, where the objective needs no data.
         steps: training steps in all.
         batch_size: states of one backward pass.
-        accumulation: backward passes of one step.
+        accumulation: backward passes of one step, which processes share out.
         optimizer: builds the student's optimiser from its parameters: any torch optimiser, such as ``@AdamW``.
         auxiliary_optimizer: the same for auxiliary networks; None is ``optimizer``.
         schedule: of the learning rates; None is constant.
@@ -181,6 +183,12 @@ def build(
         _check(name, number, int)
         if number <= 0:
             raise ConfigError(f"train.{name} must be positive, not {number}")
+    world = rank_and_world()[1]
+    if accumulation % world:
+        raise ConfigError(
+            f"train.accumulation = {accumulation} backward passes cannot be shared out evenly over {world} processes: "
+            f"set it to a multiple of {world}"
+        )
     _check("sample_every", sample_every, int)
     _check("objective", objective, Objective)
     _check("teacher", teacher, (Teacher, NoneType))
@@ -253,25 +261,32 @@ def _run(run: _Run) -> TrainResult:
     if saved:
         loop.load(saved[-1])
     record: dict[str, float] = {}
-    with RunLog(workdir, loop.step, steps) as log:
-        if saved:
+    first = rank_and_world()[0] == 0
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(RunLog(workdir, loop.step, steps)) if first else None
+        if saved and log is not None:
             log.say(f"resumed {saved[-1]}")
         while loop.step < steps:
             loop.train_step()
             last = loop.step == steps
             if last or loop.step % run.log_every == 0:
                 record = loop.record()
-                log.write(loop.step, record)
-            log.advance(loop.step)
+                if log is not None:
+                    log.write(loop.step, record)
+            if log is not None:
+                log.advance(loop.step)
             if last or loop.step % run.checkpoint_every == 0:
                 loop.save(run.keep_checkpoints)
-            if run.sample_every and (last or loop.step % run.sample_every == 0):
+            if first and run.sample_every and (last or loop.step % run.sample_every == 0):
                 picture = workdir / "samples" / f"step_{loop.step:08d}.png"
                 save_samples(loop.result, picture, loop.settings.seed)
         result = loop.result.requires_grad_(False)
-        if run.evaluation is not None:
-            log.say(f"measuring {run.evaluation.num_samples} samples of each model")
-        figures = write_report(workdir, result, loop.teacher, run.evaluation)
+        barrier()  # until the last checkpoint is there
+        figures: dict[str, float] = {}
+        if log is not None:
+            if run.evaluation is not None:
+                log.say(f"measuring {run.evaluation.num_samples} samples of each model")
+            figures = write_report(workdir, result, loop.teacher, run.evaluation)
     return TrainResult(
         flow_map=result,
         workdir=workdir,
@@ -294,6 +309,9 @@ def _claim(workdir: Path, resume: str, operative: str) -> None:
                 f"{workdir} holds a run of another configuration (one has {differing[0].strip()!r}): "
                 "choose another workdir"
             )
+    barrier()  # until all have looked
+    if rank_and_world()[0] != 0:
+        return
     workdir.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(operative)

@@ -1,0 +1,71 @@
+"""Several processes, as torchrun starts them: which this one is, and what they tell each other."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flowdistill.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def _joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process and how many there are: by PyTorch's process group, or RANK and WORLD_SIZE where there is none."""
+    if _joined():
+        return dist.get_rank(), dist.get_world_size()
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def find_device(device: str | torch.device | None) -> torch.device:
+    """A device by its name; None is the first GPU (of each rank its own), else the CPU."""
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device(own if device is None else device)
+    except RuntimeError as error:
+        raise ConfigError(f"{device!r} is no device: {str(error).splitlines()[0]}") from None
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """PyTorch's process group, by NCCL for GPUs and by Gloo for CPUs, where there are several and no group yet."""
+    if _joined() or rank_and_world()[1] == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    yield
+    dist.destroy_process_group()  # not after an error: it would wait for processes that do not know of it
+
+
+def add_up(tensors: Iterable[Tensor]) -> None:
+    """Put the sum over all processes in place of each tensor; all must give the same ones in the same order."""
+    if _joined():
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            work.wait()
+
+
+def gathered(value: T) -> list[T]:
+    """What each process gave, by rank."""
+    values = [value]
+    if _joined():
+        values = values * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    if _joined():
+        dist.barrier()

@@ -1,0 +1,104 @@
+"""Training by several processes, as torchrun starts them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from runs import write
+from safetensors.torch import load_file
+
+import flowdistill
+from flowdistill import ConfigError
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "flowdistill", "train"]
+
+
+def torchrun(gin_file, run):
+    """Two processes on the CPU, told nothing but torchrun's variables."""
+    command = [sys.executable, *TORCHRUN, "--gin_file", str(gin_file), "--workdir", str(run), "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    return out, err
+
+
+def tensors(run):
+    return {
+        (file.stem, name): value
+        for file in sorted((run / "checkpoints" / "step_00000012").glob("*.safetensors"))
+        for name, value in load_file(file).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A configuration of four backward passes a step, and what one process makes of it."""
+    folder = tmp_path_factory.mktemp("alone")
+    gin_file = write(folder / "ring.gin", accumulation=4, keep_checkpoints=1000, evaluation="@evaluation()")
+    gin_file.write_text(
+        gin_file.read_text()
+        + "evaluation.metrics = ('w2',)\nevaluation.num_samples = 50\nevaluation.teacher_steps = (1,)\n"
+    )
+    flowdistill.train(gin_file=gin_file, workdir=folder / "run", device="cpu")
+    return gin_file, folder / "run"
+
+
+def agree(run, other):
+    ours, theirs = tensors(run), tensors(other)
+    assert {name for name, _ in ours} == {"student", "ema", "online"}
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], msg=str(name))
+    records, expected = (
+        [json.loads(line) for line in (r / "metrics.jsonl").read_text().splitlines()] for r in (run, other)
+    )
+    assert len(records) == 6
+    for left, right in zip(records, expected, strict=True):
+        assert left.keys() == right.keys()
+        for name in left.keys() - {"steps_per_second"}:
+            assert left[name] == pytest.approx(right[name], rel=1e-3), name
+    rows, expected_rows = (json.loads((r / "figures.json").read_text())["rows"] for r in (run, other))
+    assert rows.keys() == expected_rows.keys()
+    for name, row in rows.items():
+        assert row == pytest.approx(expected_rows[name], rel=1e-3), name
+
+
+def test_two_processes_train_what_one_does_with_the_same_configuration(alone, tmp_path):
+    gin_file, expected = alone
+    out, err = finish(torchrun(gin_file, tmp_path / "run"))
+    assert out.split() == [str(tmp_path / "run" / "report.md")]
+    assert err.count("step 12/12") == 1
+    agree(tmp_path / "run", expected)
+
+
+def test_one_process_continues_what_two_began(alone, tmp_path):
+    gin_file, expected = alone
+    slow = tmp_path / "slow.gin"
+    slow.write_text(gin_file.read_text().replace("train.steps = 12", "train.steps = 2000"))
+    process, checkpoint = torchrun(slow, tmp_path / "run"), tmp_path / "run" / "checkpoints" / "step_00000004"
+    limit = time.monotonic() + 120
+    while not checkpoint.is_dir():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    for later in sorted((tmp_path / "run" / "checkpoints").glob("step_*"))[1:]:
+        later.rename(tmp_path / later.name)
+    flowdistill.train(gin_file=gin_file, workdir=tmp_path / "run", device="cpu")
+    agree(tmp_path / "run", expected)
+
+
+def test_backward_passes_that_cannot_be_shared_out_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match="set it to a multiple of 3"):
+        flowdistill.plan(write(tmp_path / "ring.gin", accumulation=4))
