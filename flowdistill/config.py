@@ -47,7 +47,7 @@ def gin_files() -> list[str]:
 def expanded(name: str | Path) -> str:
     """The text of a gin file with those that it includes in their places."""
     text = find_gin_file(name).read_text()
-    return re.sub(r"^include '(.*)'\n?", lambda match: expanded(match[1]), text, flags=re.MULTILINE)
+    return re.sub(r"^include\s+(['\"])(.*)\1\n?", lambda match: expanded(match[2]), text, flags=re.MULTILINE)
 
 
 def find_gin_file(name: str | Path) -> Path:

@@ -28,12 +28,18 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def find_device(device: str | torch.device | None) -> torch.device:
-    """A device by its name; None is the first GPU (of each rank its own), else the CPU."""
-    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    """A device by its name; None is the first GPU (of each rank its own), as "cuda" is, else the CPU."""
+    gpu = int(os.environ.get("LOCAL_RANK", "0"))
     try:
-        return torch.device(own if device is None else device)
+        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     except RuntimeError as error:
         raise ConfigError(f"{device!r} is no device: {str(error).splitlines()[0]}") from None
+    if found.type != "cuda":
+        return found
+    index, count = gpu if found.index is None else found.index, torch.cuda.device_count()
+    if index >= count:
+        raise ConfigError(f"there is no device cuda:{index}: PyTorch sees {count} GPUs here")
+    return torch.device("cuda", index)
 
 
 @contextlib.contextmanager

@@ -60,8 +60,9 @@ def check_teacher(teacher: Teacher) -> None:
     """Check a teacher.
 
     Shapes and dtype; finite velocities on all of [0, 1], both ends included; rows independent of each other; the same
-    answer twice; evaluation mode whatever is asked; counted evaluations; labels that are obeyed row by row and may be
-    null; reproducible prior. Whether the sign and the direction of time are this library's is for `check_exact_start`.
+    answer twice; evaluation mode whatever is asked; counted evaluations; labels that act on their own rows alone and
+    may be null; reproducible prior. Whether the sign and the direction of time are this library's is for
+    `check_exact_start`.
     """
     name = type(teacher).__name__
     _check(isinstance(teacher, Teacher), f"{name} must derive from flowdistill.Teacher")

@@ -8,11 +8,11 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stderr, redirect_stdout
-from multiprocessing import get_context, parent_process
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -96,7 +96,7 @@ def bench(
     console = Console(file=sys.stderr)
     # Processes that start afresh, since a GPU's context does not survive a fork; one does many trainings in turn.
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker, (threads,))
-    with Progress(console=console, disable=not console.is_terminal) as bar, pool:
+    with Progress(console=console, disable=not console.is_terminal) as bar, pool, _stopped_by_errors(pool):
         progress = bar.add_task(name, total=len(tasks))
         futures = [pool.submit(_run, jobs, Path(runs), device) for jobs in tasks.values()]
         for future in as_completed(futures):
@@ -118,6 +118,18 @@ def bench(
     if failed := sum("error" in record for record in records):
         raise RunsFailedError(f"{failed} of {len(records)} runs failed, as {results / 'table.md'} says")
     return results
+
+
+@contextmanager
+def _stopped_by_errors(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """On an error inside, Ctrl-C among them, nothing further is started and what runs is stopped."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in active_children():
+            process.terminate()
+        raise
 
 
 def _start_worker(threads: int) -> None:

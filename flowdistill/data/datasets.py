@@ -89,5 +89,6 @@ class ExactSamples(Dataset):
         if self.num_classes is not None:
             size = (batch_size,)
             labels = torch.randint(self.num_classes, size, generator=generator, device=generator.device)
+        self._teacher.to(generator.device)
         data: Tensor = self._teacher.sample_data(batch_size, generator, Condition(labels))  # type: ignore[operator]
         return data, labels

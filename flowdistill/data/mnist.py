@@ -8,6 +8,7 @@ import http.client
 import math
 import os
 import urllib.request
+import uuid
 import zlib
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def _download(name: str) -> Path:
         raise DataError(f"{address} is not the file that is expected: its SHA-256 differs; nothing was kept")
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
+        partial = path.with_suffix(f".{uuid.uuid4().hex}")  # of this process alone
         partial.write_bytes(data)
         partial.replace(path)
     except OSError as error:

@@ -27,6 +27,7 @@ class FeatureExtractor(nn.Module, ABC):
 
     Attributes:
         channels: of the images.
+        image_size: height and width of the images; None is any.
         quantized: whether features are those of images stored as bytes, as all published figures are; a model's images
             are then rounded as its authors round them.
         classifies: whether the logits are of the classes that a model's labels number.
@@ -35,6 +36,7 @@ class FeatureExtractor(nn.Module, ABC):
     """
 
     channels: int = 3
+    image_size: int | None = None
     quantized: bool = False
     classifies: bool = False
     reference: Tensor | None = None
@@ -74,6 +76,7 @@ class DigitClassifier(FeatureExtractor):
 
     def __init__(self, size: int) -> None:
         super().__init__()
+        self.image_size = size
         self.convolutions = nn.Sequential(
             nn.Conv2d(1, 32, 3, padding=1),
             nn.SiLU(),

@@ -30,6 +30,9 @@ _UNREADABLE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib
 Reference = str | Path | ImageDataset
 
 
+NOTHING_TO_COMPARE = "nothing to compare with: name the features of an evaluation, or use an exact teacher"
+
+
 def reference_set(
     features: str | FeatureExtractor | None,
     teacher: Teacher | None,
@@ -67,9 +70,9 @@ def reference_set(
             )
         return SampleSet(extractor.reference)
     if not hasattr(teacher, "sample_data"):
-        raise ConfigError("nothing to compare with: name the features of an evaluation, or use an exact teacher")
-    generator = torch.Generator().manual_seed(seed + 10_000)
-    samples = teacher.sample_data(n, generator).flatten(1)  # type: ignore[union-attr, operator]
+        raise ConfigError(NOTHING_TO_COMPARE)
+    generator = torch.Generator(teacher.device).manual_seed(seed + 10_000)  # type: ignore[union-attr]
+    samples = teacher.sample_data(n, generator).flatten(1).cpu()  # type: ignore[union-attr, operator]
     return SampleSet(samples, modes=_modes(teacher))
 
 
@@ -79,7 +82,7 @@ def _modes(teacher: object) -> tuple[Tensor, float] | None:
     weights = getattr(teacher, "log_weights", None)
     if means is None or variances is None or weights is None or not torch.allclose(weights, weights[0]):
         return None
-    return means, 3 * math.sqrt(float(variances.max()) * means.shape[1] / 2)
+    return means.cpu(), 3 * math.sqrt(float(variances.max()) * means.shape[1] / 2)
 
 
 def load_images(

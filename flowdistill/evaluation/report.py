@@ -16,15 +16,17 @@ import torch
 from attrs.validators import ge, in_, min_len
 from torch import Tensor
 
+from flowdistill.errors import ConfigError
 from flowdistill.evaluation.features import FeatureExtractor
 from flowdistill.evaluation.figures import image_grid, loss_curves, scatter_side_by_side, side_by_side
 from flowdistill.evaluation.measure import measure
-from flowdistill.evaluation.references import reference_set
+from flowdistill.evaluation.references import NOTHING_TO_COMPARE, reference_set
 from flowdistill.evaluation.samples import SampleSet, sample_set
 from flowdistill.evaluation.trajectories import ErrorAt, trajectory_error
 from flowdistill.flow_maps import FlowMapTeacher
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import Condition, FlowMap, Teacher
+from flowdistill.registry import FEATURES, METRICS
 from flowdistill.solvers import Euler
 from flowdistill.training.randomness import step_generator
 from flowdistill.training.run_log import read_records
@@ -61,12 +63,21 @@ class Evaluation:
     features: str | FeatureExtractor | None = None
     reference: str | None = None
     num_samples: int = attrs.field(default=2000, validator=ge(1))
-    teacher_steps: Sequence[int] = (1, 4, 64)
+    teacher_steps: Sequence[int] = attrs.field(default=(1, 4, 64), validator=min_len(1))
     student_steps: Sequence[int] = attrs.field(default=(1,), validator=min_len(1))
     deltas: Sequence[float] = ()
     guidance: float | None = None
     precision: Literal["float32", "bf16"] = attrs.field(default="float32", validator=in_(("float32", "bf16")))
     seed: int = 0
+
+    def check(self, teacher: Teacher | None) -> None:
+        """ConfigError if it names what is not registered, or there will be nothing to compare with."""
+        for name in self.metrics:
+            METRICS.get(name)
+        if isinstance(self.features, str):
+            FEATURES.get(self.features)
+        if self.features is None and not hasattr(teacher, "sample_data"):
+            raise ConfigError(NOTHING_TO_COMPARE)
 
 
 def compare(
@@ -87,7 +98,13 @@ def compare(
     model = student if student is not None else teacher
     assert model is not None
     reference = reference_set(
-        evaluation.features, teacher, evaluation.num_samples, evaluation.seed, evaluation.reference, model.decoder
+        evaluation.features,
+        teacher,
+        evaluation.num_samples,
+        evaluation.seed,
+        evaluation.reference,
+        model.decoder,
+        _device(model),
     )
     samplers: dict[str, tuple[Sampler, str]] = {}
     most = ""
@@ -128,7 +145,7 @@ def _drawn(sampler: Sampler, stream: str, model: FlowMap | Teacher, evaluation: 
     with torch.autocast(device.type, torch.bfloat16, enabled=evaluation.precision == "bf16"):
         parts = [slice(i, i + size) for i in range(0, n, size)]
         samples = torch.cat([sampler(noise[part], condition[part], generator) for part in parts])
-    return sample_set(samples.cpu(), condition.labels, evaluation.features, model.decoder)
+    return sample_set(samples, condition.labels, evaluation.features, model.decoder)
 
 
 def _evaluations(*models: FlowMap | Teacher | None) -> int:
@@ -177,8 +194,8 @@ def save_samples(student: FlowMap, path: Path, seed: int) -> None:
     device = _device(student)
     noise = torch.randn((n, *student.sample_shape), generator=step_generator(seed, 0, "pictures")).to(device)
     steps = 64 if getattr(student, "instantaneous", False) else 1
-    samples = student.sample(noise, steps, Condition.in_turn(student.num_classes, n).to(device)).cpu()
-    save_picture(images_of(samples, student), path)
+    samples = student.sample(noise, steps, Condition.in_turn(student.num_classes, n).to(device))
+    save_picture(images_of(samples, student).cpu(), path)
 
 
 def write_report(
@@ -186,14 +203,14 @@ def write_report(
 ) -> dict[str, float]:
     """Write ``report.md``, its pictures, and its table as ``figures.json``; returns the student's figures.
 
-    A run without a teacher has trained one: what is measured then is the result, sampled in several steps.
+    A run without a teacher may have trained one: a plain velocity field is measured as such, in several steps.
     """
     plots = workdir / "plots"
     plots.mkdir(exist_ok=True)
     records = read_records(workdir)
     loss_curves(records, plots / "curves.png")
     distilled: FlowMap | None = student
-    if teacher is None:
+    if teacher is None and getattr(student, "instantaneous", False):
         distilled, teacher = None, FlowMapTeacher(student)
         if evaluation is not None and evaluation.guidance is not None:
             teacher = GuidedTeacher(teacher, evaluation.guidance)
@@ -210,7 +227,8 @@ def write_report(
         lines += [*table(rows), ""]
         lines += [
             f"{evaluation.num_samples} samples a row. Evaluations are those of a network for one sample: two a step "
-            "under classifier-free guidance. The noise floor is a second set of samples of the teacher.",
+            "under classifier-free guidance."
+            + ("" if teacher is None else " The noise floor is a second set of samples of the teacher."),
             "",
         ]
         errors = trajectory_errors(distilled, teacher, evaluation)
@@ -251,17 +269,23 @@ def write_figures(
     partial.replace(path)
 
 
-def _compare_pictures(student: FlowMap | None, teacher: Teacher, guidance: float | None, seed: int, path: Path) -> bool:
-    points = len(teacher.sample_shape) == 1
+def _compare_pictures(
+    student: FlowMap | None, teacher: Teacher | None, guidance: float | None, seed: int, path: Path
+) -> bool:
+    model = student if teacher is None else teacher
+    assert model is not None
+    points = len(model.sample_shape) == 1
     n = 2000 if points else 40
-    noise = torch.randn((n, *teacher.sample_shape), generator=step_generator(seed, 0, "pictures"))
+    noise = torch.randn((n, *model.sample_shape), generator=step_generator(seed, 0, "pictures"))
     device = _device(student, teacher)
-    noise, condition = noise.to(device), Condition.in_turn(teacher.num_classes, n, guidance).to(device)
-    panels = {f"teacher, {_number(k, 'step')}": _euler(teacher, k)(noise, condition).cpu() for k in (64, 1)}
+    noise, condition = noise.to(device), Condition.in_turn(model.num_classes, n, guidance).to(device)
+    panels: dict[str, Tensor] = {}
+    if teacher is not None:
+        panels = {f"teacher, {_number(k, 'step')}": _euler(teacher, k)(noise, condition) for k in (64, 1)}
     if student is not None:
-        panels["student, 1 step"] = student.sample(noise, 1, condition).cpu()
-    panels = {title: images_of(samples, teacher) for title, samples in panels.items()}
-    if points and teacher.sample_shape == (2,):
+        panels["student, 1 step"] = student.sample(noise, 1, condition)
+    panels = {title: images_of(samples, model).cpu() for title, samples in panels.items()}
+    if points and model.sample_shape == (2,):
         scatter_side_by_side(panels, path)
     elif all(is_picture(samples) for samples in panels.values()):
         side_by_side(panels, path)

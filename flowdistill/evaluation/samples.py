@@ -132,7 +132,7 @@ def sample_set(
         decoder: turns samples into images.
 
     Raises:
-        DataError: samples are not finite, or not images of the extractor's channels.
+        DataError: samples are not finite, or not images of the extractor's channels and size.
         ConfigError: an unknown name.
     """
     if not bool(torch.isfinite(samples).all()):
@@ -158,5 +158,8 @@ def _extract(extractor: FeatureExtractor, samples: Tensor, decoder: Decoder | No
         )
     if decoder is not None and extractor.quantized:
         images = decoder.to_uint8(images).float() / 127.5 - 1
+    side = extractor.image_size
+    if side is not None and images.shape[-2:] != (side, side):
+        raise DataError(f"these features are of images of {side} by {side} pixels, not {tuple(images.shape[-2:])}")
     features, logits = extractor(images.expand(-1, extractor.channels, -1, -1))
     return features.float().cpu(), None if logits is None else logits.float().cpu()

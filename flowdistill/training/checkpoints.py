@@ -75,7 +75,13 @@ def save_checkpoint(
 
 
 def _module_bytes(module: nn.Module) -> bytes:
-    return safetensors.torch.save({name: v.contiguous() for name, v in module.state_dict().items()})
+    tensors: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, value in module.state_dict().items():
+        place = value.untyped_storage().data_ptr()
+        tensors[name] = value.clone() if place in places else value.contiguous()  # weights may be shared
+        places.add(place)
+    return safetensors.torch.save(tensors)
 
 
 def read_meta(checkpoint: Path) -> dict[str, Any]:

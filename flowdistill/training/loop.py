@@ -122,7 +122,9 @@ class Loop:
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision in which losses are evaluated."""
         if self.settings.precision == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+            # Before 2.13 the cache holds casts of weights that were made without gradient, and hands them out with one.
+            cached = torch.__version__ >= (2, 13)  # type: ignore[operator]
+            return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=cached)
         return contextlib.nullcontext()
 
     def _backward(self, output: ObjectiveOutput, prefix: str = "") -> None:
@@ -177,7 +179,7 @@ class Loop:
                 ]
             for name, auxiliary in self.auxiliary.items():
                 if self._train_auxiliary(name, batches, f"auxiliary {name}{stream}"):
-                    auxiliary.update(factor, settings.gradient_clip)
+                    self._watch(auxiliary.update(factor, settings.gradient_clip))
         self.step += 1
 
     def _train_auxiliary(self, name: str, batches: list[States], stream: str) -> bool:

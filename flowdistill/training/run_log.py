@@ -34,7 +34,7 @@ class RunLog:
         kept = [json.dumps(record) + "\n" for record in read_records(workdir) if record["step"] <= first_step]
         self._path.write_text("".join(kept))
         self._file = self._path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
         self._console = Console(file=sys.stderr)
         self._bar = Progress(
             TextColumn("{task.description}"),

@@ -194,12 +194,16 @@ def build(
     _check("teacher", teacher, (Teacher, NoneType))
     _check("states", states, (StateSource, NoneType))
     _check("gradient_clip", gradient_clip, (int, float, NoneType))
+    if gradient_clip is not None and not gradient_clip > 0:
+        raise ConfigError(f"train.gradient_clip must be positive, or None for no limit, not {gradient_clip}")
     for name, builder in (("optimizer", optimizer), ("auxiliary_optimizer", auxiliary_optimizer or optimizer)):
         if not callable(builder):
             raise ConfigError(f"train.{name} must build an optimiser, as @AdamW does, not {_short(builder)}")
     _check("schedule", schedule, (Schedule, NoneType))
     _check("ema", ema, (Averaging, NoneType))
     _check("evaluation", evaluation, (Evaluation, NoneType))
+    if evaluation is not None:
+        evaluation.check(teacher)
     if precision not in ("float32", "bf16"):
         raise ConfigError(f"train.precision must be 'float32' or 'bf16', not {precision!r}")
     if objective.needs_teacher and teacher is None:
@@ -260,6 +264,8 @@ def _run(run: _Run) -> TrainResult:
     saved = checkpoint_paths(workdir)
     if saved:
         loop.load(saved[-1])
+    if loop.step > steps:
+        raise ConfigError(f"{saved[-1]} is beyond train.steps = {steps}: set at least {loop.step}, or another workdir")
     record: dict[str, float] = {}
     first = rank_and_world()[0] == 0
     with contextlib.ExitStack() as stack:
