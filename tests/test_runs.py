@@ -1,5 +1,7 @@
 """A teacher trained from data, then distilled, all from gin files."""
 
+import json
+
 import pytest
 import torch
 from runs import write
@@ -41,6 +43,30 @@ train.ema = None
 train.steps = 4
 train.batch_size = 16
 train.sample_every = 0
+"""
+
+
+JUMPS = """
+train.objective = @consistency()
+train.flow_map = @network()
+network.network = @sit()
+network.conditioning = 'to_data'
+sit.input_size = 8
+sit.patch_size = 4
+sit.in_channels = 1
+sit.hidden_size = 16
+sit.depth = 1
+sit.num_heads = 2
+sit.num_classes = 10
+train.states = @noised_data()
+noised_data.dataset = @digits()
+train.optimizer = @AdamW
+train.evaluation = @evaluation()
+evaluation.features = 'digits'
+evaluation.num_samples = 200
+evaluation.student_steps = (1, 2)
+train.steps = 2
+train.batch_size = 16
 """
 
 
@@ -96,3 +122,13 @@ def test_configurations_of_the_caller_survive(folder):
     flowdistill.load_flow_map("teacher")
     assert gin.query_parameter("AdamW.lr") == 0.5
     gin.clear_config()
+
+
+def test_a_student_without_a_teacher_is_measured_in_its_own_jumps(tmp_path):
+    result = flowdistill.train(gin_file=write(tmp_path / "jumps.gin", JUMPS), workdir=tmp_path / "run")
+    rows = json.loads((tmp_path / "run" / "figures.json").read_text())["rows"]
+    assert {name: row["evaluations"] for name, row in rows.items()} == {"student, 1 step": 1, "student, 2 steps": 2}
+    assert result.metrics["fid"] == rows["student, 1 step"]["fid"]
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "plots/samples.png" in report
+    assert "noise floor" not in report

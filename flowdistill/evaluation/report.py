@@ -22,7 +22,7 @@ from flowdistill.evaluation.figures import image_grid, loss_curves, scatter_side
 from flowdistill.evaluation.measure import measure
 from flowdistill.evaluation.references import NOTHING_TO_COMPARE, reference_set
 from flowdistill.evaluation.samples import SampleSet, sample_set
-from flowdistill.evaluation.trajectories import ErrorAt, trajectory_error
+from flowdistill.evaluation.trajectories import ErrorAt, checked_deltas, trajectory_error
 from flowdistill.flow_maps import FlowMapTeacher
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import Condition, FlowMap, Teacher
@@ -71,9 +71,11 @@ class Evaluation:
     seed: int = 0
 
     def check(self, teacher: Teacher | None) -> None:
-        """ConfigError if it names what is not registered, or there will be nothing to compare with."""
+        """ConfigError for what is not registered, for impossible durations, or if there is nothing to compare with."""
         for name in self.metrics:
             METRICS.get(name)
+        if self.deltas:
+            checked_deltas(self.deltas)
         if isinstance(self.features, str):
             FEATURES.get(self.features)
         if self.features is None and not hasattr(teacher, "sample_data"):

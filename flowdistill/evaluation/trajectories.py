@@ -69,7 +69,7 @@ def trajectory_error(
         >>> [f"{e.delta}: {e.mean:.3f}" for e in trajectory_error(GaussianFlowMap(teacher), teacher, (0.5, 1.0))]
         ['0.5: 0.000', '1.0: 0.000']
     """
-    durations = _checked(deltas)
+    durations = checked_deltas(deltas)
     if student.to_data and durations != [1.0]:
         raise ConfigError("a map to data ends at t = 0 alone: its error is that at deltas = (1.0,)")
     integrate = RungeKutta4() if solver is None else solver
@@ -120,7 +120,7 @@ def semigroup_error(
     """
     if student.anchored or student.to_data:
         raise ConfigError("only a map between any two times has jumps that can be composed")
-    durations = _checked(deltas)
+    durations = checked_deltas(deltas)
 
     def ends(noise: Tensor, condition: Condition) -> tuple[list[Tensor], list[Tensor]]:
         composed = []
@@ -179,7 +179,8 @@ def class_agreement(
     return float(torch.cat(same).double().mean())
 
 
-def _checked(deltas: Sequence[float]) -> list[float]:
+def checked_deltas(deltas: Sequence[float]) -> list[float]:
+    """Durations in ascending order; ConfigError if there are none, or one is not in (0, 1]."""
     if not deltas or not all(0 < delta <= 1 for delta in deltas):
         raise ConfigError(f"deltas must be in (0, 1], not {tuple(deltas)}")
     return sorted(deltas)

@@ -20,7 +20,7 @@ from flowdistill.errors import ConfigError
 from flowdistill.evaluation.report import Evaluation, save_samples, write_report
 from flowdistill.interfaces import FlowMap, Objective, StateSource, Teacher
 from flowdistill.states import Prior
-from flowdistill.training.checkpoints import checkpoint_paths
+from flowdistill.training.checkpoints import checkpoint_paths, read_meta
 from flowdistill.training.ema import Averaging, Ema
 from flowdistill.training.loop import Loop, LoopSettings, OptimizerBuilder
 from flowdistill.training.optimization import Schedule
@@ -94,7 +94,7 @@ def train(
             torch.manual_seed(seed)  # networks are built as gin calls build
             run = build(workdir=Path(workdir), device=place)
             config.check_all_used(without=("evaluation", "features") if run.evaluation is None else ())
-        _claim(run.loop.workdir, resume, gin.operative_config_str())
+        _claim(run.loop, resume, gin.operative_config_str())
         return _run(run)
 
 
@@ -264,8 +264,6 @@ def _run(run: _Run) -> TrainResult:
     saved = checkpoint_paths(workdir)
     if saved:
         loop.load(saved[-1])
-    if loop.step > steps:
-        raise ConfigError(f"{saved[-1]} is beyond train.steps = {steps}: set at least {loop.step}, or another workdir")
     record: dict[str, float] = {}
     first = rank_and_world()[0] == 0
     with contextlib.ExitStack() as stack:
@@ -302,8 +300,9 @@ def _run(run: _Run) -> TrainResult:
     )
 
 
-def _claim(workdir: Path, resume: str, operative: str) -> None:
+def _claim(loop: Loop, resume: str, operative: str) -> None:
     """Make the run directory ours, or make sure that it holds an interrupted run of the same configuration."""
+    workdir, steps = loop.workdir, loop.settings.steps
     path = workdir / "config.gin"
     if path.is_file():
         if resume == "never":
@@ -315,6 +314,9 @@ def _claim(workdir: Path, resume: str, operative: str) -> None:
                 f"{workdir} holds a run of another configuration (one has {differing[0].strip()!r}): "
                 "choose another workdir"
             )
+        saved = checkpoint_paths(workdir)
+        if saved and (done := read_meta(saved[-1])["step"]) > steps:
+            raise ConfigError(f"{workdir} holds a run of {done} steps: train.steps = {steps} is less")
     barrier()  # until all have looked
     if rank_and_world()[0] != 0:
         return

@@ -20,6 +20,7 @@ import flowdistill
 from flowdistill import Condition, ConfigError, NonFiniteError
 from flowdistill.flow_maps import from_teacher
 from flowdistill.networks import MLP
+from flowdistill.training.checkpoints import load_module, save_checkpoint
 from flowdistill.training.ema import AveragedModel, Ema, PowerEma
 from flowdistill.training.optimization import Schedule
 
@@ -193,6 +194,8 @@ def test_another_configuration_is_not_continued(tmp_path):
     before = (tmp_path / "run" / "config.gin").read_text()
     with pytest.raises(ConfigError, match=r"AdamW\.lr"):
         flowdistill.train(gin_file=config, gin_bindings=["AdamW.lr = 1.0"], workdir=tmp_path / "run")
+    with pytest.raises(ConfigError, match="holds a run of 12 steps"):
+        flowdistill.train(gin_file=config, gin_bindings=["train.steps = 6"], workdir=tmp_path / "run")
     with pytest.raises(ConfigError, match="already holds a run"):
         flowdistill.train(gin_file=config, workdir=tmp_path / "run", resume="never")
     assert (tmp_path / "run" / "config.gin").read_text() == before
@@ -252,6 +255,40 @@ def test_a_loss_that_is_not_finite(tmp_path, nan_from):
     assert ("step_00000004" in message) == (nan_from == 5)
     kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("*"))
     assert kept == (["step_00000004"] if nan_from == 5 else [])
+
+
+@flowdistill.register_objective("poisoned")
+@attrs.define(kw_only=True)
+class Poisoned(Counted):
+    """Has an auxiliary network whose loss is finite and whose gradient is not, at step 5."""
+
+    def setup(self, student, teacher):
+        self.network = nn.Linear(2, 2)
+
+    def modules(self):
+        return {"auxiliary": self.network}
+
+    def auxiliary_loss(self, name, student, teacher, states, *, step, generator):
+        output = self.network(states.x)
+        return flowdistill.ObjectiveOutput((output - output.detach() + (step != 5)).abs().pow(0.5).mean())
+
+
+def test_an_auxiliary_gradient_that_is_not_finite_is_noticed(tmp_path):
+    config = custom(tmp_path)
+    config.write_text(config.read_text().replace("@counted()", "@poisoned()"))
+    with pytest.raises(NonFiniteError, match=r"at step 5; the last good checkpoint is .*step_00000004"):
+        flowdistill.train(gin_file=config, workdir=tmp_path / "run")
+
+
+def test_weights_that_are_shared_are_saved_and_loaded(tmp_path):
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    network[1].weight = network[0].weight
+    save_checkpoint(tmp_path, 1, {"student": network}, {}, {}, keep=1)
+    again = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    again[1].weight = again[0].weight
+    load_module(again, tmp_path / "checkpoints" / "step_00000001" / "student.safetensors")
+    for name, value in network.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
 
 
 def test_plain_average_is_the_recursion():
