@@ -110,7 +110,7 @@ class Combined(Objective):
     def _scale(self, prediction: ObjectiveOutput, correction: ObjectiveOutput) -> torch.Tensor:
         if self.balance == "fixed":
             dtype = torch.promote_types(prediction.loss.dtype, torch.float32)
-            return prediction.loss.new_tensor(self.alpha, dtype=dtype)
+            return torch.full_like(prediction.loss, self.alpha, dtype=dtype)
         if prediction.residual_norm is None or correction.residual_norm is None:
             raise ConfigError("an adaptive balance needs two objectives that report their residual_norm")
         floor = (1e-4 * prediction.residual_norm).clamp_min(torch.finfo(prediction.residual_norm.dtype).tiny)

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -52,8 +52,9 @@ def jvp(
     weights on the way, which a product cannot. Attention runs in its plain form within the product, since fused kernels
     have no forward-mode derivative. With ``graph`` the derivative has one as well, from a single pass that keeps about
     2.5 times the memory; layers that replace their weights do so before, by a method ``replace_weight``, and layer
-    normalisation is in its plain form, too.
+    normalisation is in its plain form, too. Dropout has the same masks in both passes.
     """
+    masks = _Masks(student, x.device)
     tangents = (
         torch.zeros_like(x) if dx is None else dx,
         torch.full_like(t, dt),
@@ -67,12 +68,30 @@ def jvp(
                 replace()
     else:
         plain = evaluate(student, x, t, s, condition)
+        masks.again()
     plain_norms = _PlainLayerNorm() if graph else contextlib.nullcontext()
     with torch.set_grad_enabled(graph), sdpa_kernel(SDPBackend.MATH), plain_norms:
         average, slope = torch.func.jvp(  # type: ignore[misc]
             lambda x, t, s: student.average_velocity(x, t, s, condition), (x, t, s), tangents
         )
     return (average if plain is None else plain), slope
+
+
+class _Masks:
+    """Lets the next evaluation draw the dropout masks of the first, where there is dropout in training mode."""
+
+    def __init__(self, student: FlowMap, device: torch.device) -> None:
+        self._device, self._states = device, []
+        if student.training and any(getattr(m, "dropout", 0) or isinstance(m, nn.Dropout) for m in student.modules()):
+            self._states = [torch.get_rng_state()]
+            if device.type == "cuda":
+                self._states.append(torch.cuda.get_rng_state(device))
+
+    def again(self) -> None:
+        if self._states:
+            torch.set_rng_state(self._states[0])
+        if len(self._states) > 1:
+            torch.cuda.set_rng_state(self._states[1], self._device)
 
 
 class _PlainLayerNorm(TorchFunctionMode):
@@ -124,10 +143,11 @@ def finite_difference(
     """F with a graph, and its derivative by a difference of step ``h`` in the duration t - s.
 
     ``backward`` steps to shorter durations only, which the student has learnt earlier, and reuses F: one more
-    evaluation, an error of O(h). ``central`` steps both ways: two more evaluations, an error of O(h^2). Steps are cut
+    evaluation, an error of O(h). ``central`` steps both ways: two more evaluations, an error of O(h^2), which is O(h)
+    where a step is cut. Steps are cut
     where they would leave 0 <= s <= t <= 1; at t = s, where every identity multiplies the derivative by
     t - s = 0, it is 0. The direction must change the duration (dt != ds). Evaluations are in full precision
-    even under autocast, because a difference divides rounding errors by h.
+    even under autocast, because a difference divides rounding errors by h, and have the same dropout masks.
     """
     rate = dt - ds  # change of the duration per unit along the direction
 
@@ -136,7 +156,9 @@ def finite_difference(
         return moved, t + dt * amount, s + ds * amount
 
     with torch.autocast(x.device.type, enabled=False):
+        masks = _Masks(student, x.device)
         average = evaluate(student, x, t, s, condition)
+        masks.again()
         with torch.no_grad():
             shorter = -torch.clamp(t - s, max=h) / rate
             low = student.average_velocity(*move(shorter), condition)
@@ -147,6 +169,7 @@ def finite_difference(
                 if ds:
                     room = torch.minimum(room, s * abs(rate / ds))
                 longer = room / rate
+                masks.again()
                 high = student.average_velocity(*move(longer), condition)
             else:
                 longer, high = torch.zeros_like(t), average.detach()

@@ -149,7 +149,8 @@ def from_teacher(
         network = copy.deepcopy(own).requires_grad_(True)
     elif network is None:
         raise ConfigError(
-            f"{type(teacher).__name__} has no network to copy: give from_teacher a network, such as @mlp()"
+            f"{type(teacher).__name__} has no network that is its velocity and can be copied: give from_teacher a "
+            "network, such as @mlp()"
         )
     elif network.sample_shape != teacher.sample_shape:
         raise ConfigError(
@@ -197,8 +198,10 @@ class FlowMapTeacher(Teacher):
 
     @property
     def network(self) -> nn.Module | None:
-        """The network of the flow map, if it has one."""
-        return getattr(self.flow_map, "network", None)
+        """The flow map's network, if it has one that is the velocity without further embeddings."""
+        embeddings = (getattr(self.flow_map, f"{name}_embedding", None) for name in ("duration", "guidance"))
+        plain = all(embedding is None for embedding in embeddings)
+        return getattr(self.flow_map, "network", None) if plain else None
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
         """The flow map's instantaneous velocity."""

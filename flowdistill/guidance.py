@@ -94,7 +94,8 @@ class GuidedTeacher(Teacher):
             return self.teacher.velocity(x, t, plain)
         low, high = self.interval
         time = t if self._decided_by is None else self._decided_by
-        scale = x.new_tensor(self.scale) if condition.guidance is None else condition.guidance.to(x.dtype)
+        own = condition.guidance
+        scale = torch.full_like(t, self.scale, dtype=x.dtype) if own is None else own.to(x.dtype)
         excess = expand_time(torch.where((time >= low) & (time <= high), scale - 1, torch.zeros_like(scale)), x)
         if self.guide is not None:
             strong = self.teacher.velocity(x, t, plain)

@@ -32,6 +32,15 @@ def _guidance_range(value: GuidanceRange) -> tuple[float, float] | None:
     return float(low), float(high)
 
 
+def _check_guidance_input(guidance: tuple[float, float] | None, student: FlowMap) -> None:
+    """ConfigError for a range of scales of which the student is told none: it would learn their mixture."""
+    if guidance is not None and guidance[0] < guidance[1] and getattr(student, "guidance", 0.0) is None:
+        raise ConfigError(
+            f"guidance scales in {guidance} are drawn, and the student has no input for them: set "
+            "from_teacher.guidance, or a single scale"
+        )
+
+
 @attrs.define(kw_only=True, eq=False, slots=False)
 class _FromPrior(StateSource):
     """States that start from noise: what all data-free sources share.
@@ -45,6 +54,7 @@ class _FromPrior(StateSource):
 
     def setup(self, student: FlowMap, teacher: Teacher | None) -> None:
         """Keep the models: the student's shape and classes, the teacher's dtype."""
+        _check_guidance_input(self.guidance, student)
         self._student, self._teacher = student, teacher
 
     def _prior(self, n: int, generator: torch.Generator) -> States:
@@ -112,6 +122,8 @@ class TeacherTrajectories(_FromPrior):
 class StudentRollouts(_FromPrior):
     """States that the student reaches itself, X(z, 1, t) at a random time t.
 
+    A student that maps to data alone is not trained for that jump: its samples X(z, 1, 0) are noised to t.
+
     Attributes:
         times: law of t.
     """
@@ -123,7 +135,11 @@ class StudentRollouts(_FromPrior):
         """Draw noises and let the student jump from each to its own time."""
         prior = self._prior(batch_size, generator)
         t = self.times.sample(batch_size, generator)
-        return attrs.evolve(prior, x=self._student(prior.x, prior.t, t, prior.condition), t=t)
+        if not self._student.to_data:
+            return attrs.evolve(prior, x=self._student(prior.x, prior.t, t, prior.condition), t=t)
+        samples = self._student(prior.x, prior.t, torch.zeros_like(t), prior.condition)
+        noise = torch.randn(samples.shape, generator=generator, device=samples.device, dtype=samples.dtype)
+        return attrs.evolve(prior, x=interpolate(samples, noise, t), t=t, noise=noise)
 
 
 @register_state_source("noised_data")
@@ -157,6 +173,7 @@ class NoisedData(StateSource):
             raise ConfigError(
                 f"the data have shape {self.dataset.sample_shape}, the student's samples {student.sample_shape}"
             )
+        _check_guidance_input(self.guidance, student)
 
     def sample(self, batch_size: int, generator: torch.Generator) -> States:
         """Draw data, times and noise."""

@@ -72,15 +72,18 @@ class Shortcut(SelfTaughtObjective):
         target = self.target(student)
         length = (states.t - s) / 2
         finest = length < 0.75 * self.ends.shortest
-        rows = finest.nonzero()[:, 0]
+        plain = not self.velocity.needs_teacher and self.guidance == 1.0
+        rows = None if plain else finest.nonzero()[:, 0]
 
         def half(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
             average = target.average_velocity(x, t, torch.where(finest, t, t - length), condition)
-            if len(rows) and self.velocity.needs_teacher:
+            if rows is None or not len(rows):
+                return average
+            if self.velocity.needs_teacher:
                 assert teacher is not None
                 velocity = teacher.velocity(x[rows], t[rows], condition[rows])
                 average = average.index_copy(0, rows, velocity.to(average.dtype))
-            elif len(rows) and self.guidance != 1.0:
+            else:
                 guided = self._guided(target, average[rows], x[rows], t[rows], condition[rows])
                 average = average.index_copy(0, rows, guided)
             return average

@@ -57,7 +57,7 @@ DMD2_CITATION = """\
 class VSD(CorrectionObjective):
     """The fake score minus the teacher's, by denoised samples, as in distribution matching distillation.
 
-    DMD moves a one-step sample x along the difference of two denoised samples,
+    DMD moves a one-step sample x against the difference of two denoised samples,
 
         (x_fake - x_teacher) / W,   x_fake = x_r - r v_N,   x_teacher = x_r - r u,   W = mean |x - x_teacher|,
 
