@@ -92,15 +92,20 @@ def plan(
     if flops_per_second <= 0:
         raise ConfigError(f"FLOP/s must be positive, not {flops_per_second}")
     files = [*([] if gin_file is None else [gin_file]), *gin_files]
-    with torch.random.fork_rng(), config.parsed(files, gin_bindings), without_files():
+    with (
+        torch.random.fork_rng(),
+        config.parsed(files, gin_bindings),
+        without_files(),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         with config.errors_located():
             loop = build(workdir=Path("plan"), device=torch.device("cpu")).loop
             config.check_all_used()
         if isinstance(loop.source, NoisedData):
             loop.source.dataset = _Blank(loop.source.dataset)
         flops, activations = Flops(), _Activations()  # type: ignore[no-untyped-call]
-        with flops, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        with flops:
             _step(loop, activations)
     settings = loop.settings
     models: dict[str, nn.Module] = {"student": loop.student}

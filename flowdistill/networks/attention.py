@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowdistill._unread import files_unread
+
 _MOST_PLAIN_TOKENS = 1024
 
 
@@ -14,7 +16,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     PyTorch's fused kernels, except on a CPU for up to 1024 tokens: in bfloat16 the backward pass of the fused kernel
     there is ten times slower than that of the products written out, whose weights (tokens, tokens) are small enough.
     """
-    if q.device.type != "cpu" or q.shape[-2] > _MOST_PLAIN_TOKENS:
+    # A plan counts what a GPU would do.
+    if q.device.type != "cpu" or q.shape[-2] > _MOST_PLAIN_TOKENS or files_unread():
         return F.scaled_dot_product_attention(q, k, v)
     weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)
     result: Tensor = weights.to(v.dtype) @ v

@@ -329,8 +329,9 @@ def _claim(loop: Loop, resume: str, operative: str) -> None:
 def _what_trains(configuration: str) -> list[str]:
     """The bindings of a configuration that a run must keep.
 
-    Not the number of steps nor the evaluation: a run may be continued beyond its end, and be measured again.
+    Not the number of steps, the evaluation, or the decoder of latents: a run may be continued beyond its end, be
+    measured again, and be given what draws its images.
     """
     bindings = re.findall(r"^\w.* = .*(?:\n .*)*", configuration, re.MULTILINE)
-    free = r"train\.(steps|evaluation) |(evaluation|\w+_features)\."
+    free = r"train\.(steps|evaluation) |(evaluation|\w+_features)\.|\w+\.vae "
     return [binding for binding in bindings if not re.match(free, binding)]
