@@ -98,7 +98,8 @@ def test_packaged_recipes_can_be_included(tmp_path):
     file.write_text("include 'freeflow/ring.gin'\ntrain.steps = 2\nschedule.warmup = 1\nlogit_normal.mean = 1.0\n")
     with pytest.raises(ConfigError, match=r"nothing uses logit_normal\.mean"):
         flowdistill.train(gin_file=file, workdir=tmp_path / "run")
-    file.write_text("include 'freeflow/ring.gin'\ntrain.steps = 2\nevaluation.num_samples = 10\n")
+    file.write_text('include "freeflow/ring.gin"\ntrain.steps = 2\nevaluation.num_samples = 10\n')
+    assert "train.objective" in config.expanded(file)
     assert flowdistill.train(gin_file=file, workdir=tmp_path / "run").steps == 2
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from flowdistill import Condition
 from flowdistill.differentiation import finite_difference, jvp
 from flowdistill.flow_maps import NetworkFlowMap
+from flowdistill.interfaces import FlowMap
 from flowdistill.networks import MLP, SiT
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.velocity_estimators import FiniteDifference, Jvp
@@ -154,3 +155,28 @@ def test_step_size_anneals_geometrically():
     estimator = FiniteDifference(h=0.1, final_h=0.001, anneal=(10, 20))
     assert [round(estimator.step_size(k), 6) for k in (0, 10, 15, 20, 99)] == [0.1, 0.1, 0.01, 0.001, 0.001]
     assert FiniteDifference(h=0.1).step_size(1000) == 0.1
+
+
+@pytest.mark.parametrize("scheme", ["backward", "central", "jvp"])
+def test_dropout_has_the_same_masks_in_a_derivative(scheme):
+    """Of an average velocity that is linear in t - s the difference is exact if all masks are the same."""
+
+    class Dropped(FlowMap):
+        sample_shape, num_classes = (50,), None
+
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(1, 1)
+            self.dropout = torch.nn.Dropout(0.5)
+
+        def average_velocity(self, x, t, s, condition=None):
+            return self.dropout(x) * (t - s)[:, None]
+
+    student = Dropped().train()
+    x, t, s = torch.ones(4, 50), torch.full((4,), 0.8), torch.full((4,), 0.3)
+    if scheme == "jvp":
+        average, slope = jvp(student, x, t, s, ds=1.0)
+    else:
+        average, slope = finite_difference(student, x, t, s, ds=1.0, scheme=scheme)
+    assert 0.2 < (average == 0).float().mean() < 0.8
+    torch.testing.assert_close(slope, -average / 0.5)

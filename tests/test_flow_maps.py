@@ -161,6 +161,21 @@ def test_a_flow_map_is_a_teacher_on_its_diagonal():
     torch.testing.assert_close(as_teacher.velocity(x, t), teacher.velocity(x, t))
 
 
+@pytest.mark.parametrize("conditioning", ["instantaneous", "decoupled", "two_time"])
+def test_the_network_of_a_flow_map_is_copied_where_it_is_its_velocity(conditioning):
+    network = SiT(input_size=4, patch_size=2, in_channels=1, hidden_size=16, depth=3, num_heads=2, num_classes=3)
+    teacher = FlowMapTeacher(NetworkFlowMap(network, conditioning))
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.normal_(std=0.2)
+    if conditioning == "two_time":
+        with pytest.raises(ConfigError, match="no network that is its velocity"):
+            from_teacher(teacher)
+        return
+    x, t = torch.randn(5, 1, 4, 4), torch.linspace(0.1, 1, 5)
+    torch.testing.assert_close(from_teacher(teacher).velocity(x, t), teacher.velocity(x, t))
+
+
 def test_a_network_is_a_teacher():
     network = SiT(input_size=4, patch_size=2, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=3)
     teacher = NetworkTeacher(network)

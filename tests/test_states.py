@@ -4,6 +4,7 @@ import torch
 import flowdistill
 from flowdistill import STATE_SOURCES, ConfigError
 from flowdistill.data import Digits, ExactSamples
+from flowdistill.flow_maps import from_teacher
 from flowdistill.solvers import Euler
 from flowdistill.states import NoisedData, Prior, RandomAffine, StudentRollouts, TeacherTrajectories
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher, Ring
@@ -101,3 +102,26 @@ def test_digits_are_images_with_labels():
     assert images.min() == -1
     assert images.max() == 1
     assert labels.unique().tolist() == list(range(10))
+
+
+def test_a_range_of_guidance_needs_a_student_that_is_told(pair):
+    teacher = flowdistill.load_teacher("digits_teacher")
+    for source in (Prior(guidance=(1.0, 2.0)), NoisedData(dataset=Digits(), guidance=(1.0, 2.0))):
+        with pytest.raises(ConfigError, match=r"from_teacher\.guidance"):
+            source.setup(from_teacher(teacher), teacher)
+        source.setup(from_teacher(teacher, guidance=1.5), teacher)
+    Prior(guidance=2.0).setup(from_teacher(teacher), teacher)
+
+
+def test_rollouts_of_a_map_to_data_are_its_samples_noised(pair):
+    student, teacher = pair
+    student.to_data = True
+    source = StudentRollouts()
+    source.setup(student, teacher)
+    states = source.sample(64, generator())
+    ends = (states.x - states.t[:, None] * states.noise) / (1 - states.t[:, None])
+    noise = teacher.sample_prior(64, generator())
+    labels = states.condition
+    expected = student(noise, torch.ones(64), torch.zeros(64), labels)
+    middle = states.t < 0.9
+    torch.testing.assert_close(ends[middle], expected.detach()[middle], rtol=1e-3, atol=1e-3)

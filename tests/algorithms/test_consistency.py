@@ -14,7 +14,9 @@ import flowdistill
 from flowdistill import OBJECTIVES, Condition, ConfigError, FlowMap
 from flowdistill.algorithms import identities
 from flowdistill.algorithms.consistency import Consistency, discrete
+from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.interfaces import ObjectiveOutput
+from flowdistill.networks import MLP
 from flowdistill.paths import expand_time, interpolate, noise_level_to_time, time_to_noise_level
 from flowdistill.target_velocities import ConditionalVelocity, TeacherVelocity
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
@@ -383,3 +385,23 @@ def test_pull_has_the_gradient_of_the_huber_distance():
     target = (average - residual).detach()
     huber = ((average - target).square().sum(1) + 0.04).sqrt().mean()
     close(*(torch.autograd.grad(value, average)[0] for value in (output.loss, huber)))
+
+
+def test_half_precision_is_kept_out_of_late_stages():
+    """The outputs at two close times differ by less than bfloat16 can tell."""
+    torch.manual_seed(0)
+    student = NetworkFlowMap(MLP(dim=2, hidden_size=32), "to_data")
+    for parameter in student.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    states = flowdistill.States(x=torch.randn(64, 2), t=torch.linspace(0.2, 0.9, 64), condition=Condition())
+    objective = Consistency(velocity=TeacherVelocity(), stage_length=1)
+    exact_teacher = GaussianTeacher(MEAN.float(), VARIANCES.float())
+
+    def gradients(autocast):
+        student.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = objective.loss(student, exact_teacher, states, step=7, generator=torch.Generator()).loss
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in student.parameters()])
+
+    assert torch.equal(gradients(True), gradients(False))

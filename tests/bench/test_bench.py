@@ -1,6 +1,8 @@
 """Running suites: tables, resuming, failures."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -249,12 +251,15 @@ def test_the_samples_of_a_teacher_are_those_of_its_weights(tmp_path):
     assert distances[1] > distances[0] + 3
 
 
-def test_workers_end_with_a_killed_suite(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_a_killed_suite(tmp_path, number):
+    """SIGKILL comes to the suite alone, SIGINT, from Ctrl-C, to its processes as well."""
     (tmp_path / "tiny.gin").write_text(SUITE.replace("train.steps = 3", "train.steps = 1_000_000"))
     running = subprocess.Popen(
         [sys.executable, "-m", "flowdistill", "bench", "tiny.gin", "--jobs", "2"],
         cwd=tmp_path,
         stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     runs = tmp_path / "runs" / "bench"
 
@@ -268,8 +273,11 @@ def test_workers_end_with_a_killed_suite(tmp_path):
         return sum(path.stat().st_size for path in runs.glob("*/metrics.jsonl"))
 
     wait_for(lambda: runs.is_dir() and size() > 0)
-    running.kill()
-    running.wait()
+    if number == signal.SIGINT:
+        os.killpg(running.pid, number)
+    else:
+        running.kill()
+    assert running.wait(timeout=60) != 0
 
     def still():
         before = size()

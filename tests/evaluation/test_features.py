@@ -61,5 +61,7 @@ def test_images_that_an_extractor_does_not_take():
         sample_set(torch.zeros(2, 3, 8, 8), None, "digits")
     with pytest.raises(DataError, match="takes images of 1 channels"):
         sample_set(torch.zeros(2, 5), None, "digits")
+    with pytest.raises(DataError, match="of 8 by 8 pixels, not \\(28, 28\\)"):
+        sample_set(torch.zeros(2, 1, 28, 28), None, "digits")
     with pytest.raises(ConfigError, match="size of DINOv2"):
         flowdistill.FEATURES.build("dinov2", size="xl")
