@@ -82,7 +82,7 @@ class Prior(_FromPrior):
         >>> from flowdistill import load_teacher
         >>> from flowdistill.flow_maps import from_teacher
         >>> teacher, source = load_teacher("digits_teacher"), Prior(guidance=(1.0, 2.0))
-        >>> source.setup(from_teacher(teacher), teacher)
+        >>> source.setup(from_teacher(teacher, guidance=1.5), teacher)
         >>> states = source.sample(5, torch.Generator())
         >>> states.x.shape, states.condition.guidance.shape
         (torch.Size([5, 1, 8, 8]), torch.Size([5]))
