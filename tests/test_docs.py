@@ -13,6 +13,7 @@ import torch
 from runs import command
 
 import flowdistill
+from flowdistill.teachers.gaussian import GaussianTeacher
 
 ROOT = Path(__file__).parents[1]
 
@@ -63,3 +64,46 @@ def test_a_documented_teacher_passes_the_conformance_kit(tmp_path):
     (tmp_path / "two_points.py").write_text(code[1])
     done = subprocess.run([sys.executable, "two_points.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_network_of_a_user_is_distilled(tmp_path):
+    page = "docs/your_network.md"
+    for name, body in blocks(page).items():
+        (tmp_path / name).write_text(body)
+    save = "import points, torch; torch.save(points.Denoiser().state_dict(), 'denoiser.pt')"
+    for code in (["-c", save], ["check.py"]):
+        done = subprocess.run([sys.executable, *code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    trained = command("train", "--gin_file", "points.gin", "--gin.train.steps=3", "--workdir", "run", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert command("sample", "run", "--num_samples", 4, cwd=tmp_path).returncode == 0
+
+
+def test_the_documented_conversion_of_a_schedule_is_the_velocity(tmp_path, monkeypatch):
+    """With the exact v of a Gaussian, E[x_0 | z] = m + s^2 cos(a) (z - cos(a) m) / V with V the variance of z."""
+    (tmp_path / "points.py").write_text(blocks("docs/your_network.md")["points.py"])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(flowdistill.NETWORKS, "_entries", dict(flowdistill.NETWORKS._entries))
+    monkeypatch.setattr(flowdistill.TEACHERS, "_entries", dict(flowdistill.TEACHERS._entries))
+    network = importlib.import_module("points").Points()
+    mean, variance = torch.tensor([1.0, -0.5]).double(), 0.3
+
+    class Exact(torch.nn.Module):
+        def forward(self, z, time, extra=None):
+            angle = (time * torch.pi / 2)[:, None]
+            total = variance * angle.cos() ** 2 + angle.sin() ** 2
+            clean = mean + variance * angle.cos() * (z - angle.cos() * mean) / total
+            noise = angle.sin() * (z - angle.cos() * mean) / total
+            return angle.cos() * noise - angle.sin() * clean
+
+    network.denoiser = Exact()
+    x, t = torch.randn(50, 2).double(), torch.linspace(0, 1, 50).double()
+    exact = GaussianTeacher(mean, torch.full((2,), variance).double())
+    torch.testing.assert_close(network.velocity(x, t), exact.velocity(x, t))
+
+
+def test_a_data_set_of_a_user_trains_a_teacher(tmp_path):
+    for name, body in blocks("docs/data.md").items():
+        (tmp_path / name).write_text(body)
+    trained = command("train", "--gin_file", "stripes.gin", "--gin.train.steps=3", "--workdir", "run", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr

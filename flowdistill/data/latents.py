@@ -78,17 +78,22 @@ class Latents(Dataset):
         device = generator.device
         rows = torch.randint(len(self._labels), (batch_size,), generator=generator, device=device).cpu()
         noise = torch.randn((batch_size, *self.sample_shape), generator=generator, device=device)
-        drawn = torch.stack([self._row(int(row), noise[i]) for i, row in enumerate(rows)])
+        means, stds = zip(*(self._row(int(row)) for row in rows), strict=True)
+        drawn = torch.stack(means).to(device)
+        if any(std is not None for std in stds):
+            zero = torch.zeros(self.sample_shape)
+            drawn = drawn + torch.stack([zero if std is None else std for std in stds]).to(device) * noise
         return drawn, self._labels[rows].to(device)
 
-    def _row(self, row: int, noise: Tensor) -> Tensor:
+    def _row(self, row: int) -> tuple[Tensor, Tensor | None]:
+        """The latent of a row, or the mean and the standard deviation of its posterior."""
         number = int(torch.searchsorted(self._ends, row, right=True))
         shard, place = self._shards[number], row - (int(self._ends[number - 1]) if number else 0)
 
         def read(name: str) -> Tensor:
             tensor: Tensor = shard.get_slice(name)[place : place + 1][0]
-            return tensor.to(noise.device, torch.float32)
+            return tensor.float()
 
         if "latents" in shard.keys():  # noqa: SIM118, no mapping
-            return read("latents")
-        return read("mean") + read("std") * noise
+            return read("latents"), None
+        return read("mean"), read("std")
