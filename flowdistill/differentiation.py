@@ -143,11 +143,10 @@ def finite_difference(
     """F with a graph, and its derivative by a difference of step ``h`` in the duration t - s.
 
     ``backward`` steps to shorter durations only, which the student has learnt earlier, and reuses F: one more
-    evaluation, an error of O(h). ``central`` steps both ways: two more evaluations, an error of O(h^2), which is O(h)
-    where a step is cut. Steps are cut
-    where they would leave 0 <= s <= t <= 1; at t = s, where every identity multiplies the derivative by
-    t - s = 0, it is 0. The direction must change the duration (dt != ds). Evaluations are in full precision
-    even under autocast, because a difference divides rounding errors by h, and have the same dropout masks.
+    evaluation, an error of O(h). ``central`` steps both ways: two more evaluations, an error of O(h^2), or O(h) where
+    a step is cut. Steps are cut where they would leave 0 <= s <= t <= 1; at t = s, where every identity multiplies the
+    derivative by t - s = 0, it is 0. The direction must change the duration (dt != ds). Evaluations are in full
+    precision even under autocast, because a difference divides rounding errors by h, and share their dropout masks.
     """
     rate = dt - ds  # change of the duration per unit along the direction
 

@@ -79,7 +79,8 @@ def _module_bytes(module: nn.Module) -> bytes:
     places: set[int] = set()
     for name, value in module.state_dict().items():
         place = value.untyped_storage().data_ptr()
-        tensors[name] = value.clone() if place in places else value.contiguous()  # weights may be shared
+        value = value.contiguous()
+        tensors[name] = value.clone() if place in places else value  # weights may be shared
         places.add(place)
     return safetensors.torch.save(tensors)
 
