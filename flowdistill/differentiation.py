@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from flowdistill.interfaces import Condition, FlowMap
+from flowdistill.networks.attention import plain_attention
 from flowdistill.paths import expand_time
 
 
@@ -51,8 +52,8 @@ def jvp(
     Jacobian-vector product without one. The plain pass is first because networks in training mode may replace their
     weights on the way, which a product cannot. Attention runs in its plain form within the product, since fused kernels
     have no forward-mode derivative. With ``graph`` the derivative has one as well, from a single pass that keeps about
-    2.5 times the memory; layers that replace their weights do so before, by a method ``replace_weight``, and layer
-    normalisation is in its plain form, too. Dropout has the same masks in both passes.
+    2.5 times the memory; layers that replace their weights do so before, by a method ``replace_weight``, and attention
+    and layer normalisation are written out. Dropout has the same masks in both passes.
     """
     masks = _Masks(student, x.device)
     tangents = (
@@ -69,8 +70,8 @@ def jvp(
     else:
         plain = evaluate(student, x, t, s, condition)
         masks.again()
-    plain_norms = _PlainLayerNorm() if graph else contextlib.nullcontext()
-    with torch.set_grad_enabled(graph), sdpa_kernel(SDPBackend.MATH), plain_norms:
+    written_out = _WrittenOut() if graph else contextlib.nullcontext()
+    with torch.set_grad_enabled(graph), sdpa_kernel(SDPBackend.MATH), written_out:
         average, slope = torch.func.jvp(  # type: ignore[misc]
             lambda x, t, s: student.average_velocity(x, t, s, condition), (x, t, s), tangents
         )
@@ -94,11 +95,12 @@ class _Masks:
             torch.cuda.set_rng_state(self._states[1], self._device)
 
 
-class _PlainLayerNorm(TorchFunctionMode):
-    """Layer normalisation from elementary operations.
+class _WrittenOut(TorchFunctionMode):
+    """Layer normalisation and attention from elementary operations, for the gradients of their derivatives.
 
-    In PyTorch 2.13 the derivative of the fused one has the right values and wrong gradients: they leave out what comes
-    through the mean and the deviation that it keeps.
+    In PyTorch 2.13 the derivative of the fused layer normalisation has the right values and wrong gradients: they leave
+    out what comes through the mean and the deviation that it keeps. That of attention's plain kernel has none on a GPU
+    under autocast, where the softmax inside is in float32 and its backward pass expects the precision of the scores.
     """
 
     def __torch_function__(
@@ -108,7 +110,11 @@ class _PlainLayerNorm(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        return (_layer_norm if func is F.layer_norm else func)(*args, **(kwargs or {}))
+        if func is F.layer_norm:
+            func = _layer_norm
+        elif func is F.scaled_dot_product_attention and len(args) == 3 and not kwargs:
+            func = plain_attention
+        return func(*args, **(kwargs or {}))
 
 
 def _layer_norm(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -48,9 +49,14 @@ def process_group(device: torch.device) -> Iterator[None]:
     if _joined() or rank_and_world()[1] == 1:
         yield
         return
+    # Its functions have the group of when it is imported among their defaults: later, they would keep ours for good, with
+    # threads that abort a process which ends before the others.
+    importlib.import_module("torch.distributed.nn")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     yield
     dist.destroy_process_group()  # not after an error: it would wait for processes that do not know of it
 

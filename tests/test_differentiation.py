@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowdistill import Condition
+from flowdistill import Condition, differentiation
 from flowdistill.differentiation import finite_difference, jvp
 from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.interfaces import FlowMap
-from flowdistill.networks import MLP, SiT
+from flowdistill.networks import MLP, SiT, attention
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.velocity_estimators import FiniteDifference, Jvp
 
@@ -180,3 +180,20 @@ def test_dropout_has_the_same_masks_in_a_derivative(scheme):
         average, slope = finite_difference(student, x, t, s, ds=1.0, scheme=scheme)
     assert 0.2 < (average == 0).float().mean() < 0.8
     torch.testing.assert_close(slope, -average / 0.5)
+
+
+def test_attention_is_written_out_where_a_derivative_has_a_graph(monkeypatch):
+    """PyTorch's plain kernel, which other derivatives take, gives no gradients under autocast on a GPU."""
+    student, calls = sit_map(), []
+    x = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    t, s = torch.full((4,), 0.8, dtype=torch.float64), torch.full((4,), 0.3, dtype=torch.float64)
+
+    def gradients():
+        average, slope = jvp(student, x, t, s, dx=x, dt=1.0, graph=True)
+        return torch.autograd.grad((average + slope).square().sum(), list(student.network.blocks.parameters()))
+
+    expected = gradients()
+    monkeypatch.setattr(attention, "_MOST_PLAIN_TOKENS", 0)  # PyTorch's kernels, as on a GPU
+    monkeypatch.setattr(differentiation, "plain_attention", lambda *a: calls.append(a) or attention.plain_attention(*a))
+    torch.testing.assert_close(gradients(), expected)
+    assert len(calls) == len(student.network.blocks)

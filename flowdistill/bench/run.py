@@ -87,9 +87,10 @@ def bench(
     groups = {row.group for row in shown}
     wanted = [job for job in description.teachers(rows) if job.row.group in groups]
     wanted += _jobs(description, shown, Path(runs) / "costs.json")
-    # A process does all measurements of one training, one after another.
+    # A process does all measurements of one training, one after another. Seed by seed, so that an interrupted suite has
+    # measured all its rows on some seeds, and not some of its rows on all.
     tasks: dict[str, list[Job]] = {}
-    for job in wanted:
+    for job in sorted(wanted, key=lambda job: job.seed):
         if job.figures not in known and (job.teacher or job.row in chosen):
             tasks.setdefault(job.run, []).append(job)
     threads = max(1, (os.cpu_count() or 1) // jobs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -170,10 +171,11 @@ def _jumps(student: FlowMap, steps: int) -> Sampler:
     return sampler
 
 
-def _device(*models: torch.nn.Module | None) -> torch.device:
-    for model in models:
-        if model is not None and (parameter := next(model.parameters(), None)) is not None:
-            return parameter.device
+def _device(*models: FlowMap | Teacher | None) -> torch.device:
+    """Where the first of the models is; exact teachers have buffers and no parameters."""
+    for model in filter(None, models):
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
+            return tensor.device
     return torch.device("cpu")
 
 

@@ -19,6 +19,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # A plan counts what a GPU would do.
     if q.device.type != "cpu" or q.shape[-2] > _MOST_PLAIN_TOKENS or files_unread():
         return F.scaled_dot_product_attention(q, k, v)
-    weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)
-    result: Tensor = weights.to(v.dtype) @ v
+    return plain_attention(q, k, v)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same by products written out."""
+    result: Tensor = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
     return result

@@ -73,7 +73,7 @@ def stamps(folder, pattern):
     return {path.name: path.stat().st_mtime_ns for path in sorted((folder / "runs" / "bench").glob(pattern))}
 
 
-def test_what_is_measured_is_not_repeated(folder, monkeypatch):
+def test_what_is_measured_is_not_repeated(folder, monkeypatch, capsys):
     """Neither what the results hold, nor what lies in a run directory, nor a training for another measurement."""
     monkeypatch.chdir(folder)
     out = folder / "runs" / "bench" / "tiny"
@@ -89,8 +89,12 @@ def test_what_is_measured_is_not_repeated(folder, monkeypatch):
     assert (out / "results.json").read_text() == text
     assert (out / "table.md").read_text() == table
     # Other samples, and parts of the suite at a time: nothing is trained, and the table grows.
+    capsys.readouterr()
     for only in ("FreeFlow", "two"):
-        bench("tiny.gin", out="parts", only=[only], jobs=2, bindings=["evaluation.num_samples = 60"])
+        bench("tiny.gin", out="parts", only=[only], bindings=["evaluation.num_samples = 60"])
+    done = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()]
+    each = [f"{name} seed {seed}" for seed in (1, 2) for name in ("teacher", "FreeFlow")]
+    assert done == [*each, "two jumps seed 1", "two jumps seed 2"], "one seed after another"
     parts = json.loads((folder / "parts" / "results.json").read_text())["records"]
     assert [(r["name"], r["seed"], r["run"]) for r in parts[2:]] == [
         (r["name"], r["seed"], r["run"]) for r in records[2:]

@@ -15,14 +15,19 @@ from safetensors.torch import load_file
 import flowdistill
 from flowdistill import ConfigError
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "flowdistill", "train"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
-def torchrun(gin_file, run):
-    """Two processes on the CPU, told nothing but torchrun's variables."""
-    command = [sys.executable, *TORCHRUN, "--gin_file", str(gin_file), "--workdir", str(run), "--device", "cpu"]
+def torchrun(*arguments):
+    """Two processes, told nothing but torchrun's variables."""
+    command = [sys.executable, *TORCHRUN, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def training(gin_file, run):
+    """The command line, on the CPU."""
+    return torchrun("-m", "flowdistill", "train", "--gin_file", gin_file, "--workdir", run, "--device", "cpu")
 
 
 def finish(process):
@@ -74,7 +79,7 @@ def agree(run, other):
 
 def test_two_processes_train_what_one_does_with_the_same_configuration(alone, tmp_path):
     gin_file, expected = alone
-    out, err = finish(torchrun(gin_file, tmp_path / "run"))
+    out, err = finish(training(gin_file, tmp_path / "run"))
     assert out.split() == [str(tmp_path / "run" / "report.md")]
     assert err.count("step 12/12") == 1
     agree(tmp_path / "run", expected)
@@ -84,7 +89,7 @@ def test_one_process_continues_what_two_began(alone, tmp_path):
     gin_file, expected = alone
     slow = tmp_path / "slow.gin"
     slow.write_text(gin_file.read_text().replace("train.steps = 12", "train.steps = 2000"))
-    process, checkpoint = torchrun(slow, tmp_path / "run"), tmp_path / "run" / "checkpoints" / "step_00000004"
+    process, checkpoint = training(slow, tmp_path / "run"), tmp_path / "run" / "checkpoints" / "step_00000004"
     limit = time.monotonic() + 120
     while not checkpoint.is_dir():
         assert time.monotonic() < limit
@@ -102,3 +107,20 @@ def test_backward_passes_that_cannot_be_shared_out_are_refused(tmp_path, monkeyp
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match="set it to a multiple of 3"):
         flowdistill.plan(write(tmp_path / "ring.gin", accumulation=4))
+
+
+LEFT = """
+import pathlib, sys, flowdistill
+flowdistill.train(sys.argv[1], workdir=sys.argv[2], device="cpu")
+print(*(file.read_text() for file in pathlib.Path("/proc/self/task").glob("*/comm")))
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads have no names here")
+def test_the_process_group_leaves_no_threads(tmp_path):
+    """Its threads abort a process that ends before the others."""
+    (tmp_path / "left.py").write_text(LEFT)
+    gin_file = write(tmp_path / "ring.gin", accumulation=2, steps=2)
+    out, _ = finish(torchrun(tmp_path / "left.py", gin_file, tmp_path / "run"))
+    assert out.count("python") == 2
+    assert "gloo" not in out
