@@ -49,8 +49,8 @@ def process_group(device: torch.device) -> Iterator[None]:
     if _joined() or rank_and_world()[1] == 1:
         yield
         return
-    # Its functions have the group of when it is imported among their defaults: later, they would keep ours for good, with
-    # threads that abort a process which ends before the others.
+    # The group that exists when this module is first imported, as by torch._dynamo, stays among the defaults of its
+    # functions: so none may exist, or its threads would outlive it and abort a process that ends before the others.
     importlib.import_module("torch.distributed.nn")
     if device.type == "cuda":
         torch.cuda.set_device(device)
