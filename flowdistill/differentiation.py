@@ -99,8 +99,8 @@ class _WrittenOut(TorchFunctionMode):
     """Layer normalisation and attention from elementary operations, for the gradients of their derivatives.
 
     In PyTorch 2.13 the derivative of the fused layer normalisation has the right values and wrong gradients: they leave
-    out what comes through the mean and the deviation that it keeps. In PyTorch 2.11 that of attention's plain kernel has
-    none on a GPU under autocast: types do not match in the backward pass of its softmax.
+    out what comes through the mean and the deviation that it keeps. That of attention's plain kernel has none at all in
+    2.11 on a GPU under autocast, where types do not match in the backward pass of its softmax.
     """
 
     def __torch_function__(
