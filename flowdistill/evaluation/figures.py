@@ -121,7 +121,7 @@ def ranking(
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "235" else "")  # all would overlap
     axes.tick_params(axis="x", which="both", labelsize=7)
     axes.set_xlabel(metric)
     axes.grid(alpha=0.2, which="both")
