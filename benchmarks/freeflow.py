@@ -23,13 +23,16 @@ from flowdistill.evaluation import mode_coverage
 PREDICTION_ALONE = ("train.objective = @freeflow_prediction()",)
 CORRECTION = ("freeflow.", "freeflow_correction.")
 MORE_STEPS = ("evaluation.teacher_steps = (1, 4, 16)",)
+MOMENTUM = "AdamW.betas = (0.9, 0.99)"
 CENTRAL = "finite_difference.scheme = 'central'"
 JVP = "freeflow_prediction.estimator = @jvp()"
 
 SUITES = {
     "mnist": [
         Variant("FreeFlow, 1 step", "freeflow/mnist.gin", MORE_STEPS),
-        Variant("prediction alone, 1 step", "freeflow/mnist.gin", (*PREDICTION_ALONE, *MORE_STEPS), CORRECTION),
+        Variant(
+            "prediction alone, 1 step", "freeflow/mnist.gin", (*PREDICTION_ALONE, MOMENTUM, *MORE_STEPS), CORRECTION
+        ),
     ],
     "digits": [
         Variant("FreeFlow, 1 step", "freeflow/digits.gin"),

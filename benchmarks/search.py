@@ -24,7 +24,7 @@ from typing import Any
 import attrs
 import numpy as np
 import torch
-from freeflow import CORRECTION, PREDICTION_ALONE
+from freeflow import CORRECTION, MOMENTUM, PREDICTION_ALONE
 from sklearn.linear_model import LogisticRegression
 from trainings import RESULTS, SEEDS, Variant, cell, train
 
@@ -54,6 +54,16 @@ AS_THE_OTHERS = {
     ),
     "mnist": (),
 }
+# The committed searches are by students of the correction that freeflow/mnist_sit.gin had before.
+CORRECTED = {
+    "digits": (),
+    "mnist": (
+        "freeflow.alpha = 1.0",
+        "freeflow.correction_start = 310",
+        "freeflow_correction.guidance_interval = None",
+        MOMENTUM,
+    ),
+}
 STEPS = 16  # of the teacher at the end of a search
 ALONE = (16, 32, 64)  # steps of the teacher without search
 BUDGETS = (64, 80, 128)
@@ -66,12 +76,13 @@ def variants(suite: str) -> dict[str, Variant]:
     """The trainings of the students, by how they are named in the table."""
     task = {"digits": "digits", "mnist": "mnist_sit"}[suite]
     recipe = f"freeflow/{task}.gin"
+    alone = (*PREDICTION_ALONE, *(() if suite == "digits" else (MOMENTUM,)))
     return {
-        "prediction alone": Variant("prediction alone", recipe, PREDICTION_ALONE, CORRECTION),
+        "prediction alone": Variant("prediction alone", recipe, alone, CORRECTION),
         "correction alone": Variant(
             "correction alone", f"vsd/vsd_{task}.gin", (*CORRECTION_ALONE, *AS_THE_OTHERS[suite])
         ),
-        "both": Variant("both", recipe),
+        "both": Variant("both", recipe, CORRECTED[suite]),
     }
 
 

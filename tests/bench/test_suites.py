@@ -26,7 +26,10 @@ def test_packaged_suites_hold_every_recipe_of_their_teachers(name):
     assert "freeflow" in [row.name for row in suite.table()]
 
 
-@pytest.mark.parametrize("name", ["toy", "digits", "mnist", "mismatch", "synergy", "errors", "ablations", "guidance"])
+@pytest.mark.parametrize(
+    "name",
+    ["toy", "digits", "mnist", "mismatch", "synergy", "errors", "ablations", "mnist_ablations", "guidance"],
+)
 def test_packaged_suites_have_a_quick_version(name):
     suite, quick = load_suite(name), load_suite(name, quick=True)
     assert len(quick.seeds) < len(suite.seeds)
