@@ -113,7 +113,9 @@ def bench(
                 known[record["figures"]] = record
                 if "error" in record or not console.is_terminal:
                     console.print(_line(record), markup=False, highlight=False, soft_wrap=True)
-    records = [known[job.figures] for job in wanted if job.figures in known]
+    # Under the titles that they have now
+    titles = [{"group": job.row.group, "name": job.row.name} for job in wanted]
+    records = [known[job.figures] | title for job, title in zip(wanted, titles, strict=True) if job.figures in known]
     results.mkdir(parents=True, exist_ok=True)
     write_tables(name, description, records, results)
     if failed := sum("error" in record for record in records):

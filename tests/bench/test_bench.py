@@ -106,6 +106,11 @@ def test_what_is_measured_is_not_repeated(folder, monkeypatch, capsys):
     bench("tiny.gin", out="parts", runs="elsewhere", bindings=["evaluation.num_samples = 60"])
     assert (folder / "parts" / "results.json").read_text() == before
     assert not (folder / "elsewhere").exists()
+    # Another title is no other training.
+    (folder / "retitled.gin").write_text(SUITE.replace("two jumps", "ECT"))
+    bench("retitled.gin", out="parts", runs="elsewhere", bindings=["evaluation.num_samples = 60"])
+    assert "| ECT |" in (folder / "parts" / "table.md").read_text()
+    assert "two jumps" not in (folder / "parts" / "results.json").read_text()
 
 
 def test_failures_are_named_and_the_others_reported(folder):
