@@ -153,8 +153,8 @@ def student_table(suite: Suite, records: Sequence[Record]) -> Cells:
             f"**{cell}**" if column == first and best[row] == name else cell
             for cell, (row, column) in zip(cells, kept, strict=True)
         ]
-        failed = sum("error" in seed for seed in seeds)
-        body.append([f"{name} ({failed} of {len(seeds)} seeds failed)" if failed else name, *cells, *_costs(seeds)])
+        done, all_seeds = sum("rows" in seed for seed in seeds), len(suite.seeds)
+        body.append([name if done == all_seeds else f"{name} ({done} of {all_seeds} seeds)", *cells, *_costs(seeds)])
     return [head, *body]
 
 

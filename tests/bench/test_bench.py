@@ -152,7 +152,8 @@ def record(name, seed, value, budget=None):
 
 
 def table_of(values):
-    suite = load_suite("toy")
+    seeds = range(max(map(len, values.values())))
+    suite = load_suite("toy", [f"bench.seeds = {tuple(seeds)}"])
     records = [record(name, seed, v) for name, seeds in values.items() for seed, v in enumerate(seeds)]
     return student_table(suite, records)
 
@@ -166,9 +167,13 @@ def test_the_best_is_bold_outside_the_spread_alone():
     assert not any("**" in cell for row in table_of({"a": [1.0], "b": [2.0]}) for cell in row)  # no spread is known
 
 
-def test_failed_seeds_are_counted_in_the_row():
-    records = [record("a", 1, 1.0), record("a", 2, 1.5), {"name": "a", "seed": 3, "error": "killed"}]
-    assert student_table(load_suite("toy"), records)[1][0] == "a (1 of 3 seeds failed)"
+def test_a_row_says_how_many_seeds_it_lacks():
+    """Those that failed, and those that results from elsewhere do not hold."""
+    suite = load_suite("toy")
+    failed = {"name": "a", "seed": 3, "error": "killed"}
+    assert student_table(suite, [record("a", 1, 1.0), record("a", 2, 1.5), failed])[1][0] == "a (2 of 3 seeds)"
+    records = [record("a", 1, 1.0), *(record("b", seed, 1.0) for seed in (1, 2, 3))]
+    assert [row[0] for row in student_table(suite, records)[1:]] == ["a (1 of 3 seeds)", "b"]
 
 
 def test_budgets_have_a_table_each_and_a_plot(tmp_path):
