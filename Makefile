@@ -10,7 +10,7 @@ DEMO ?= runs/demo
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_FALLBACK ?= torch==2.13.0
 
-SUITES = toy digits mismatch synergy errors ablations mnist_ablations guidance  # whose results are committed
+SUITES = toy digits mismatch synergy errors ablations mnist_ablations guidance  # mnist: by hand, in a night
 
 .PHONY: demo test test-all lint docs benchmarks clean
 

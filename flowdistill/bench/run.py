@@ -210,7 +210,7 @@ def _process(job: Job, workdir: Path, device: str | None) -> None:
         try:
             student = None
             if not job.teacher:
-                train(gin_file=gin_file, gin_bindings=["train.evaluation = None"], workdir=workdir, device=device)
+                train(gin_file=gin_file, workdir=workdir, device=device, report=False)
                 student = load_flow_map(workdir)
             _measure(student, gin_file, workdir / job.figures, workdir.parent / "teacher_samples", device)
         except Exception:

@@ -54,6 +54,7 @@ def train(
     workdir: str | Path | None = None,
     resume: Literal["auto", "never"] = "auto",
     device: str | torch.device | None = None,
+    report: bool = True,
 ) -> TrainResult:
     """Train as a gin configuration says, and leave a run directory.
 
@@ -68,6 +69,7 @@ def train(
         resume: "auto" continues a run of the same configuration in ``workdir``, whose steps and evaluation alone may
             differ: one that was interrupted, or further, or only to measure it again; "never" wants an empty one.
         device: where to train; by default the first GPU (of each rank its own), else the CPU.
+        report: whether to end with ``report.md``, its pictures and figures; without, nothing is measured.
 
     Raises:
         ConfigError: the configuration cannot work, or ``workdir`` holds a run of another one.
@@ -95,7 +97,7 @@ def train(
             run = build(workdir=Path(workdir), device=place)
             config.check_all_used(without=("evaluation", "features") if run.evaluation is None else ())
         _claim(run.loop, resume, gin.operative_config_str())
-        return _run(run)
+        return _run(run, report)
 
 
 @attrs.frozen(kw_only=True)
@@ -259,7 +261,7 @@ def build_flow_map(flow_map: FlowMap | Callable[[Teacher | None], FlowMap], teac
     return student
 
 
-def _run(run: _Run) -> TrainResult:
+def _run(run: _Run, report: bool) -> TrainResult:
     loop, workdir, steps = run.loop, run.loop.workdir, run.loop.settings.steps
     saved = checkpoint_paths(workdir)
     if saved:
@@ -287,7 +289,7 @@ def _run(run: _Run) -> TrainResult:
         result = loop.result.requires_grad_(False)
         barrier()  # until the last checkpoint is there
         figures: dict[str, float] = {}
-        if log is not None:
+        if report and log is not None:
             if run.evaluation is not None:
                 log.say(f"measuring {run.evaluation.num_samples} samples of each model")
             figures = write_report(workdir, result, loop.teacher, run.evaluation)

@@ -75,6 +75,19 @@ def test_what_a_run_leaves(tmp_path):
     assert flowdistill.evaluate(run, metrics=("w2",), num_samples=50).keys() == {"w2", "w2_noise_floor"}
 
 
+def test_the_report_of_a_run_may_follow_later(tmp_path):
+    config = write(tmp_path / "ring.gin", evaluation="@evaluation()")
+    few = ["evaluation.metrics = ('w2',)", "evaluation.num_samples = 20"]
+    result = flowdistill.train(gin_file=config, gin_bindings=few, workdir=tmp_path / "run", report=False)
+    assert "w2" not in result.metrics
+    assert not any((result.workdir / name).exists() for name in ("report.md", "figures.json", "plots"))
+    again = flowdistill.train(gin_file=config, gin_bindings=few, workdir=tmp_path / "run")
+    assert again.metrics["w2"] > 0
+    assert (result.workdir / "report.md").is_file()
+    noise = torch.randn(3, 2)
+    assert torch.equal(again.flow_map.sample(noise), result.flow_map.sample(noise))
+
+
 @pytest.mark.parametrize("extra", [{}, {"accumulation": 3, "precision": "'bf16'", "ema": "@power_ema()"}])
 def test_the_configuration_of_a_run_repeats_it_bit_for_bit(extra, tmp_path):
     flowdistill.train(gin_file=write(tmp_path / "ring.gin", **extra), workdir=tmp_path / "first")
