@@ -224,9 +224,10 @@ def _parts(*texts: str) -> set[str]:
 
 
 def _scaled(value: Any, factor: float) -> Any:
+    """A number of steps, or several, in proportion; what takes any takes at least one."""
     if isinstance(value, tuple):
         return tuple(_scaled(part, factor) for part in value)
-    return round(value * factor)
+    return max(1, round(value * factor)) if value else 0
 
 
 def evaluations_per_state(recipe: str | Path, bindings: Sequence[str] = (), parts: int = 4) -> float:
