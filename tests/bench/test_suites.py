@@ -122,6 +122,18 @@ def test_a_budget_sets_the_steps_and_what_is_counted_in_them(tmp_path):
     assert f"train.steps = {256_000 // 25_600}\n" in load_suite(path).jobs(load_suite(path).table(), given)[0].gin
 
 
+def test_what_takes_any_steps_takes_one_at_the_least_budget(tmp_path):
+    path = write(
+        tmp_path / "least.gin",
+        "include 'suites/in_steps.gin'\nbench.rows = {'CD': ('consistency/cd_plane.gin',)}\nbench.seeds = (1,)\n"
+        "bench.budgets = (1,)",
+    )
+    (job,) = load_suite(path).jobs(load_suite(path).table(), {})
+    with config.parsed([write(tmp_path / "job.gin", job.gin)], []):
+        assert config.value("train.steps") == 1
+        assert config.value("consistency.stage_length") == 1
+
+
 def test_costs_are_those_of_all_phases():
     def cost(start):
         bindings = [f"freeflow.correction_start = {start}", "freeflow.online_warmup = 0"]
