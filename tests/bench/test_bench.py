@@ -274,6 +274,8 @@ def test_workers_end_with_a_killed_suite(tmp_path, number):
         cwd=tmp_path,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        # What a shell script starts in the background ignores Ctrl-C, the tests among it and whatever they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     runs = tmp_path / "runs" / "bench"
 
