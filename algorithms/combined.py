@@ -10,9 +10,9 @@ import torch
 from attrs.validators import and_, ge, gt, in_, instance_of, lt
 from torch import nn
 
-from flowdistill.errors import ConfigError
 from flowdistill.interfaces import FlowMap, Objective, ObjectiveOutput, States, Teacher
-from flowdistill.registry import register_objective
+from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.registry import register_objective
 
 
 @register_objective("combined")

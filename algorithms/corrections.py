@@ -11,12 +11,12 @@ from attrs.validators import in_, instance_of
 from torch import Tensor, nn
 
 from flowdistill.algorithms.identities import noising_residual, pull
-from flowdistill.errors import ConfigError
 from flowdistill.guidance import GuidedTeacher, check_interval
 from flowdistill.interfaces import FlowMap, NoisingVelocity, Objective, ObjectiveOutput, States, Teacher
 from flowdistill.paths import expand_time
+from flowdistill.plumbing.errors import ConfigError
 from flowdistill.times import TimeSampler, Uniform
-from flowdistill.velocity_estimators import OnlineNetwork
+from flowdistill.velocities.estimators import OnlineNetwork
 
 
 @torch.no_grad()

@@ -12,10 +12,10 @@ from attrs.validators import and_, ge, in_, instance_of, le, lt
 from torch import Tensor, nn
 
 from flowdistill.algorithms.identities import attach, pull, velocity_residual
+from flowdistill.ema import AveragedModel, Ema
 from flowdistill.interfaces import FlowMap, Objective, ObjectiveOutput, States, TargetVelocity, Teacher
-from flowdistill.target_velocities import TeacherVelocity
 from flowdistill.times import EndSampler, Uniform
-from flowdistill.training.ema import AveragedModel, Ema
+from flowdistill.velocities.targets import TeacherVelocity
 
 
 @attrs.define(kw_only=True)

@@ -26,7 +26,7 @@ from flowdistill.states import Prior
 from flowdistill.teachers.gaussian import GaussianTeacher, Ring
 from flowdistill.training import Schedule
 from flowdistill.training.loop import Loop, LoopSettings
-from flowdistill.velocity_estimators import FiniteDifference, Minibatch, OnlineNetwork, PseudoVelocity
+from flowdistill.velocities.estimators import FiniteDifference, Minibatch, OnlineNetwork, PseudoVelocity
 
 STEPS, BATCH = 600, 256
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)

@@ -29,13 +29,14 @@ from sklearn.linear_model import LogisticRegression
 from trainings import RESULTS, SEEDS, Variant, cell, train
 
 import flowdistill
-from flowdistill import Condition, Teacher, config
+from flowdistill import Condition, Teacher
 from flowdistill.evaluation import measure, reference_set, sample_set
-from flowdistill.evaluation.figures import curves
+from flowdistill.evaluation.plots import curves
 from flowdistill.evaluation.report import machine
+from flowdistill.plumbing import config
+from flowdistill.plumbing.randomness import step_generator
 from flowdistill.searching import FeatureDistance
 from flowdistill.solvers import Euler
-from flowdistill.training.randomness import step_generator
 
 ASSETS = Path(__file__).parents[1] / "docs" / "assets"
 CORRECTION_ALONE = (  # VSD without momentum, with which it collapses (docs/claims/synergy.md), as FreeFlow corrects

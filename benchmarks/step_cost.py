@@ -23,15 +23,15 @@ import torch.nn.functional as F
 
 import flowdistill
 from flowdistill.algorithms.freeflow import FreeFlowCorrection, FreeFlowPrediction
+from flowdistill.ema import AveragedModel
 from flowdistill.evaluation.report import machine
 from flowdistill.flow_maps import NetworkTeacher, from_teacher
 from flowdistill.interfaces import Objective, States
 from flowdistill.networks import sit
 from flowdistill.states import Prior
 from flowdistill.training import Ema, Schedule, step_generator
-from flowdistill.training.ema import AveragedModel
 from flowdistill.training.loop import Loop, LoopSettings
-from flowdistill.velocity_estimators import FiniteDifference, Jvp
+from flowdistill.velocities.estimators import FiniteDifference, Jvp
 
 BATCH = 128
 ROUNDS = 30

@@ -14,7 +14,7 @@ from typing import Any
 
 import attrs
 
-from flowdistill.config import find_gin_file
+from flowdistill.plumbing.config import find_gin_file
 
 SEEDS = (1, 2, 3)
 RESULTS = Path(__file__).parent / "results"

@@ -1,15 +1,7 @@
 """Distil flow and diffusion models into one-step generators, without data."""
 
-import flowdistill._checkout  # noqa: F401, before anything looks for algorithms or teachers
+import flowdistill.plumbing._checkout  # noqa: F401, before anything looks for algorithms or teachers
 from flowdistill import testing
-from flowdistill.errors import (
-    CheckpointError,
-    CheckpointWriteError,
-    ConfigError,
-    DataError,
-    FlowDistillError,
-    NonFiniteError,
-)
 from flowdistill.interfaces import (
     NULL_LABEL,
     Condition,
@@ -26,8 +18,15 @@ from flowdistill.interfaces import (
     VelocityEstimator,
     Verifier,
 )
-from flowdistill.planning import Plan, plan
-from flowdistill.registry import (
+from flowdistill.plumbing.errors import (
+    CheckpointError,
+    CheckpointWriteError,
+    ConfigError,
+    DataError,
+    FlowDistillError,
+    NonFiniteError,
+)
+from flowdistill.plumbing.registry import (
     DATASETS,
     DECODERS,
     FEATURES,
@@ -59,7 +58,7 @@ from flowdistill.registry import (
     register_velocity_estimator,
     register_verifier,
 )
-from flowdistill.runs import (
+from flowdistill.runs.run import (
     convert,
     evaluate,
     load_flow_map,
@@ -71,6 +70,7 @@ from flowdistill.training import (
     TrainResult,
     train,
 )
+from flowdistill.training.planning import Plan, plan
 
 __version__ = "0.1.0"
 

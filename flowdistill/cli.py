@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flowdistill.errors import ConfigError, FlowDistillError
+from flowdistill.plumbing.errors import ConfigError, FlowDistillError
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -158,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from flowdistill.distributed import rank_and_world
+    from flowdistill.plumbing.distributed import rank_and_world
     from flowdistill.training import train
 
     if options.dry_run:
@@ -176,7 +176,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from flowdistill.planning import plan
+    from flowdistill.training.planning import plan
 
     print(plan(gin_files=options.gin_file, gin_bindings=options.bindings, flops_per_second=options.flops))
 
@@ -185,7 +185,7 @@ def _sample(options: argparse.Namespace) -> None:
     import numpy as np
 
     from flowdistill.evaluation.report import images_of, save_picture
-    from flowdistill.runs import load_flow_map, sample
+    from flowdistill.runs.run import load_flow_map, sample
 
     if options.out.suffix not in (".png", ".npz"):
         raise ConfigError(f"--out must end in .png or .npz, not {options.out.name!r}")
@@ -207,8 +207,8 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from flowdistill.registry import FEATURES
-    from flowdistill.runs import evaluate
+    from flowdistill.plumbing.registry import FEATURES
+    from flowdistill.runs.run import evaluate
 
     features = options.features
     if options.weights is not None:
@@ -240,8 +240,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _search(options: argparse.Namespace) -> None:
     import gin
 
-    from flowdistill import config
-    from flowdistill.registry import SEARCH_STRATEGIES, VERIFIERS
+    from flowdistill.plumbing import config
+    from flowdistill.plumbing.registry import SEARCH_STRATEGIES, VERIFIERS
     from flowdistill.searching import search
 
     with config.parsed([], options.bindings), config.errors_located():
@@ -292,14 +292,14 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from flowdistill.runs import convert
+    from flowdistill.runs.run import convert
 
     print(convert(options.source, options.folder, teacher=options.teacher, dtype=options.dtype))
 
 
 def _list(options: argparse.Namespace) -> None:
-    from flowdistill.config import recipes
-    from flowdistill.registry import REGISTRIES, unknown_name
+    from flowdistill.plumbing.config import recipes
+    from flowdistill.plumbing.registry import REGISTRIES, unknown_name
 
     kinds = {kind: registry.names() for kind, registry in REGISTRIES.items()} | {"recipes": recipes()}
     if options.kind is None:
@@ -325,7 +325,7 @@ def _list(options: argparse.Namespace) -> None:
 
 def _line(kind: str, name: str) -> str:
     """A name with the first sentence of its documentation, and for an objective what it needs."""
-    from flowdistill.registry import REGISTRIES
+    from flowdistill.plumbing.registry import REGISTRIES
 
     if kind not in REGISTRIES:
         return name
@@ -344,8 +344,8 @@ def needs(objective: Any) -> str:
 
 
 def _show(options: argparse.Namespace) -> None:
-    from flowdistill.config import expanded, find_gin_file, recipes
-    from flowdistill.registry import REGISTRIES, unknown_name
+    from flowdistill.plumbing.config import expanded, find_gin_file, recipes
+    from flowdistill.plumbing.registry import REGISTRIES, unknown_name
 
     if options.kind == "recipes":
         print(find_gin_file(options.name).read_text(), end="")
@@ -370,7 +370,7 @@ def _default(parameter: inspect.Parameter) -> str:
 
 
 def _cite(options: argparse.Namespace) -> None:
-    from flowdistill import config
+    from flowdistill.plumbing import config
 
     path = Path(options.source)
     with config.parsed([path / "config.gin" if path.is_dir() else path], []), config.errors_located():

@@ -13,9 +13,9 @@ import torch
 from attrs.validators import gt, in_, optional
 from torch import Tensor
 
-from flowdistill.errors import ConfigError
 from flowdistill.interfaces import Decoder
-from flowdistill.registry import register_decoder
+from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.registry import register_decoder
 
 Rounding = Literal["nearest", "down"]
 
@@ -131,7 +131,7 @@ class StableDiffusionVae(Decoder):
 
 @functools.cache
 def _load_vae(name: str) -> Any:
-    from flowdistill.evaluation._torch_fidelity import torch_fidelity
+    from flowdistill.plumbing.torch_fidelity import torch_fidelity
 
     try:
         torch_fidelity("version")  # after it torchvision can be imported, which diffusers does

@@ -8,11 +8,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from flowdistill._unread import placed
-from flowdistill.errors import ConfigError
 from flowdistill.interfaces import Condition, Decoder, FlowMap, Teacher
 from flowdistill.networks import EDM2, ScalarEmbedding, VelocityNetwork
-from flowdistill.registry import register_flow_map
+from flowdistill.plumbing.dry import placed
+from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.registry import register_flow_map
 
 Conditioning = Literal["two_time", "anchored", "to_data", "decoupled", "expanded", "instantaneous"]
 

@@ -6,10 +6,10 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from flowdistill.errors import ConfigError
 from flowdistill.interfaces import Condition, Teacher
 from flowdistill.paths import expand_time
-from flowdistill.registry import register_teacher
+from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.registry import register_teacher
 
 
 @register_teacher("guided")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowdistill.interfaces import Condition, Teacher
 from flowdistill.paths import expand_time, velocity_to_denoised
-from flowdistill.registry import register_solver
+from flowdistill.plumbing.registry import register_solver
 
 
 def _velocity(teacher: Teacher, x: Tensor, t: Tensor, condition: Condition | None) -> Tensor:

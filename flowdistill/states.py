@@ -13,10 +13,10 @@ from attrs.validators import ge, instance_of, is_callable, le, optional
 from torch import Tensor
 
 from flowdistill.data import Dataset
-from flowdistill.errors import ConfigError
 from flowdistill.interfaces import Condition, FlowMap, States, StateSource, Teacher
 from flowdistill.paths import interpolate
-from flowdistill.registry import register_state_source
+from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.registry import register_state_source
 from flowdistill.solvers import Euler
 from flowdistill.times import TimeSampler, Uniform
 

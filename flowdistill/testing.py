@@ -14,7 +14,6 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from flowdistill.errors import ConfigError
 from flowdistill.interfaces import (
     NULL_LABEL,
     Condition,
@@ -27,6 +26,7 @@ from flowdistill.interfaces import (
     Teacher,
     VelocityEstimator,
 )
+from flowdistill.plumbing.errors import ConfigError
 from flowdistill.states import Prior
 
 __all__ = ["check_exact_start", "check_flow_map", "check_objective", "check_teacher", "check_velocity_estimator"]

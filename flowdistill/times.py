@@ -9,8 +9,8 @@ import torch
 from attrs.validators import ge, gt, instance_of, le
 from torch import Tensor
 
-from flowdistill.errors import ConfigError
-from flowdistill.registry import register_time_sampler
+from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.registry import register_time_sampler
 
 
 class TimeSampler(ABC):

@@ -4,8 +4,9 @@ import pytest
 from runs import RING, write
 
 import flowdistill
-from flowdistill import CheckpointError, ConfigError, config
-from flowdistill.registry import Registry
+from flowdistill import CheckpointError, ConfigError
+from flowdistill.plumbing import config
+from flowdistill.plumbing.registry import Registry
 
 
 def fail(tmp_path, text="", bindings=(), **changes):
@@ -190,7 +191,7 @@ def test_registering_a_name_twice_names_both_places():
 
 
 def test_a_broken_plugin_is_reported_and_skipped(monkeypatch):
-    from flowdistill import registry
+    from flowdistill.plumbing import registry
 
     class Broken:
         value = "broken:plugin"

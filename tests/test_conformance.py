@@ -16,7 +16,6 @@ from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import FlowMap, GeneratingVelocity, Objective, ObjectiveOutput
 from flowdistill.networks import EDM2, MLP, SiT
 from flowdistill.states import NoisedData
-from flowdistill.target_velocities import ConditionalVelocity, TeacherVelocity
 from flowdistill.teachers.gaussian import (
     GaussianFlowMap,
     GaussianTeacher,
@@ -31,7 +30,8 @@ from flowdistill.testing import (
     check_velocity_estimator,
 )
 from flowdistill.times import Grouped, Uniform
-from flowdistill.velocity_estimators import FiniteDifference, OnlineNetwork
+from flowdistill.velocities.estimators import FiniteDifference, OnlineNetwork
+from flowdistill.velocities.targets import ConditionalVelocity, TeacherVelocity
 
 
 def classes():

@@ -11,7 +11,7 @@ from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.interfaces import FlowMap
 from flowdistill.networks import MLP, SiT, attention
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
-from flowdistill.velocity_estimators import FiniteDifference, Jvp
+from flowdistill.velocities.estimators import FiniteDifference, Jvp
 
 
 def sit_map():

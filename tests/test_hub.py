@@ -11,7 +11,7 @@ import torch
 from tiny_teachers import checkpoint, python, teacher_of, velocity
 
 from flowdistill import CheckpointError, ConfigError, load_teacher
-from flowdistill.pretrained import locate, save_model
+from flowdistill.runs.pretrained import locate, save_model
 
 
 class Hub(http.server.BaseHTTPRequestHandler):

@@ -95,7 +95,7 @@ def test_checkout_without_links(tmp_path):
         "f = flowdistill.OBJECTIVES.get('freeflow'); "
         "assert f.__module__ == 'flowdistill.algorithms.freeflow.objective'; "
         "flowdistill.load_teacher('digits_teacher'); "
-        "from flowdistill.config import find_gin_file, recipes; "
+        "from flowdistill.plumbing.config import find_gin_file, recipes; "
         "print(find_gin_file('freeflow/ring.gin').resolve()); assert len(recipes()) >= 4"
     )
     done = python(code, tmp_path)

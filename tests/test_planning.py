@@ -7,8 +7,9 @@ import torch
 from runs import command
 
 import flowdistill
-from flowdistill import ConfigError, config, plan
+from flowdistill import ConfigError, plan
 from flowdistill.networks import MLP
+from flowdistill.plumbing import config
 
 LARGE = [name for name in config.recipes() if "imagenet" in name]
 MNIST = [name for name in config.recipes() if "mnist" in name]

@@ -18,7 +18,7 @@ from flowdistill.flow_maps import NetworkTeacher, from_teacher
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import Decoder
 from flowdistill.networks import SiT
-from flowdistill.pretrained import is_model, load_model, save_model
+from flowdistill.runs.pretrained import is_model, load_model, save_model
 
 # Written and read.
 

@@ -20,10 +20,10 @@ from flowdistill.interfaces import (
     TargetVelocity,
     Teacher,
 )
-from flowdistill.registry import register_objective
-from flowdistill.target_velocities import TeacherVelocity
+from flowdistill.plumbing.registry import register_objective
 from flowdistill.times import EndSampler, LogitNormal
-from flowdistill.velocity_estimators import Jvp
+from flowdistill.velocities.estimators import Jvp
+from flowdistill.velocities.targets import TeacherVelocity
 
 CITATION = """\
 @inproceedings{sabour2025ayf,

@@ -24,10 +24,10 @@ from flowdistill.interfaces import (
     Teacher,
 )
 from flowdistill.paths import expand_time, state_std
-from flowdistill.registry import OBJECTIVES, register_objective
-from flowdistill.target_velocities import ConditionalVelocity, TeacherVelocity
+from flowdistill.plumbing.registry import OBJECTIVES, register_objective
 from flowdistill.times import LogitNormal
-from flowdistill.velocity_estimators import Jvp, OnlineNetwork
+from flowdistill.velocities.estimators import Jvp, OnlineNetwork
+from flowdistill.velocities.targets import ConditionalVelocity, TeacherVelocity
 
 CITATION = """\
 @inproceedings{lu2025scm,

@@ -13,8 +13,8 @@ from flowdistill.algorithms.identities import pull, semigroup_residual
 from flowdistill.algorithms.trajectory import VelocityObjective
 from flowdistill.interfaces import FlowMap, ObjectiveOutput, States, TargetVelocity, Teacher
 from flowdistill.paths import expand_time, noise_level_to_time, time_to_noise_level
-from flowdistill.registry import register_objective
-from flowdistill.target_velocities import ConditionalVelocity
+from flowdistill.plumbing.registry import register_objective
+from flowdistill.velocities.targets import ConditionalVelocity
 
 CITATION = """\
 @inproceedings{song2023consistency,

@@ -14,10 +14,10 @@ from flowdistill.algorithms.identities import eulerian_residual
 from flowdistill.algorithms.trajectory import TrajectoryObjective
 from flowdistill.interfaces import FlowMap, GeneratingVelocity, ObjectiveOutput, States, TargetVelocity, Teacher
 from flowdistill.paths import interpolate
-from flowdistill.registry import register_objective
-from flowdistill.target_velocities import ConditionalVelocity
+from flowdistill.plumbing.registry import register_objective
 from flowdistill.times import EndSampler, LogitNormal, TimeSampler
-from flowdistill.velocity_estimators import Jvp
+from flowdistill.velocities.estimators import Jvp
+from flowdistill.velocities.targets import ConditionalVelocity
 
 CITATION = """\
 @article{lee2025dmf,

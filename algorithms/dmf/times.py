@@ -7,7 +7,7 @@ import torch
 from attrs.validators import instance_of
 from torch import Tensor
 
-from flowdistill.registry import register_time_sampler
+from flowdistill.plumbing.registry import register_time_sampler
 from flowdistill.times import ContinuousLaw, EndSampler, LogitNormal
 
 

@@ -21,9 +21,9 @@ from flowdistill.interfaces import (
     Teacher,
 )
 from flowdistill.paths import expand_time
-from flowdistill.registry import register_objective
-from flowdistill.target_velocities import TeacherVelocity
-from flowdistill.velocity_estimators import Jvp
+from flowdistill.plumbing.registry import register_objective
+from flowdistill.velocities.estimators import Jvp
+from flowdistill.velocities.targets import TeacherVelocity
 
 CITATION = """\
 @inproceedings{peng2026facm,

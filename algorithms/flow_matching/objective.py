@@ -7,7 +7,7 @@ import torch
 
 from flowdistill.algorithms.identities import pull, velocity_residual
 from flowdistill.interfaces import FlowMap, Objective, ObjectiveOutput, States, Teacher
-from flowdistill.registry import register_objective
+from flowdistill.plumbing.registry import register_objective
 
 
 @register_objective("flow_matching")

@@ -10,9 +10,9 @@ from flowdistill.algorithms.combined import Combined
 from flowdistill.algorithms.corrections import CorrectionObjective
 from flowdistill.algorithms.identities import lagrangian_residual, pull
 from flowdistill.interfaces import FlowMap, GeneratingVelocity, Objective, ObjectiveOutput, States, Teacher
-from flowdistill.registry import register_objective
+from flowdistill.plumbing.registry import register_objective
 from flowdistill.times import LogitNormal, TimeSampler, WithPointMass
-from flowdistill.velocity_estimators import FiniteDifference
+from flowdistill.velocities.estimators import FiniteDifference
 
 CITATION = """\
 @article{tong2025freeflow,

@@ -11,9 +11,9 @@ from flowdistill.algorithms.freeflow.objective import CITATION, FreeFlow, FreeFl
 from flowdistill.algorithms.identities import pull, velocity_residual
 from flowdistill.interfaces import FlowMap, Objective, ObjectiveOutput, States, Teacher
 from flowdistill.paths import interpolate
-from flowdistill.registry import register_objective
+from flowdistill.plumbing.registry import register_objective
 from flowdistill.times import TimeSampler, Uniform
-from flowdistill.velocity_estimators import PseudoVelocity
+from flowdistill.velocities.estimators import PseudoVelocity
 
 PSEUDO_CITATION = """\
 @article{kim2026fsfdmd,

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from flowdistill.algorithms.trajectory import VelocityObjective
 from flowdistill.differentiation import evaluate
-from flowdistill.errors import ConfigError
 from flowdistill.interfaces import FlowMap, ObjectiveOutput, States, TargetVelocity, Teacher
 from flowdistill.paths import expand_time
-from flowdistill.registry import register_objective
-from flowdistill.target_velocities import ConditionalVelocity
+from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.registry import register_objective
 from flowdistill.times import EndSampler, Uniform
+from flowdistill.velocities.targets import ConditionalVelocity
 
 SHORTEST = 1e-6
 """The shortest duration by which anything is divided."""

@@ -12,10 +12,10 @@ from torch import Tensor
 from flowdistill.algorithms.identities import eulerian_residual
 from flowdistill.algorithms.trajectory import TrajectoryObjective
 from flowdistill.interfaces import FlowMap, GeneratingVelocity, States, TargetVelocity, Teacher
-from flowdistill.registry import register_objective
-from flowdistill.target_velocities import ConditionalVelocity, TeacherVelocity
+from flowdistill.plumbing.registry import register_objective
 from flowdistill.times import EndSampler, LogitNormal
-from flowdistill.velocity_estimators import Jvp
+from flowdistill.velocities.estimators import Jvp
+from flowdistill.velocities.targets import ConditionalVelocity, TeacherVelocity
 
 CITATION = """\
 @article{geng2025meanflow,

@@ -9,13 +9,13 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from flowdistill._unread import placed
 from flowdistill.algorithms.piflow.policies import GMFlowHead, Policy, PolicyHead, shifted
-from flowdistill.errors import ConfigError
 from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.interfaces import Condition, FlowMap, Teacher
 from flowdistill.paths import expand_time
-from flowdistill.registry import register_flow_map
+from flowdistill.plumbing.dry import placed
+from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.registry import register_flow_map
 
 HeadBuilder: TypeAlias = Callable[[tuple[int, ...], int | None], PolicyHead]
 

@@ -8,10 +8,10 @@ from attrs.validators import ge, instance_of, lt
 
 from flowdistill.algorithms.identities import pull
 from flowdistill.algorithms.piflow.flow_map import PolicyFlowMap
-from flowdistill.errors import ConfigError
 from flowdistill.interfaces import FlowMap, Objective, ObjectiveOutput, States, Teacher
 from flowdistill.paths import expand_time
-from flowdistill.registry import register_objective
+from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.registry import register_objective
 from flowdistill.times import TimeSampler, Uniform
 
 CITATION = """\

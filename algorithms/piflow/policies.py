@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from flowdistill.errors import ConfigError
 from flowdistill.interfaces import Condition
 from flowdistill.networks import LabelEmbedding, ScalarEmbedding
 from flowdistill.paths import expand_time, velocity_to_denoised
+from flowdistill.plumbing.errors import ConfigError
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from flowdistill.algorithms.identities import Field, end_point_residual, pull, secant_residual
 from flowdistill.algorithms.trajectory import TrajectoryObjective, VelocityObjective
-from flowdistill.errors import ConfigError
 from flowdistill.interfaces import FlowMap, ObjectiveOutput, States, TargetVelocity, Teacher
-from flowdistill.registry import register_objective
-from flowdistill.target_velocities import ConditionalVelocity, TeacherVelocity
+from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.registry import register_objective
 from flowdistill.times import TimeSampler, WithPointMass
+from flowdistill.velocities.targets import ConditionalVelocity, TeacherVelocity
 
 CITATION = """\
 @inproceedings{liu2025secant,

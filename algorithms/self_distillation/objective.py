@@ -12,9 +12,9 @@ from torch import Tensor
 from flowdistill.algorithms.identities import eulerian_residual, lagrangian_residual, semigroup_residual
 from flowdistill.algorithms.trajectory import SelfTaughtObjective
 from flowdistill.interfaces import FlowMap, GeneratingVelocity, States, TargetVelocity, Teacher
-from flowdistill.registry import register_objective
-from flowdistill.target_velocities import ConditionalVelocity
-from flowdistill.velocity_estimators import Jvp
+from flowdistill.plumbing.registry import register_objective
+from flowdistill.velocities.estimators import Jvp
+from flowdistill.velocities.targets import ConditionalVelocity
 
 
 @attrs.define(kw_only=True)

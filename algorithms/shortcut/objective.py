@@ -9,11 +9,11 @@ from torch import Tensor
 
 from flowdistill.algorithms.identities import semigroup_residual
 from flowdistill.algorithms.trajectory import SelfTaughtObjective
-from flowdistill.errors import ConfigError
 from flowdistill.interfaces import Condition, FlowMap, States, TargetVelocity, Teacher
-from flowdistill.registry import register_objective
-from flowdistill.target_velocities import ConditionalVelocity
+from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.registry import register_objective
 from flowdistill.times import Dyadic
+from flowdistill.velocities.targets import ConditionalVelocity
 
 
 @register_objective("shortcut")

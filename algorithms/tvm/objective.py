@@ -11,10 +11,10 @@ from flowdistill.algorithms.identities import lagrangian_residual
 from flowdistill.algorithms.trajectory import SelfTaughtObjective
 from flowdistill.interfaces import FlowMap, GeneratingVelocity, ObjectiveOutput, States, TargetVelocity, Teacher
 from flowdistill.paths import interpolate
-from flowdistill.registry import register_objective
-from flowdistill.target_velocities import ConditionalVelocity
+from flowdistill.plumbing.registry import register_objective
 from flowdistill.times import EndSampler, LogitNormal
-from flowdistill.velocity_estimators import Jvp
+from flowdistill.velocities.estimators import Jvp
+from flowdistill.velocities.targets import ConditionalVelocity
 
 
 @register_objective("tvm")

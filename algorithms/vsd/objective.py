@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from flowdistill.algorithms.corrections import CorrectionObjective, one_step_samples
 from flowdistill.algorithms.identities import pull
-from flowdistill.errors import ConfigError
 from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.interfaces import Condition, FlowMap, ObjectiveOutput, States, Teacher
 from flowdistill.networks import Linear, VelocityNetwork
 from flowdistill.paths import expand_time, interpolate
-from flowdistill.registry import register_objective
+from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.registry import register_objective
 from flowdistill.times import TimeSampler, Uniform
 
 VSD_CITATION = """\

@@ -15,8 +15,8 @@ import gin
 import torch
 from attrs.validators import min_len
 
-from flowdistill import config
-from flowdistill.errors import ConfigError
+from flowdistill.plumbing import config
+from flowdistill.plumbing.errors import ConfigError
 from flowdistill.training.trainer import build
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from flowdistill.bench.suite import Suite
-from flowdistill.evaluation.figures import curves, ranking
+from flowdistill.evaluation.plots import curves, ranking
 
 Record: TypeAlias = Mapping[str, Any]
 Cells: TypeAlias = list[list[str]]

@@ -7,9 +7,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from flowdistill.errors import ConfigError
 from flowdistill.interfaces import Condition, Teacher
-from flowdistill.registry import register_dataset
+from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.registry import register_dataset
 
 
 class Dataset(ABC):

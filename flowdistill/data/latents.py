@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from flowdistill.data.datasets import Dataset
-from flowdistill.errors import DataError
-from flowdistill.registry import register_dataset
+from flowdistill.plumbing.errors import DataError
+from flowdistill.plumbing.registry import register_dataset
 
 _HINT = (
     "write each as safetensors.torch.save_file({'latents': x, 'labels': y}, 'folder/00000.safetensors'), with x "

@@ -17,10 +17,10 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from flowdistill._unread import files_unread
 from flowdistill.data.datasets import ImageDataset
-from flowdistill.errors import DataError
-from flowdistill.registry import register_dataset
+from flowdistill.plumbing.dry import files_unread
+from flowdistill.plumbing.errors import DataError
+from flowdistill.plumbing.registry import register_dataset
 
 _SOURCE = "https://ossci-datasets.s3.amazonaws.com/mnist"
 _SHA256 = {  # of the files before compression

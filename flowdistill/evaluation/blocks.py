@@ -13,8 +13,8 @@ from typing import Protocol, TypeVar
 
 from typing_extensions import Self
 
-from flowdistill.distributed import rank_and_world
-from flowdistill.errors import DataError
+from flowdistill.plumbing.distributed import rank_and_world
+from flowdistill.plumbing.errors import DataError
 
 BLOCK = 500
 """Samples in a block of an evaluation."""

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowdistill.decoders import quantize
-from flowdistill.errors import CheckpointError, ConfigError
-from flowdistill.evaluation._torch_fidelity import torch_fidelity
-from flowdistill.registry import FEATURES, register_features
+from flowdistill.plumbing.errors import CheckpointError, ConfigError
+from flowdistill.plumbing.registry import FEATURES, register_features
+from flowdistill.plumbing.torch_fidelity import torch_fidelity
 
 WEIGHTS = Path(__file__).parent / "weights"
 

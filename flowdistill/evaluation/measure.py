@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 
-from flowdistill.errors import ConfigError
 from flowdistill.evaluation.metrics import (
     energy_distance,
     frechet_distance,
@@ -20,7 +19,8 @@ from flowdistill.evaluation.metrics import (
 from flowdistill.evaluation.metrics import inception_score as _inception_score
 from flowdistill.evaluation.metrics import mode_coverage as _mode_coverage
 from flowdistill.evaluation.samples import SampleSet
-from flowdistill.registry import METRICS, register_metric
+from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.registry import METRICS, register_metric
 
 
 @register_metric("fid")

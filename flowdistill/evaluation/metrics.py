@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowdistill.errors import DataError
-from flowdistill.evaluation._torch_fidelity import torch_fidelity
+from flowdistill.plumbing.errors import DataError
+from flowdistill.plumbing.torch_fidelity import torch_fidelity
 
 
 def _check(minimum: int, *sets: Tensor) -> None:

@@ -17,12 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from flowdistill.data import ImageDataset
-from flowdistill.errors import ConfigError, DataError
 from flowdistill.evaluation.features import FeatureExtractor, load_features
 from flowdistill.evaluation.metrics import Moments
 from flowdistill.evaluation.samples import SampleSet, sample_set
 from flowdistill.interfaces import Decoder, Teacher
-from flowdistill.registry import DATASETS, unknown_name
+from flowdistill.plumbing.errors import ConfigError, DataError
+from flowdistill.plumbing.registry import DATASETS, unknown_name
 
 _BATCH = 100
 _SUFFIXES = {".png", ".jpg", ".jpeg"}

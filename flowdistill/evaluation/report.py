@@ -17,19 +17,19 @@ import torch
 from attrs.validators import ge, in_, min_len
 from torch import Tensor
 
-from flowdistill.errors import ConfigError
 from flowdistill.evaluation.features import FeatureExtractor
-from flowdistill.evaluation.figures import image_grid, loss_curves, scatter_side_by_side, side_by_side
 from flowdistill.evaluation.measure import measure
+from flowdistill.evaluation.plots import image_grid, loss_curves, scatter_side_by_side, side_by_side
 from flowdistill.evaluation.references import NOTHING_TO_COMPARE, reference_set
 from flowdistill.evaluation.samples import SampleSet, sample_set
 from flowdistill.evaluation.trajectories import ErrorAt, checked_deltas, trajectory_error
 from flowdistill.flow_maps import FlowMapTeacher
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import Condition, FlowMap, Teacher
-from flowdistill.registry import FEATURES, METRICS
+from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.randomness import step_generator
+from flowdistill.plumbing.registry import FEATURES, METRICS
 from flowdistill.solvers import Euler
-from flowdistill.training.randomness import step_generator
 from flowdistill.training.run_log import read_records
 
 

@@ -13,10 +13,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from flowdistill.errors import ConfigError, DataError
 from flowdistill.evaluation.features import FeatureExtractor, load_features
 from flowdistill.evaluation.metrics import Moments, moments
 from flowdistill.interfaces import Decoder
+from flowdistill.plumbing.errors import ConfigError, DataError
 
 _CHUNK = 500  # images that an extractor sees at a time
 

@@ -8,12 +8,12 @@ import attrs
 import torch
 from torch import Tensor
 
-from flowdistill.errors import ConfigError
 from flowdistill.evaluation.features import FeatureExtractor, load_features
 from flowdistill.evaluation.samples import sample_set
 from flowdistill.interfaces import Condition, FlowMap, Teacher
+from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.randomness import step_generator
 from flowdistill.solvers import OdeSolver, RungeKutta4
-from flowdistill.training.randomness import step_generator
 
 _BATCH = 100
 

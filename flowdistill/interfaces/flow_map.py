@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowdistill.errors import ConfigError
 from flowdistill.interfaces._counting import counted
 from flowdistill.interfaces.condition import Condition
 from flowdistill.interfaces.decoder import Decoder
 from flowdistill.paths import expand_time, interpolate
+from flowdistill.plumbing.errors import ConfigError
 
 
 class FlowMap(nn.Module, ABC):

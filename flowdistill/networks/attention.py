@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowdistill._unread import files_unread
+from flowdistill.plumbing.dry import files_unread
 
 _MOST_PLAIN_TOKENS = 1024
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowdistill._unread import weights
-from flowdistill.errors import ConfigError
 from flowdistill.networks.linear import Linear
+from flowdistill.plumbing.dry import weights
+from flowdistill.plumbing.errors import ConfigError
 
 
 class VelocityNetwork(nn.Module, ABC):

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowdistill.errors import ConfigError
 from flowdistill.networks.attention import attention
 from flowdistill.networks.base import VelocityNetwork
 from flowdistill.paths import expand_time
-from flowdistill.registry import register_network
+from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.registry import register_network
 
 SIZES = {"xxs": 64, "xs": 128, "s": 192, "m": 256, "l": 320, "xl": 384, "xxl": 448}
 """``model_channels`` of the published networks; everything else is the default of `EDM2`."""

@@ -6,8 +6,8 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from flowdistill.errors import ConfigError
 from flowdistill.networks.linear import Linear
+from flowdistill.plumbing.errors import ConfigError
 
 _M = TypeVar("_M", bound=nn.Module)
 

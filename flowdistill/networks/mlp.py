@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from flowdistill.networks.base import VelocityNetwork, widened
 from flowdistill.networks.embeddings import LabelEmbedding, ScalarEmbedding
 from flowdistill.networks.linear import Linear
-from flowdistill.registry import register_network
+from flowdistill.plumbing.registry import register_network
 
 
 class _Block(nn.Module):

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from flowdistill.errors import ConfigError
 from flowdistill.networks.attention import attention
 from flowdistill.networks.base import VelocityNetwork, widened
 from flowdistill.networks.embeddings import LabelEmbedding, ScalarEmbedding, position_table
 from flowdistill.networks.linear import Linear
-from flowdistill.registry import register_network
+from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.registry import register_network
 
 SIZES = {
     "s": {"depth": 12, "hidden_size": 384, "num_heads": 6},

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import attrs
 from attrs.validators import and_, deep_iterable, ge, gt, le, min_len
 
-from flowdistill.registry import register_search_strategy
+from flowdistill.plumbing.registry import register_search_strategy
 from flowdistill.searching.trials import Candidates, Trials, affordable
 
 

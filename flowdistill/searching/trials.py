@@ -11,10 +11,10 @@ import attrs
 import torch
 from torch import Tensor
 
-from flowdistill._flops import Flops
-from flowdistill.errors import ConfigError, DataError
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import Condition, FlowMap, Teacher, Verifier
+from flowdistill.plumbing.errors import ConfigError, DataError
+from flowdistill.plumbing.flops import Flops
 from flowdistill.solvers import Euler
 
 

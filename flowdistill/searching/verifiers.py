@@ -15,14 +15,14 @@ from attrs.validators import min_len
 from torch import Tensor
 
 from flowdistill.decoders import quantize
-from flowdistill.distributed import rank_and_world
-from flowdistill.errors import CheckpointError, ConfigError
-from flowdistill.evaluation._torch_fidelity import torch_fidelity
 from flowdistill.evaluation.features import FeatureExtractor, load_features
 from flowdistill.evaluation.references import load_images
 from flowdistill.evaluation.samples import sample_set
 from flowdistill.interfaces import Condition, Verifier
-from flowdistill.registry import DATASETS, register_verifier
+from flowdistill.plumbing.distributed import rank_and_world
+from flowdistill.plumbing.errors import CheckpointError, ConfigError
+from flowdistill.plumbing.registry import DATASETS, register_verifier
+from flowdistill.plumbing.torch_fidelity import torch_fidelity
 
 
 def _named(part: object) -> str:

@@ -1,9 +1,9 @@
 """The training loop and what it needs: optimisers, averages, checkpoints, the log of a run."""
 
-from flowdistill.training.checkpoints import load_module, load_tensors
-from flowdistill.training.ema import Averaging, Ema, PowerEma
+from flowdistill.ema import Averaging, Ema, PowerEma
+from flowdistill.plumbing.randomness import step_generator
+from flowdistill.runs.checkpoints import load_module, load_tensors
 from flowdistill.training.optimization import Schedule
-from flowdistill.training.randomness import step_generator
 from flowdistill.training.trainer import TrainResult, train
 
 __all__ = [

@@ -13,20 +13,20 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from flowdistill._unread import placed
-from flowdistill.distributed import add_up, gathered, rank_and_world
-from flowdistill.errors import NonFiniteError
+from flowdistill.ema import AveragedModel, Averaging
 from flowdistill.interfaces import FlowMap, Objective, ObjectiveOutput, States, StateSource, Teacher
-from flowdistill.training.checkpoints import (
+from flowdistill.plumbing.distributed import add_up, gathered, rank_and_world
+from flowdistill.plumbing.dry import placed
+from flowdistill.plumbing.errors import NonFiniteError
+from flowdistill.plumbing.randomness import step_generator, stream_seed
+from flowdistill.runs.checkpoints import (
     checkpoint_paths,
     load_module,
     load_optimizers,
     save_checkpoint,
     verify_checkpoint,
 )
-from flowdistill.training.ema import AveragedModel, Averaging
 from flowdistill.training.optimization import Schedule
-from flowdistill.training.randomness import step_generator, stream_seed
 
 OptimizerBuilder: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 

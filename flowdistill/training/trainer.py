@@ -13,15 +13,15 @@ import attrs
 import gin
 import torch
 
-from flowdistill import config
-from flowdistill._unread import placed
-from flowdistill.distributed import barrier, find_device, process_group, rank_and_world
-from flowdistill.errors import ConfigError
+from flowdistill.ema import Averaging, Ema
 from flowdistill.evaluation.report import Evaluation, save_samples, write_report
 from flowdistill.interfaces import FlowMap, Objective, StateSource, Teacher
+from flowdistill.plumbing import config
+from flowdistill.plumbing.distributed import barrier, find_device, process_group, rank_and_world
+from flowdistill.plumbing.dry import placed
+from flowdistill.plumbing.errors import ConfigError
+from flowdistill.runs.checkpoints import checkpoint_paths, read_meta
 from flowdistill.states import Prior
-from flowdistill.training.checkpoints import checkpoint_paths, read_meta
-from flowdistill.training.ema import Averaging, Ema
 from flowdistill.training.loop import Loop, LoopSettings, OptimizerBuilder
 from flowdistill.training.optimization import Schedule
 from flowdistill.training.run_log import RunLog

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from flowdistill.flow_maps import NetworkTeacher
-from flowdistill.pretrained import load_model
-from flowdistill.registry import register_teacher
+from flowdistill.plumbing.registry import register_teacher
+from flowdistill.runs.pretrained import load_model
 
 
 @register_teacher("digits_teacher")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowdistill.errors import CheckpointError
+from flowdistill.plumbing.errors import CheckpointError
 
 _DICTS = {"collections.OrderedDict", "dnnlib.util.EasyDict"}
 _PARAMETERS = {"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"}

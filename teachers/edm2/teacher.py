@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from flowdistill._unread import files_unread
 from flowdistill.decoders import Pixels, StableDiffusionVae
-from flowdistill.errors import CheckpointError, ConfigError
 from flowdistill.flow_maps import NetworkTeacher
 from flowdistill.interfaces import Decoder
 from flowdistill.networks.edm2 import EDM2, SIZES
-from flowdistill.pretrained import locate
-from flowdistill.registry import register_teacher, unknown_name
+from flowdistill.plumbing.dry import files_unread
+from flowdistill.plumbing.errors import CheckpointError, ConfigError
+from flowdistill.plumbing.registry import register_teacher, unknown_name
+from flowdistill.runs.checkpoints import fill_module
+from flowdistill.runs.pretrained import locate
 from flowdistill.teachers.edm2.release import read_release
-from flowdistill.training.checkpoints import fill_module
 
 VARIANTS = [
     f"edm2-{size}-{pixels}{unconditional}"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowdistill.errors import ConfigError
+from flowdistill.plumbing.errors import ConfigError
 
 
 def tensor(value: Any, name: str, ndim: int) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from flowdistill.guidance import GuidedTeacher, check_interval
 from flowdistill.interfaces import NULL_LABEL, Condition, FlowMap, Teacher
 from flowdistill.paths import expand_time
-from flowdistill.registry import register_flow_map, register_teacher
+from flowdistill.plumbing.registry import register_flow_map, register_teacher
 from flowdistill.teachers.gaussian._arrays import spectrum, tensor
 
 

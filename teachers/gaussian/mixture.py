@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowdistill.errors import ConfigError
 from flowdistill.interfaces import NULL_LABEL, Condition, Teacher
 from flowdistill.paths import expand_time
-from flowdistill.registry import register_teacher
+from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.registry import register_teacher
 from flowdistill.teachers.gaussian._arrays import spectrum, tensor
 
 

@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from flowdistill.errors import ConfigError
-from flowdistill.registry import register_teacher
+from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.registry import register_teacher
 from flowdistill.teachers.gaussian.mixture import GaussianMixtureTeacher
 
 

@@ -15,14 +15,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from flowdistill._unread import files_unread
 from flowdistill.decoders import StableDiffusionVae
-from flowdistill.errors import CheckpointError, ConfigError
 from flowdistill.flow_maps import NetworkTeacher
 from flowdistill.networks.sit import SIZES, SiT
-from flowdistill.pretrained import locate
-from flowdistill.registry import register_teacher, unknown_name
-from flowdistill.training.checkpoints import fill_module
+from flowdistill.plumbing.dry import files_unread
+from flowdistill.plumbing.errors import CheckpointError, ConfigError
+from flowdistill.plumbing.registry import register_teacher, unknown_name
+from flowdistill.runs.checkpoints import fill_module
+from flowdistill.runs.pretrained import locate
 
 VARIANTS = [
     f"sit-{size}/{patch}-{repa}{pixels}"

@@ -16,9 +16,9 @@ from flowdistill.algorithms.alphaflow import objective as alphaflow
 from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.interfaces import TargetVelocity
 from flowdistill.networks import MLP
-from flowdistill.target_velocities import ConditionalVelocity, TeacherVelocity
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.times import Always, LogitNormal, Uniform
+from flowdistill.velocities.targets import ConditionalVelocity, TeacherVelocity
 
 
 def teacher():

@@ -16,10 +16,10 @@ from flowdistill.algorithms.ayf import objective as ayf
 from flowdistill.algorithms.freeflow import FreeFlowPrediction
 from flowdistill.algorithms.meanflow import MeanFlowDistillation
 from flowdistill.guidance import GuidedTeacher
-from flowdistill.target_velocities import ConditionalVelocity
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.times import Always, Uniform
-from flowdistill.velocity_estimators import Jvp
+from flowdistill.velocities.estimators import Jvp
+from flowdistill.velocities.targets import ConditionalVelocity
 
 MEAN, VARIANCES = torch.tensor([1.0, -0.5]).double(), torch.tensor([0.3, 2.5]).double()
 

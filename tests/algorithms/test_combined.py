@@ -13,7 +13,7 @@ from flowdistill.algorithms.freeflow import FreeFlow, FreeFlowCorrection, FreeFl
 from flowdistill.interfaces import ObjectiveOutput
 from flowdistill.teachers.gaussian import GaussianTeacher
 from flowdistill.training.run_log import read_records
-from flowdistill.velocity_estimators import Exact
+from flowdistill.velocities.estimators import Exact
 
 
 def generator(seed=0):

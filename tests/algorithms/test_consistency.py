@@ -18,8 +18,8 @@ from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.interfaces import ObjectiveOutput
 from flowdistill.networks import MLP
 from flowdistill.paths import expand_time, interpolate, noise_level_to_time, time_to_noise_level
-from flowdistill.target_velocities import ConditionalVelocity, TeacherVelocity
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
+from flowdistill.velocities.targets import ConditionalVelocity, TeacherVelocity
 
 MEAN, VARIANCES = torch.tensor([1.0, -0.5]).double(), torch.tensor([0.3, 2.5]).double()
 

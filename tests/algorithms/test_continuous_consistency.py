@@ -17,7 +17,6 @@ from flowdistill.flow_maps import NetworkFlowMap, from_teacher
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.networks import MLP
 from flowdistill.paths import from_trigflow, interpolate, to_trigflow, velocity_to_trigflow
-from flowdistill.target_velocities import TeacherVelocity
 from flowdistill.teachers.gaussian import (
     GaussianFlowMap,
     GaussianTeacher,
@@ -25,7 +24,8 @@ from flowdistill.teachers.gaussian import (
     ProductMixtureTeacher,
 )
 from flowdistill.testing import check_objective
-from flowdistill.velocity_estimators import Exact, Jvp, OnlineNetwork
+from flowdistill.velocities.estimators import Exact, Jvp, OnlineNetwork
+from flowdistill.velocities.targets import TeacherVelocity
 
 MEAN, VARIANCES = torch.tensor([1.0, -0.5]).double(), torch.tensor([0.3, 2.5]).double()
 

@@ -17,11 +17,11 @@ from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import GeneratingVelocity
 from flowdistill.networks import EDM2, MLP
 from flowdistill.paths import interpolate
-from flowdistill.target_velocities import ConditionalVelocity, TeacherVelocity
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.testing import check_objective
 from flowdistill.times import LogitNormal, Uniform
-from flowdistill.velocity_estimators import Jvp
+from flowdistill.velocities.estimators import Jvp
+from flowdistill.velocities.targets import ConditionalVelocity, TeacherVelocity
 
 
 def teacher(class_means=None):

@@ -7,7 +7,7 @@ import torch
 from exact import assert_exact, data_states, gaussian_teachers, gradient, judge, path_states, perturbed, prior_states
 from hypothesis import given, settings
 
-from flowdistill import Condition, ConfigError, States, config
+from flowdistill import Condition, ConfigError, States
 from flowdistill.algorithms import identities
 from flowdistill.algorithms.facm import FACM
 from flowdistill.algorithms.facm import objective as facm
@@ -15,10 +15,11 @@ from flowdistill.flow_maps import NetworkFlowMap, NetworkTeacher, from_teacher
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import FlowMap
 from flowdistill.networks import EDM2, MLP, SiT, VelocityNetwork
-from flowdistill.target_velocities import ConditionalVelocity
+from flowdistill.plumbing import config
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.testing import check_flow_map, check_objective
 from flowdistill.times import ArctanLogNormal, Maximum
+from flowdistill.velocities.targets import ConditionalVelocity
 
 MEAN, VARIANCES = torch.tensor([1.0, -0.5]).double(), torch.tensor([0.3, 2.5]).double()
 

@@ -13,10 +13,10 @@ from flowdistill.algorithms.freeflow import FreeFlow, FreeFlowCorrection, FreeFl
 from flowdistill.flow_maps import from_teacher
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.networks import MLP
-from flowdistill.registry import DATASETS
+from flowdistill.plumbing.registry import DATASETS
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.times import Uniform
-from flowdistill.velocity_estimators import Exact, FiniteDifference, Jvp, Minibatch, OnlineNetwork
+from flowdistill.velocities.estimators import Exact, FiniteDifference, Jvp, Minibatch, OnlineNetwork
 
 
 def generator(seed=0):

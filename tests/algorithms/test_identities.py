@@ -20,7 +20,7 @@ from flowdistill.teachers.gaussian import (
     ProductMixtureTeacher,
 )
 from flowdistill.times import Uniform
-from flowdistill.velocity_estimators import FiniteDifference, Jvp
+from flowdistill.velocities.estimators import FiniteDifference, Jvp
 
 POWERS = (0.0, 0.5, 1.0)
 

@@ -12,10 +12,10 @@ from flowdistill.algorithms.imeanflow import ImprovedMeanFlow
 from flowdistill.algorithms.imeanflow import objective as imeanflow
 from flowdistill.interfaces import GeneratingVelocity
 from flowdistill.paths import expand_time
-from flowdistill.target_velocities import ConditionalVelocity, TeacherVelocity
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.times import LogitNormal, Uniform
-from flowdistill.velocity_estimators import Jvp
+from flowdistill.velocities.estimators import Jvp
+from flowdistill.velocities.targets import ConditionalVelocity, TeacherVelocity
 
 LABELLED = GaussianTeacher(
     torch.tensor([0.5, -0.5]).double(),

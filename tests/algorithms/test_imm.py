@@ -15,10 +15,10 @@ from flowdistill.interfaces import Condition
 from flowdistill.networks import MLP
 from flowdistill.paths import interpolate
 from flowdistill.states import NoisedData
-from flowdistill.target_velocities import TeacherVelocity
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.testing import check_objective
 from flowdistill.times import Always, Grouped, Uniform
+from flowdistill.velocities.targets import TeacherVelocity
 
 T, S, R = 0.8, 0.2, 0.75
 WHOLE = IMM(data_std=1.0)  # the kernel's width is then the length of the jump in one dimension

@@ -12,9 +12,9 @@ from flowdistill.algorithms.meanflow import MeanFlow
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import TargetVelocity
 from flowdistill.paths import interpolate
-from flowdistill.target_velocities import ConditionalVelocity
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.times import Uniform
+from flowdistill.velocities.targets import ConditionalVelocity
 
 
 def teacher():

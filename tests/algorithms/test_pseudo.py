@@ -13,7 +13,7 @@ from flowdistill.networks import MLP
 from flowdistill.states import Prior
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.times import Uniform
-from flowdistill.velocity_estimators import Exact, Jvp, PseudoVelocity
+from flowdistill.velocities.estimators import Exact, Jvp, PseudoVelocity
 
 
 def generator(seed=0):

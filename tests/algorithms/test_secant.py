@@ -16,10 +16,10 @@ from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.interfaces import FlowMap
 from flowdistill.networks import MLP
 from flowdistill.states import NoisedData, TeacherTrajectories
-from flowdistill.target_velocities import ConditionalVelocity, TeacherVelocity
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.testing import check_objective
 from flowdistill.times import Always, Grid, Uniform, WithPointMass
+from flowdistill.velocities.targets import ConditionalVelocity, TeacherVelocity
 
 NODES, WEIGHTS = (torch.from_numpy(a) / 2 for a in numpy.polynomial.legendre.leggauss(64))
 NODES = NODES + 0.5  # in (0, 1), where the weights add up to 1

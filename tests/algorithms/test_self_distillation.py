@@ -15,7 +15,6 @@ from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.interfaces import Teacher
 from flowdistill.networks import MLP
 from flowdistill.states import NoisedData
-from flowdistill.target_velocities import TeacherVelocity
 from flowdistill.teachers.gaussian import (
     GaussianFlowMap,
     GaussianTeacher,
@@ -24,7 +23,8 @@ from flowdistill.teachers.gaussian import (
 )
 from flowdistill.testing import check_objective
 from flowdistill.times import Always, Dyadic
-from flowdistill.velocity_estimators import FiniteDifference, Jvp
+from flowdistill.velocities.estimators import FiniteDifference, Jvp
+from flowdistill.velocities.targets import TeacherVelocity
 
 NAMES = ("semigroup", "lsd", "esd")
 

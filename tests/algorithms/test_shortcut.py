@@ -16,10 +16,10 @@ from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.networks import MLP
 from flowdistill.paths import interpolate
 from flowdistill.states import NoisedData
-from flowdistill.target_velocities import TeacherVelocity
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.testing import check_objective
 from flowdistill.times import Dyadic
+from flowdistill.velocities.targets import TeacherVelocity
 
 
 def generator(seed=0) -> torch.Generator:

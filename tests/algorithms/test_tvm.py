@@ -15,11 +15,11 @@ from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.networks import EDM2, MLP, SiT
 from flowdistill.paths import interpolate
 from flowdistill.states import NoisedData
-from flowdistill.target_velocities import TeacherVelocity
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.testing import check_objective
 from flowdistill.times import Always, Uniform
-from flowdistill.velocity_estimators import FiniteDifference, Jvp
+from flowdistill.velocities.estimators import FiniteDifference, Jvp
+from flowdistill.velocities.targets import TeacherVelocity
 
 
 def generator(seed=0) -> torch.Generator:

@@ -19,7 +19,7 @@ from flowdistill.testing import check_objective
 from flowdistill.times import Always
 from flowdistill.training import Schedule
 from flowdistill.training.loop import Loop, LoopSettings
-from flowdistill.velocity_estimators import Exact, OnlineNetwork
+from flowdistill.velocities.estimators import Exact, OnlineNetwork
 
 NAMES = ["vsd", "dmd2"]
 

@@ -2,9 +2,10 @@
 
 import pytest
 
-from flowdistill import ConfigError, config
+from flowdistill import ConfigError
 from flowdistill.bench import load_suite
 from flowdistill.bench.suite import evaluations_per_state
+from flowdistill.plumbing import config
 
 ONE = "bench.rows = {'FreeFlow': ('freeflow/plane.gin', 'freeflow.alpha = 0.5'), 'IMM': ('imm/plane.gin',)}\n"
 

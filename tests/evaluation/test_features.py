@@ -5,9 +5,10 @@ import pytest
 import torch
 
 import flowdistill
-from flowdistill import ConfigError, DataError, config
+from flowdistill import ConfigError, DataError
 from flowdistill.evaluation import FeatureExtractor, load_features, load_images, measure, sample_set
 from flowdistill.evaluation.features import Inception
+from flowdistill.plumbing import config
 
 
 @flowdistill.register_features("brightness")

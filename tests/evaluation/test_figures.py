@@ -1,6 +1,6 @@
 """Pictures of figures over seeds."""
 
-from flowdistill.evaluation.figures import curves, ranking
+from flowdistill.evaluation.plots import curves, ranking
 
 EQUAL = [0.1, 0.1, 0.1]  # whose mean, rounded, is larger than each
 

@@ -11,9 +11,10 @@ import torch
 from runs import command, write
 
 import flowdistill
-from flowdistill import ConfigError, DataError, runs
+from flowdistill import ConfigError, DataError
 from flowdistill.evaluation import SampleSet, measure, reference_set, spread
 from flowdistill.evaluation.blocks import BLOCK, collect
+from flowdistill.runs import run as runs
 from flowdistill.teachers.gaussian import Ring
 
 METRICS = ("sliced_w2", "mmd")
@@ -115,7 +116,7 @@ def test_damaged_and_lost_blocks_are_drawn_again(run, drawn):
 
 def test_a_killed_evaluation_continues(run, drawn, tmp_path):
     code = (
-        "import os, signal, flowdistill; from flowdistill import runs; draw = runs._draw; drawn = []\n"
+        "import os, signal, flowdistill; from flowdistill.runs import run as runs; draw = runs._draw; drawn = []\n"
         "def dying(*arguments):\n"
         "    drawn.append(1)\n"
         "    return draw(*arguments) if len(drawn) < 3 else os.kill(os.getpid(), signal.SIGKILL)\n"

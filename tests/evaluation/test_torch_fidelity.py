@@ -8,8 +8,8 @@ from PIL import Image
 from flowdistill import CheckpointError
 from flowdistill.decoders import Pixels
 from flowdistill.evaluation import frechet_distance, load_images, measure, sample_set
-from flowdistill.evaluation._torch_fidelity import torch_fidelity
 from flowdistill.evaluation.features import DinoV2, Inception
+from flowdistill.plumbing.torch_fidelity import torch_fidelity
 
 N = 12
 

@@ -16,7 +16,7 @@ import flowdistill
 from flowdistill import ConfigError, DataError
 from flowdistill.cli import main
 from flowdistill.searching import SearchResult, SearchStrategy
-from flowdistill.searching import run as module
+from flowdistill.searching import noises as module
 
 QUICK = {"teacher_steps": 2, "device": "cpu"}
 
@@ -138,12 +138,12 @@ def test_a_killed_search_continues_where_it_was(run, tmp_path):
     """The command in a process of its own, which dies in its third block."""
     arguments = ["search", str(run), "--budget", "8", "--num_samples", "130", "--teacher_steps", "2"]
     code = (
-        "import os, signal; from flowdistill.cli import main; from flowdistill.searching import run\n"
-        "found, find = [], run.find\n"
+        "import os, signal; from flowdistill.cli import main; from flowdistill.searching import noises\n"
+        "found, find = [], noises.find\n"
         "def dying(*given):\n"
         "    found.append(1)\n"
         "    return find(*given) if len(found) < 3 else os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"run.find = dying; main({arguments!r})"
+        f"noises.find = dying; main({arguments!r})"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == -9
     first, second = sorted(run.glob("searches/*/*.safetensors"))

@@ -9,16 +9,16 @@ import torch
 from hypothesis import given
 
 from flowdistill import Condition, ConfigError, DataError, Verifier
-from flowdistill._flops import Flops
 from flowdistill.flow_maps import NetworkFlowMap, NetworkTeacher
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.networks import MLP
+from flowdistill.plumbing.flops import Flops
+from flowdistill.plumbing.randomness import step_generator
 from flowdistill.searching import BestOf, Candidates, PricedModel, SuccessiveHalving, Trials, ZeroOrder
-from flowdistill.searching.run import find
+from flowdistill.searching.noises import find
 from flowdistill.searching.trials import evaluation_flops
 from flowdistill.searching.verifiers import FunctionVerifier
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
-from flowdistill.training.randomness import step_generator
 
 LARGEST_OF_TEN = 1.53875  # E max of 10 standard normals, whose deviation is 0.587
 

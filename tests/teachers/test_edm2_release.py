@@ -37,7 +37,7 @@ from edm2_hostile_files import (
 )
 from hypothesis import example, given, settings
 
-from flowdistill.errors import CheckpointError
+from flowdistill.plumbing.errors import CheckpointError
 from flowdistill.teachers.edm2.release import read_release
 
 pytestmark = pytest.mark.filterwarnings("error:The given buffer is not writable")
@@ -141,7 +141,7 @@ def test_storages_are_written_as_pytorch_does():
 CHILD = """
 import json, os, resource, sys, time
 from pathlib import Path
-from flowdistill.errors import CheckpointError
+from flowdistill.plumbing.errors import CheckpointError
 from flowdistill.teachers.edm2.release import read_release
 
 canary, watched = Path(os.environ["CANARY"]), ("import", "exec", "compile", "pickle.find_class", "subprocess.Popen")

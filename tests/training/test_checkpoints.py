@@ -12,7 +12,7 @@ from runs import RING, command, write
 
 import flowdistill
 from flowdistill import CheckpointError, CheckpointWriteError
-from flowdistill.training import checkpoints
+from flowdistill.runs import checkpoints
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ from torch import nn
 
 import flowdistill
 from flowdistill import Condition, ConfigError, NonFiniteError
+from flowdistill.ema import AveragedModel, Ema, PowerEma
 from flowdistill.flow_maps import from_teacher
 from flowdistill.networks import MLP
-from flowdistill.training.checkpoints import load_module, save_checkpoint
-from flowdistill.training.ema import AveragedModel, Ema, PowerEma
+from flowdistill.runs.checkpoints import load_module, save_checkpoint
 from flowdistill.training.optimization import Schedule
 
 

@@ -16,13 +16,13 @@ import attrs
 import safetensors.torch
 import torch
 
-from flowdistill._unread import files_unread
-from flowdistill.errors import CheckpointError, CheckpointWriteError, ConfigError
 from flowdistill.flow_maps import FlowMapTeacher, NetworkFlowMap, NetworkTeacher
 from flowdistill.interfaces import Decoder, Teacher
 from flowdistill.networks import VelocityNetwork
-from flowdistill.registry import DECODERS, NETWORKS, TEACHERS
-from flowdistill.training.checkpoints import fill_module, load_tensors
+from flowdistill.plumbing.dry import files_unread
+from flowdistill.plumbing.errors import CheckpointError, CheckpointWriteError, ConfigError
+from flowdistill.plumbing.registry import DECODERS, NETWORKS, TEACHERS
+from flowdistill.runs.checkpoints import fill_module, load_tensors
 
 _FORMAT = 1
 

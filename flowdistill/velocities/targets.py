@@ -6,11 +6,11 @@ import attrs
 import torch
 from torch import Tensor
 
-from flowdistill.errors import ConfigError
 from flowdistill.guidance import check_interval
 from flowdistill.interfaces import NULL_LABEL, FlowMap, States, TargetVelocity, Teacher
 from flowdistill.paths import expand_time
-from flowdistill.registry import register_target_velocity
+from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.registry import register_target_velocity
 
 
 @register_target_velocity("teacher_velocity")

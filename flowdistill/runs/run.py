@@ -15,9 +15,6 @@ import gin
 import torch
 from torch import Tensor
 
-from flowdistill import config
-from flowdistill.distributed import find_device, rank_and_world
-from flowdistill.errors import CheckpointError, ConfigError
 from flowdistill.evaluation.blocks import BLOCK, collect
 from flowdistill.evaluation.features import FeatureExtractor, load_features
 from flowdistill.evaluation.measure import measure, spread
@@ -25,10 +22,13 @@ from flowdistill.evaluation.references import Reference, reference_set, split
 from flowdistill.evaluation.samples import SampleSet, sample_set
 from flowdistill.flow_maps import FlowMapTeacher
 from flowdistill.interfaces import Condition, FlowMap, Teacher
-from flowdistill.pretrained import is_model, load_file, load_model, locate, save_model
-from flowdistill.registry import METRICS, NETWORKS, TEACHERS, unknown_name
-from flowdistill.training.checkpoints import checkpoint_paths, load_module, verify_checkpoint
-from flowdistill.training.randomness import step_generator
+from flowdistill.plumbing import config
+from flowdistill.plumbing.distributed import find_device, rank_and_world
+from flowdistill.plumbing.errors import CheckpointError, ConfigError
+from flowdistill.plumbing.randomness import step_generator
+from flowdistill.plumbing.registry import METRICS, NETWORKS, TEACHERS, unknown_name
+from flowdistill.runs.checkpoints import checkpoint_paths, load_module, verify_checkpoint
+from flowdistill.runs.pretrained import is_model, load_file, load_model, locate, save_model
 from flowdistill.training.trainer import build_flow_map
 
 

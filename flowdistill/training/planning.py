@@ -11,12 +11,12 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from flowdistill import config
-from flowdistill._flops import Flops
-from flowdistill._unread import without_files
 from flowdistill.data import Dataset
-from flowdistill.errors import ConfigError
 from flowdistill.interfaces import ObjectiveOutput
+from flowdistill.plumbing import config
+from flowdistill.plumbing.dry import without_files
+from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.flops import Flops
 from flowdistill.states import NoisedData
 from flowdistill.training.loop import Loop, OptimizerBuilder
 from flowdistill.training.trainer import build

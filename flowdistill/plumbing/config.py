@@ -16,8 +16,8 @@ from typing import Any
 import gin
 from gin.config_parser import BindingStatement, ConfigParser, IncludeStatement, ParserDelegate
 
-from flowdistill.errors import ConfigError, FlowDistillError
-from flowdistill.registry import load_plugins, unknown_name
+from flowdistill.plumbing.errors import ConfigError, FlowDistillError
+from flowdistill.plumbing.registry import load_plugins, unknown_name
 
 _RECIPE_PACKAGES = ("flowdistill.algorithms", "flowdistill.teachers")
 _PLACES: dict[tuple[str, str], str] = {}  # where each parameter (configurable, name) was bound
@@ -26,7 +26,7 @@ _PLACES: dict[tuple[str, str], str] = {}  # where each parameter (configurable, 
 def recipe_roots() -> list[Path]:
     """The folders that hold packaged recipes: ``freeflow/digits.gin`` lies in one of them."""
     packages = [Path(importlib.import_module(name).__path__[0]) for name in _RECIPE_PACKAGES]
-    return [*packages, Path(__file__).parent / "configs"]
+    return [*packages, Path(__file__).parents[1] / "configs"]
 
 
 def recipes() -> list[str]:

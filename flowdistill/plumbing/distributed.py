@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flowdistill.errors import ConfigError
+from flowdistill.plumbing.errors import ConfigError
 
 T = TypeVar("T")
 

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from flowdistill.errors import CheckpointError, CheckpointWriteError
+from flowdistill.plumbing.errors import CheckpointError, CheckpointWriteError
 
 _FORMAT = 1
 

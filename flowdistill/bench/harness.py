@@ -22,15 +22,15 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from flowdistill import config
 from flowdistill.bench.suite import Job, Row, Suite, load_suite
 from flowdistill.bench.tables import write_tables
-from flowdistill.errors import ConfigError, FlowDistillError, RunsFailedError
 from flowdistill.evaluation.features import fingerprint
 from flowdistill.evaluation.report import compare, teacher_samples, trajectory_errors, write_figures
 from flowdistill.evaluation.samples import SampleSet
 from flowdistill.interfaces import FlowMap
-from flowdistill.runs import load_flow_map
+from flowdistill.plumbing import config
+from flowdistill.plumbing.errors import ConfigError, FlowDistillError, RunsFailedError
+from flowdistill.runs.run import load_flow_map
 from flowdistill.training import train
 from flowdistill.training.run_log import read_records
 

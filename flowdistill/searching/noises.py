@@ -15,22 +15,22 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from flowdistill import config
-from flowdistill.distributed import find_device
-from flowdistill.errors import ConfigError
 from flowdistill.evaluation.blocks import collect
 from flowdistill.evaluation.features import fingerprint
 from flowdistill.evaluation.report import images_of
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import FlowMap, Teacher, Verifier
-from flowdistill.registry import SEARCH_STRATEGIES, VERIFIERS
-from flowdistill.runs import check_counts, find_checkpoint, load_flow_map, load_teacher, make_condition
+from flowdistill.plumbing import config
+from flowdistill.plumbing.distributed import find_device
+from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.randomness import step_generator
+from flowdistill.plumbing.registry import SEARCH_STRATEGIES, VERIFIERS
+from flowdistill.runs.checkpoints import verify_checkpoint
+from flowdistill.runs.run import check_counts, find_checkpoint, load_flow_map, load_teacher, make_condition
 from flowdistill.searching.result import SearchResult
 from flowdistill.searching.strategies import SearchStrategy
 from flowdistill.searching.trials import PricedModel, Trials, evaluation_flops
 from flowdistill.searching.verifiers import FunctionVerifier, Score
-from flowdistill.training.checkpoints import verify_checkpoint
-from flowdistill.training.randomness import step_generator
 
 _BLOCK = 50  # samples whose search is stored at a time
 _PICTURE = 100  # samples in the picture

@@ -11,7 +11,6 @@ from attrs.validators import ge, gt, in_, instance_of, is_callable, optional
 from torch import Tensor, nn
 
 from flowdistill import differentiation
-from flowdistill.errors import ConfigError
 from flowdistill.flow_maps import NetworkFlowMap, from_teacher
 from flowdistill.interfaces import (
     Condition,
@@ -22,7 +21,8 @@ from flowdistill.interfaces import (
 )
 from flowdistill.networks import VelocityNetwork, add_lora
 from flowdistill.paths import denoised_to_velocity, interpolate
-from flowdistill.registry import register_velocity_estimator
+from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.registry import register_velocity_estimator
 from flowdistill.times import TimeSampler, Uniform
 
 

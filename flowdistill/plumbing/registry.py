@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import gin
 
-from flowdistill.errors import ConfigError
+from flowdistill.plumbing.errors import ConfigError
 
 _T = TypeVar("_T", bound=Callable[..., Any])
 
@@ -31,14 +31,14 @@ _BUILT_IN = (
     "flowdistill.flow_maps",
     "flowdistill.guidance",
     "flowdistill.networks",
-    "flowdistill.runs",
+    "flowdistill.runs.run",
     "flowdistill.searching",
     "flowdistill.solvers",
     "flowdistill.states",
-    "flowdistill.target_velocities",
+    "flowdistill.velocities.targets",
     "flowdistill.times",
     "flowdistill.training",
-    "flowdistill.velocity_estimators",
+    "flowdistill.velocities.estimators",
     "flowdistill.algorithms",
     "flowdistill.teachers",
 )

@@ -1,0 +1,1 @@
+"""What the rest rests on: configuration, registries, files, several processes, errors."""
