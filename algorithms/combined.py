@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 import attrs
 import torch
-from attrs.validators import and_, ge, gt, in_, instance_of, lt
-from torch import nn
+from attrs.validators import and_, ge, gt, in_, instance_of, le, lt
 
-from flowdistill.interfaces import FlowMap, Objective, ObjectiveOutput, States, Teacher
+from flowdistill.interfaces import Jumps, Objective, ObjectiveOutput, Pairs, States, Step
+from flowdistill.pairs import Joined, rows_of
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.registry import register_objective
 
@@ -24,35 +23,44 @@ class Combined(Objective):
 
         lambda = alpha E|R_prediction| / E|R_correction|
 
-    with the raw residuals R of both parts (FreeFlow, arXiv 2511.19428), or by alpha itself. An adaptive lambda is at
-    most 10^4 alpha: where the velocities are equal, as at the start of an online network that copies the teacher,
-    their difference is rounding errors that must not be scaled up to the size of the prediction's.
-
-    Attributes:
-        prediction: the objective that follows trajectories.
-        correction: the correction, which starts from the noises of its states.
-        correction_fraction: fraction of the batch for the correction, in (0, 1); each part has at least one state.
-        alpha: ratio of the scaled correction residual to the prediction's, or lambda itself.
-        balance: "adaptive", or "fixed" for lambda = alpha.
-        correction_start: training step of the first correction; until then the whole batch is prediction.
-        online_warmup: steps before ``correction_start`` from which the correction's own modules are trained.
+    with the raw residuals R of both parts (FreeFlow, arXiv 2511.19428), or by alpha itself.
+    An adaptive lambda is at most 10^4 alpha.
+    At the start of an online network that copies the teacher the two velocities are equal: their difference is rounding
+    errors, which must not be scaled up to the size of the prediction's.
 
     Raises:
         ConfigError: from `loss`, for a batch of a single state.
     """
 
     prediction: Objective = attrs.field(validator=instance_of(Objective))
+    """The objective that follows trajectories."""
     correction: Objective = attrs.field(validator=instance_of(Objective))
+    """The correction, which starts from the noises of its states."""
     correction_fraction: float = attrs.field(default=0.25, validator=and_(gt(0.0), lt(1.0)))
+    """The fraction of the batch for the correction; each part has at least one state."""
     alpha: float = attrs.field(default=1.0, validator=ge(0.0))
+    """The ratio of the scaled correction residual to the prediction's, or lambda itself."""
     balance: Literal["adaptive", "fixed"] = attrs.field(default="adaptive", validator=in_(("adaptive", "fixed")))
-    correction_start: int = attrs.field(default=0, validator=ge(0))
-    online_warmup: int = attrs.field(default=0, validator=ge(0))
+    """"fixed" is lambda = alpha."""
+    correction_start: float = attrs.field(default=0.0, validator=and_(ge(0.0), le(1.0)))
+    """The part of the training after which the correction begins; until then the whole batch is prediction."""
+    online_warmup: float = attrs.field(default=0.0, validator=and_(ge(0.0), le(1.0)))
+    """The part of the training before ``correction_start`` in which the correction's own modules are trained."""
 
     @property
     def citation(self) -> str:  # type: ignore[override]
-        """Of both parts."""
+        """The BibTeX of both parts."""
         return "\n\n".join(dict.fromkeys((self.prediction.citation, self.correction.citation)))
+
+    @property
+    def trains(self) -> Jumps:  # type: ignore[override]
+        """The jumps of both parts."""
+        return self.prediction.trains | self.correction.trains
+
+    @property
+    def needs_all_times(self) -> bool:  # type: ignore[override]
+        """Whether the prediction does."""
+        return self.prediction.needs_all_times
 
     @property
     def needs_data(self) -> bool:
@@ -69,39 +77,33 @@ class Combined(Objective):
         """Those of the correction, which share the step with those of the prediction."""
         return max(self.prediction.auxiliary_updates, self.correction.auxiliary_updates)
 
-    def setup(self, student: FlowMap, teacher: Teacher | None) -> None:
-        """Set both parts up."""
-        self.prediction.setup(student, teacher)
-        self.correction.setup(student, teacher)
-        if shared := self.prediction.modules().keys() & self.correction.modules().keys():
-            raise ConfigError(f"prediction and correction both have a module named {', '.join(sorted(shared))}")
+    def law(self, progress: float) -> Pairs:
+        """The prediction's law, and from the correction's start on the correction's law for its rows."""
+        prediction = self.prediction.law(progress)
+        if progress < self.correction_start:
+            return prediction
+        return Joined(first=self.correction.law(progress), others=prediction, share=self.correction_fraction)
 
-    def modules(self) -> Mapping[str, nn.Module]:
-        """What both parts train."""
-        return {**self.prediction.modules(), **self.correction.modules()}
-
-    def after_step(self, student: FlowMap, step: int) -> None:
-        """Let both parts follow the student."""
-        self.prediction.after_step(student, step)
-        self.correction.after_step(student, step)
-
-    def _split(self, states: States) -> tuple[States, States]:
+    def split(self, states: States) -> tuple[States, States]:
+        """The states of the prediction and of the correction."""
         if len(states) < 2:
             raise ConfigError(
                 "prediction and correction share each batch, so it needs at least 2 states: a larger train.batch_size"
             )
-        rows = min(max(1, round(self.correction_fraction * len(states))), len(states) - 1)
+        rows = rows_of(self.correction_fraction, len(states))
         return states[rows:], states[:rows]
 
-    def loss(
-        self, student: FlowMap, teacher: Teacher | None, states: States, *, step: int, generator: torch.Generator
-    ) -> ObjectiveOutput:
+    def warmed_up(self, progress: float) -> bool:
+        """Whether the warm-up of the correction's own modules has begun."""
+        return progress >= self.correction_start - self.online_warmup
+
+    def loss(self, states: States, step: Step) -> ObjectiveOutput:
         """Prediction loss + lambda times correction loss."""
-        for_prediction, for_correction = self._split(states)  # a batch too small is known from the first step on
-        if step < self.correction_start:
-            return self.prediction.loss(student, teacher, states, step=step, generator=generator)
-        prediction = self.prediction.loss(student, teacher, for_prediction, step=step, generator=generator)
-        correction = self.correction.loss(student, teacher, for_correction, step=step, generator=generator)
+        for_prediction, for_correction = self.split(states)  # a batch too small is known from the first step on
+        if step.progress < self.correction_start:
+            return self.prediction.loss(states, step)
+        prediction = self.prediction.loss(for_prediction, step)
+        correction = self.correction.loss(for_correction, step)
         scale = self._scale(prediction, correction)
         renamed = {f"correction_{name}": value for name, value in correction.metrics.items()}
         metrics = {**prediction.metrics, **renamed, "lambda": scale}
@@ -116,21 +118,12 @@ class Combined(Objective):
         floor = (1e-4 * prediction.residual_norm).clamp_min(torch.finfo(prediction.residual_norm.dtype).tiny)
         return self.alpha * prediction.residual_norm / torch.maximum(correction.residual_norm, floor)
 
-    def auxiliary_loss(
-        self,
-        name: str,
-        student: FlowMap,
-        teacher: Teacher | None,
-        states: States,
-        *,
-        step: int,
-        generator: torch.Generator,
-    ) -> ObjectiveOutput | None:
-        """That of the part whose module it is, on its rows; None before the warm-up of the correction's."""
+    def auxiliary_loss(self, name: str, states: States, step: Step) -> ObjectiveOutput | None:
+        """The loss of the part whose module it is, on its rows; None before the warm-up of the correction's."""
         corrects = name in self.correction.modules()
-        if corrects and step < self.correction_start - self.online_warmup:
+        if corrects and not self.warmed_up(step.progress):
             return None
         part = self.correction if corrects else self.prediction
-        if step >= self.correction_start or corrects:
-            states = self._split(states)[1 if corrects else 0]
-        return part.auxiliary_loss(name, student, teacher, states, step=step, generator=generator)
+        if step.progress >= self.correction_start or corrects:
+            states = self.split(states)[1 if corrects else 0]
+        return part.auxiliary_loss(name, states, step)

@@ -10,30 +10,28 @@ import torch
 from attrs.validators import ge, instance_of
 from torch import Tensor, nn
 
-from flowdistill.interfaces import ObjectiveOutput
+from flowdistill.interfaces import FlowMap, ObjectiveOutput, Part, Teacher
 from flowdistill.networks import Linear, ScalarEmbedding
 
 
 @gin.register("learned_weighting", module="weightings")
-@attrs.define(kw_only=True, eq=False, slots=False)
-class LearnedWeighting:
+@attrs.define(kw_only=True, eq=False)
+class LearnedWeighting(Part):
     """A weight e^w(t) that brings the mean error of every time to 1, by a small network w.
 
     The network minimises e^w(t) E - w(t), where E is the error of a sample, so that e^w(t) is the reciprocal of the
-    mean error at t (Karras et al. 2024, EDM2, arXiv 2312.02696, equation 21, whose u is -w). The errors are those of
-    the samples that were weighted in the present training step. An objective has it as a field, calls `setup` in its
-    own, and adds `modules` to its own.
-
-    Attributes:
-        size: width of the network.
-        name: of the module; two weightings in one objective need two names.
+    mean error at t (Karras et al. 2024, EDM2, arXiv 2312.02696, equation 21, whose u is -w).
+    The errors are those of the samples that were weighted in the present training step.
     """
 
     size: int = attrs.field(default=128, validator=ge(1))
+    """The width of the network."""
     name: str = attrs.field(default="weighting", validator=instance_of(str))
+    """The name of the module; two weightings in one objective need two names."""
 
-    def setup(self) -> None:
+    def setup(self, student: FlowMap, teacher: Teacher | None) -> None:
         """Start from the weight 1 at all times."""
+        super().setup(student, teacher)
         last = Linear(self.size, 1)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
@@ -45,10 +43,13 @@ class LearnedWeighting:
         """The network."""
         return {self.name: self._network}
 
-    def __call__(self, t: Tensor, error: Tensor, step: int) -> Tensor:
-        """The weights e^w(t) (B,), detached, of samples at times t (B,), whose errors (B,) are kept for `loss`."""
-        if step != self._step:
-            self._step, self._rows = step, []
+    def __call__(self, t: Tensor, error: Tensor, number: int) -> Tensor:
+        """The weights e^w(t) (B,), detached, of samples at times t (B,) in the training step ``number``.
+
+        Their errors (B,) are kept for `loss`.
+        """
+        if number != self._step:
+            self._step, self._rows = number, []
         self._rows.append((t, error.detach()))
         with torch.no_grad():
             return self._logarithm(t).exp().to(error.dtype)

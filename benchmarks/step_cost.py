@@ -20,18 +20,19 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from flowdistill.velocities.estimators import FiniteDifference, Jvp
 
 import flowdistill
 from flowdistill.algorithms.freeflow import FreeFlowCorrection, FreeFlowPrediction
 from flowdistill.ema import AveragedModel
 from flowdistill.evaluation.report import machine
-from flowdistill.flow_maps import NetworkTeacher, from_teacher
+from flowdistill.flow_maps import from_teacher
 from flowdistill.interfaces import Objective, States
 from flowdistill.networks import sit
 from flowdistill.states import Prior
 from flowdistill.training import Ema, Schedule, step_generator
 from flowdistill.training.loop import Loop, LoopSettings
-from flowdistill.velocities.estimators import FiniteDifference, Jvp
+from flowdistill.wrapped_teachers import NetworkTeacher
 
 BATCH = 128
 ROUNDS = 30

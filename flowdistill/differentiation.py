@@ -24,22 +24,19 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from flowdistill.interfaces import Condition, FlowMap
+from flowdistill.interfaces import FlowMap, Jump
 from flowdistill.networks.attention import plain_attention
 from flowdistill.paths import expand_time
 
 
-def evaluate(student: FlowMap, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None) -> Tensor:
+def evaluate(student: FlowMap, jump: Jump) -> Tensor:
     """F(x, t, s) with a graph."""
-    return student.average_velocity(x, t, s, condition)
+    return student.average_velocity(*jump)
 
 
 def jvp(
     student: FlowMap,
-    x: Tensor,
-    t: Tensor,
-    s: Tensor,
-    condition: Condition | None = None,
+    jump: Jump,
     *,
     dx: Tensor | None = None,
     dt: float = 0.0,
@@ -55,6 +52,7 @@ def jvp(
     2.5 times the memory; layers that replace their weights do so before, by a method ``replace_weight``, and attention
     and layer normalisation are written out. Dropout has the same masks in both passes.
     """
+    x, t, s, condition = jump
     masks = _Masks(student, x.device)
     tangents = (
         torch.zeros_like(x) if dx is None else dx,
@@ -68,7 +66,7 @@ def jvp(
             if replace is not None:
                 replace()
     else:
-        plain = evaluate(student, x, t, s, condition)
+        plain = evaluate(student, jump)
         masks.again()
     written_out = _WrittenOut() if graph else contextlib.nullcontext()
     with torch.set_grad_enabled(graph), sdpa_kernel(SDPBackend.MATH), written_out:
@@ -135,10 +133,7 @@ def _layer_norm(
 
 def finite_difference(
     student: FlowMap,
-    x: Tensor,
-    t: Tensor,
-    s: Tensor,
-    condition: Condition | None = None,
+    jump: Jump,
     *,
     dx: Tensor | None = None,
     dt: float = 0.0,
@@ -154,6 +149,7 @@ def finite_difference(
     derivative by t - s = 0, it is 0. The direction must change the duration (dt != ds). Evaluations are in full
     precision even under autocast, because a difference divides rounding errors by h, and share their dropout masks.
     """
+    x, t, s, condition = jump
     rate = dt - ds  # change of the duration per unit along the direction
 
     def move(amount: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,7 +158,7 @@ def finite_difference(
 
     with torch.autocast(x.device.type, enabled=False):
         masks = _Masks(student, x.device)
-        average = evaluate(student, x, t, s, condition)
+        average = evaluate(student, jump)
         masks.again()
         with torch.no_grad():
             shorter = -torch.clamp(t - s, max=h) / rate

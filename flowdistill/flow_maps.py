@@ -1,20 +1,31 @@
-"""Students: networks made into flow maps, and flow maps made into teachers."""
+"""Students: networks made into flow maps."""
 
 from __future__ import annotations
 
 import copy
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from flowdistill.interfaces import Condition, Decoder, FlowMap, Teacher
-from flowdistill.networks import EDM2, ScalarEmbedding, VelocityNetwork
+from flowdistill.interfaces import Condition, Decoder, FlowMap, Jumps, Teacher
+from flowdistill.networks import ScalarEmbedding, VelocityNetwork
 from flowdistill.plumbing.dry import placed
 from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.fields import short
 from flowdistill.plumbing.registry import register_flow_map
 
 Conditioning = Literal["two_time", "anchored", "to_data", "decoupled", "expanded", "instantaneous"]
+
+_JUMPS = {
+    "two_time": Jumps.ANY,
+    "anchored": Jumps.FROM_NOISE,
+    "to_data": Jumps.TO_DATA,
+    "decoupled": Jumps.ANY,
+    "expanded": Jumps.TO_DATA,
+    "instantaneous": Jumps.NONE,
+}
 
 
 @register_flow_map("network")
@@ -59,16 +70,15 @@ class NetworkFlowMap(FlowMap):
             raise ConfigError(f"conditioning must be one of {get_args(Conditioning)}, not {conditioning!r}")
         if early_blocks is not None and conditioning != "decoupled":
             raise ConfigError("early_blocks belongs to conditioning = 'decoupled'")
-        if conditioning == "expanded" and isinstance(network, EDM2):
-            raise ConfigError("conditioning = 'expanded' is not for EDM2, which scales inputs and outputs by the time")
+        if conditioning == "expanded" and not network.only_embeds_time:
+            raise ConfigError(
+                f"conditioning = 'expanded' is not for {type(network).__name__}, which scales inputs and outputs "
+                "by the time"
+            )
         self.network, self.guidance, self.decoder = network, guidance, decoder
         self.sample_shape, self.num_classes = network.sample_shape, network.num_classes
-        self.anchored = conditioning == "anchored"
+        self.conditioning, self.jumps = conditioning, _JUMPS[conditioning]
         size = network.embedding_size
-        self.instantaneous = conditioning == "instantaneous"
-        self.decoupled = conditioning == "decoupled"
-        self.expanded = conditioning == "expanded"
-        self.to_data = conditioning in ("to_data", "expanded")
         if early_blocks is not None:
             network.early_blocks = early_blocks
         has_duration = conditioning in ("two_time", "anchored", "to_data")
@@ -81,13 +91,19 @@ class NetworkFlowMap(FlowMap):
         if self.duration_embedding is not None:
             embedding = self.duration_embedding(t - s)
         if self.guidance_embedding is not None:
-            scale = None if condition is None else condition.guidance
+            scale = None if condition is None else condition.scale
             scale = torch.full_like(t, self.guidance) if scale is None else scale  # type: ignore[arg-type]
             guided = self.guidance_embedding(scale)
             embedding = guided if embedding is None else embedding + guided
         labels = None if condition is None else condition.labels
-        time = torch.where(s < t, -t, t) if self.expanded else t
-        return self.network.velocity(x, time, labels, embedding, s if self.decoupled else None)
+        time = torch.where(s < t, -t, t) if self.conditioning == "expanded" else t
+        return self.network.velocity(x, time, labels, embedding, s if self.conditioning == "decoupled" else None)
+
+    @property
+    def backbone(self) -> nn.Module | None:
+        """The network, if no further embedding is added to it."""
+        plain = self.duration_embedding is None and self.guidance_embedding is None
+        return self.network if plain else None
 
 
 class _ResidualNetwork(VelocityNetwork):
@@ -98,7 +114,7 @@ class _ResidualNetwork(VelocityNetwork):
         self.teacher = teacher
         self.network = network
         self.sample_shape, self.num_classes = network.sample_shape, network.num_classes
-        self.embedding_size = network.embedding_size
+        self.embedding_size, self.only_embeds_time = network.embedding_size, network.only_embeds_time
 
     def velocity(
         self,
@@ -144,9 +160,9 @@ def from_teacher(
         >>> torch.allclose(student.average_velocity(z, one, zero), teacher.velocity(z, one), atol=1e-5)
         True
     """
-    own = getattr(teacher, "network", None)
+    own = teacher.backbone
     if own is not None:
-        network = copy.deepcopy(own).requires_grad_(True)
+        network = cast("VelocityNetwork", copy.deepcopy(own).requires_grad_(True))
     elif network is None:
         raise ConfigError(
             f"{type(teacher).__name__} has no network that is its velocity and can be copied: give from_teacher a "
@@ -162,47 +178,18 @@ def from_teacher(
     return placed(student, teacher.device).eval()
 
 
-class NetworkTeacher(Teacher):
-    """A velocity network as a teacher.
-
-    Args:
-        network: the network; its parameters are frozen.
-        decoder: turns samples into images.
-    """
-
-    def __init__(self, network: VelocityNetwork, decoder: Decoder | None = None) -> None:
-        super().__init__()
-        self.decoder = decoder
-        self.network = network.eval().requires_grad_(False)
-        self.sample_shape, self.num_classes = network.sample_shape, network.num_classes
-
-    def velocity(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
-        """The network's velocity."""
-        return self.network.velocity(x, t, None if condition is None else condition.labels)
-
-
-class FlowMapTeacher(Teacher):
-    """The diagonal u(x, t) = F(x, t, t) of a trained flow map as a teacher.
-
-    Args:
-        flow_map: a map that is not anchored; its parameters are frozen.
-    """
-
-    def __init__(self, flow_map: FlowMap) -> None:
-        super().__init__()
-        if flow_map.anchored:
-            raise ConfigError("an anchored flow map has no velocity at t < 1 and cannot be a teacher")
-        self.flow_map = flow_map.eval().requires_grad_(False)
-        self.decoder = flow_map.decoder
-        self.sample_shape, self.num_classes = flow_map.sample_shape, flow_map.num_classes
-
-    @property
-    def network(self) -> nn.Module | None:
-        """The flow map's network, if it has one that is the velocity without further embeddings."""
-        embeddings = (getattr(self.flow_map, f"{name}_embedding", None) for name in ("duration", "guidance"))
-        plain = all(embedding is None for embedding in embeddings)
-        return getattr(self.flow_map, "network", None) if plain else None
-
-    def velocity(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
-        """The flow map's instantaneous velocity."""
-        return self.flow_map.velocity(x, t, condition)
+def build_flow_map(flow_map: FlowMap | Callable[[Teacher | None], FlowMap], teacher: Teacher | None) -> FlowMap:
+    """The student that ``train.flow_map`` describes; ConfigError if it does not fit the teacher."""
+    if not isinstance(flow_map, FlowMap) and not callable(flow_map):
+        raise ConfigError(f"train.flow_map must be a flow map or build one, not {short(flow_map)}")
+    student = flow_map if isinstance(flow_map, FlowMap) else flow_map(teacher)
+    if not isinstance(student, FlowMap):
+        raise ConfigError(f"train.flow_map must build a flow map, not {short(student)}")
+    if teacher is not None:
+        for name, ours, theirs in (
+            ("sample_shape", student.sample_shape, teacher.sample_shape),
+            ("num_classes", student.num_classes, teacher.num_classes),
+        ):
+            if ours != theirs:
+                raise ConfigError(f"{name} of the student is {ours}, of the teacher {theirs}")
+    return student

@@ -6,7 +6,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from flowdistill.interfaces import Condition, Teacher
+from flowdistill.interfaces import Condition, Guidance, Teacher
+from flowdistill.interfaces.condition import check_interval
 from flowdistill.paths import expand_time
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.registry import register_teacher
@@ -21,6 +22,8 @@ class GuidedTeacher(Teacher):
     The weak velocity is the same teacher's with the null label (classifier-free guidance, Ho and Salimans 2022,
     arXiv 2207.12598) or another network's with the same label (autoguidance, Karras et al. 2024,
     arXiv 2406.02507). Outside the interval of times gamma is 1 (Kynkäänniemi et al. 2024, arXiv 2404.07724).
+
+    A condition may name a scale, an interval and channels of its own, see `Guidance`.
 
     Args:
         teacher: the teacher to guide.
@@ -41,6 +44,8 @@ class GuidedTeacher(Teacher):
         >>> teacher.velocity(noise, torch.ones(2), Condition(torch.tensor([3, 7]))).shape, teacher.evaluations
         (torch.Size([2, 1, 8, 8]), 4)
     """
+
+    takes_guidance = True
 
     def __init__(
         self,
@@ -65,59 +70,38 @@ class GuidedTeacher(Teacher):
         self.sample_shape, self.num_classes = teacher.sample_shape, teacher.num_classes
 
     @property
-    def network(self) -> nn.Module | None:
+    def backbone(self) -> nn.Module | None:
         """The network of the guided teacher, if it has one."""
-        return getattr(self.teacher, "network", None)
+        return self.teacher.backbone
 
     @property
     def evaluations(self) -> int:
         """Evaluations of the wrapped teachers."""
         return self.teacher.evaluations + (0 if self.guide is None else self.guide.evaluations)
 
-    def with_interval(self, interval: tuple[float, float]) -> GuidedTeacher:
-        """The same teachers guided at other times."""
-        return GuidedTeacher(self.teacher, self.scale, interval, self.guide, self.channels)
-
-    def held(self, t: Tensor) -> GuidedTeacher:
-        """The same teachers, guided at all times or at none as the interval says of t (B,)."""
-        result = self.with_interval(self.interval)
-        result._decided_by = t
-        return result
-
-    _decided_by: Tensor | None = None
-
     def velocity(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
-        """The guided velocity; two evaluations, or one where the scale is 1 for all samples alike."""
+        """The guided velocity; two evaluations, or one if the scale is 1 for all samples alike."""
         condition = condition or Condition()
+        asked = condition.guidance or Guidance()
         plain = attrs.evolve(condition, guidance=None)
-        if condition.guidance is None and self.scale == 1.0:
+        if asked.scale is None and self.scale == 1.0:
             return self.teacher.velocity(x, t, plain)
-        low, high = self.interval
-        time = t if self._decided_by is None else self._decided_by
-        own = condition.guidance
-        scale = torch.full_like(t, self.scale, dtype=x.dtype) if own is None else own.to(x.dtype)
+        low, high = self.interval if asked.interval is None else asked.interval
+        time = t if asked.asked_at is None else asked.asked_at
+        scale = torch.full_like(t, self.scale, dtype=x.dtype) if asked.scale is None else asked.scale.to(x.dtype)
         excess = expand_time(torch.where((time >= low) & (time <= high), scale - 1, torch.zeros_like(scale)), x)
+        strong, weak = self._strong_and_weak(x, t, plain)
+        guided = strong + excess * (strong - weak)
+        channels = self.channels if asked.channels is None else asked.channels
+        return guided if channels is None else torch.cat([guided[:, :channels], strong[:, channels:]], dim=1)
+
+    def _strong_and_weak(self, x: Tensor, t: Tensor, plain: Condition) -> tuple[Tensor, Tensor]:
         if self.guide is not None:
-            strong = self.teacher.velocity(x, t, plain)
-            return self._extrapolate(strong, self.guide.velocity(x, t, plain), excess)
-        if condition.labels is None:
+            return self.teacher.velocity(x, t, plain), self.guide.velocity(x, t, plain)
+        if plain.labels is None:
             raise ConfigError("classifier-free guidance needs labels in the condition")
-        labels = torch.cat([condition.labels, plain.drop().labels])  # type: ignore[list-item]
-        extra = {name: torch.cat([value, value]) for name, value in condition.extra.items()}
+        labels = torch.cat([plain.labels, plain.drop().labels])  # type: ignore[list-item]
+        extra = {name: torch.cat([value, value]) for name, value in plain.extra.items()}
         both = self.teacher.velocity(torch.cat([x, x]), torch.cat([t, t]), Condition(labels, extra=extra))
         strong, weak = both.chunk(2)
-        return self._extrapolate(strong, weak, excess)
-
-    def _extrapolate(self, strong: Tensor, weak: Tensor, excess: Tensor) -> Tensor:
-        guided = strong + excess * (strong - weak)
-        if self.channels is None:
-            return guided
-        return torch.cat([guided[:, : self.channels], strong[:, self.channels :]], dim=1)
-
-
-def check_interval(interval: tuple[float, float]) -> tuple[float, float]:
-    """The interval as two floats; ConfigError unless 0 <= low <= high <= 1."""
-    low, high = interval
-    if not 0.0 <= low <= high <= 1.0:
-        raise ConfigError(f"a guidance interval is (low, high) with 0 <= low <= high <= 1, not {interval!r}")
-    return float(low), float(high)
+        return strong, weak

@@ -25,10 +25,10 @@ def _velocity(teacher: Teacher, x: Tensor, t: Tensor, condition: Condition | Non
 
 
 class Slope(Protocol):
-    """The right-hand side of the ODE in the rescaled time, whose time-dependent decisions may be held at another."""
+    """The right-hand side dx/dtau of the ODE in the rescaled time."""
 
-    def __call__(self, tau: float, x: Tensor, held: float | None = None) -> Tensor:
-        """dx/dtau."""
+    def __call__(self, tau: float, x: Tensor, asked_at: float | None = None) -> Tensor:
+        """dx/dtau; ``asked_at`` is the time that decides whether to guide, in place of ``tau``."""
 
 
 class Solver(ABC):
@@ -79,9 +79,11 @@ class OdeSolver(Solver):
         span = torch.as_tensor(end, device=x.device, dtype=x.dtype).expand(len(x)) - t0
         rate = expand_time(span, x)
 
-        def slope(tau: float, x: Tensor, held: float | None = None) -> Tensor:
-            model = teacher if held is None else teacher.held(t0 + held * span)
-            return rate * _velocity(model, x, t0 + tau * span, condition)
+        def slope(tau: float, x: Tensor, asked_at: float | None = None) -> Tensor:
+            told = condition
+            if asked_at is not None:
+                told = (condition or Condition()).guided(asked_at=t0 + asked_at * span)
+            return rate * _velocity(teacher, x, t0 + tau * span, told)
 
         return self._integrate(slope, x)
 
@@ -125,8 +127,8 @@ class Heun(OdeSolver):
             first = slope(i / self.steps, x)
             if self.repa and i == self.steps - 1:
                 return x + first / self.steps
-            held = i / self.steps if self.repa else None
-            second = slope((i + 1) / self.steps, x + first / self.steps, held)
+            asked_at = i / self.steps if self.repa else None
+            second = slope((i + 1) / self.steps, x + first / self.steps, asked_at)
             x = x + (first + second) / (2 * self.steps)
         return x
 

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
 import attrs
 import torch
 from attrs.validators import ge, gt, instance_of, le
 from torch import Tensor
 
+from flowdistill.interfaces import TimeSampler
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.registry import register_time_sampler
-
-
-class TimeSampler(ABC):
-    """A law on [0, 1]."""
-
-    @abstractmethod
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """Draw ``n`` times, float32 of shape (n,), on the device of ``generator``."""
 
 
 class EndSampler(TimeSampler):
@@ -173,61 +166,6 @@ class Grid(EndSampler):
         below = (t * self.steps - 1e-3).ceil().clamp(min=1)
         unit = torch.rand(len(t), generator=generator, device=generator.device)
         return torch.minimum((unit * below).floor().to(t.dtype) / self.steps, t)
-
-
-@register_time_sampler("dyadic")
-@attrs.frozen(kw_only=True)
-class Dyadic(EndSampler):
-    """The jumps of samplers of 1, 2, 4, ..., 2^(levels - 1) equal steps: a level, then one of its steps.
-
-    A start t alone leaves the level open; `sample_below` draws it from its posterior given t, so that
-    t from `sample` and s from `sample_below` are a uniform level and a uniform step of it. A time off the grid takes
-    the shortest jump.
-
-    Attributes:
-        levels: how many.
-    """
-
-    levels: int = attrs.field(default=7, validator=ge(1))
-
-    @property
-    def shortest(self) -> float:
-        """The length of the shortest jump."""
-        return float(2.0 ** (1 - self.levels))
-
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """Draw ``n`` starts."""
-        level = torch.randint(self.levels, (n,), generator=generator, device=generator.device)
-        count = 2.0**level
-        unit = torch.rand(n, generator=generator, device=generator.device)
-        return ((unit * count).floor() + 1).minimum(count) / count
-
-    def sample_below(self, t: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw t - 2^-level for a level whose steps start at t."""
-        counts = 2.0 ** torch.arange(self.levels, device=t.device, dtype=t.dtype)
-        starts = t[:, None] * counts
-        weights = ((starts - starts.round()).abs() < 1e-3) / counts * (starts > 0.5)
-        weights[:, -1] += weights.sum(1) == 0
-        level = torch.multinomial(weights.float(), 1, generator=generator)[:, 0]
-        return (t - 1 / counts[level]).clamp(min=0)
-
-
-@register_time_sampler("grouped")
-@attrs.frozen(kw_only=True)
-class Grouped(TimeSampler):
-    """Another law whose draws each serve a group of consecutive samples.
-
-    Attributes:
-        law: the other law.
-        size: of a group.
-    """
-
-    law: TimeSampler = attrs.field(factory=Uniform, validator=instance_of(TimeSampler))
-    size: int = attrs.field(default=4, validator=ge(1))
-
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """Draw ``n`` times, equal in each group."""
-        return self.law.sample(-(-n // self.size), generator).repeat_interleave(self.size)[:n]
 
 
 @register_time_sampler("with_point_mass")

@@ -1,6 +1,5 @@
 """Decoupled MeanFlow (Lee et al. 2025, arXiv 2510.24474)."""
 
 from flowdistill.algorithms.dmf.objective import DecoupledMeanFlow
-from flowdistill.algorithms.dmf.times import SortedPair
 
-__all__ = ["DecoupledMeanFlow", "SortedPair"]
+__all__ = ["DecoupledMeanFlow"]

@@ -10,28 +10,14 @@ import torch.nn.functional as F
 from attrs.validators import ge, gt, instance_of, optional
 from torch import Tensor
 
-from flowdistill.algorithms.identities import eulerian_residual, pull, velocity_residual
+from flowdistill.algorithms.identities import Residual, diagonal, eulerian, pull
+from flowdistill.algorithms.references import bibtex
 from flowdistill.algorithms.trajectory import VelocityObjective
-from flowdistill.interfaces import (
-    FlowMap,
-    GeneratingVelocity,
-    ObjectiveOutput,
-    States,
-    TargetVelocity,
-    Teacher,
-)
+from flowdistill.interfaces import GeneratingVelocity, Jumps, ObjectiveOutput, Pairs, States, Step
+from flowdistill.pairs import ToData
 from flowdistill.paths import expand_time
 from flowdistill.plumbing.registry import register_objective
-from flowdistill.velocities.estimators import Jvp
-from flowdistill.velocities.targets import TeacherVelocity
-
-CITATION = """\
-@inproceedings{peng2026facm,
-  title     = {{FACM}: Flow-Anchored Consistency Models},
-  author    = {Peng, Yansong and Zhu, Kai and Liu, Yu and Wu, Pingyu and Li, Hebei and Sun, Xiaoyan and Wu, Feng},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2026},
-}"""
+from flowdistill.velocities import Jvp
 
 
 @register_objective("facm")
@@ -44,49 +30,45 @@ class FACM(VelocityObjective):
         sin(pi t/2) e / (e + eps)^p,   e = mean of [F - sg(F - alpha clamp(R, -k, k))]^2,
         R = F - u + t D_t F,   alpha = 1 - (1 - t)^q,
 
-    with the weight 1/(e + eps)^p detached. The anchor is the mean squared error of F(x, t, t) from u, plus
-    1 - cos of the angle between the two along the first dimension of a sample.
+    with the weight 1/(e + eps)^p detached.
+    The anchor is the mean squared error of F(x, t, t) from u, plus 1 - cos of the angle between the two along the first
+    dimension of a sample.
 
-    Only jumps to s = 0 and the diagonal are learnt; samples of several steps are noised again between jumps. With the
-    velocities of the data the clamp, the angle and a ``power`` above 0 are biased where samples have few dimensions.
-
-    Attributes:
-        velocity: u in targets and tangent: the teacher's, or the conditional one of the data.
-        estimator: of D_t F.
-        clamp: k, the largest absolute value of an element of R; None is no limit.
-        relaxation: q; None is alpha = 1.
-        power: p.
-        eps: see ``power``.
-        anchor: weight of the anchor.
-        cosine: weight of the angle in the anchor.
+    Only jumps to s = 0 and the diagonal are learnt; samples of several steps are noised again between jumps.
+    With the velocities of the data the clamp, the angle and a ``power`` above 0 are biased if samples have few
+    dimensions.
     """
 
-    citation = CITATION
+    citation = bibtex("peng2026facm")
+    trains = Jumps.TO_DATA
 
-    velocity: TargetVelocity = attrs.field(factory=TeacherVelocity, validator=instance_of(TargetVelocity))
+    pairs: Pairs = attrs.field(factory=ToData, validator=instance_of(Pairs))
+    """The law of t, with s = 0."""
     estimator: GeneratingVelocity = attrs.field(factory=Jvp, validator=instance_of(GeneratingVelocity))
+    """The estimator of D_t F."""
     clamp: float | None = attrs.field(factory=lambda: 1.0, validator=optional(gt(0.0)))
+    """k, the largest absolute value of an element of R; None is no limit."""
     relaxation: float | None = attrs.field(factory=lambda: 0.5, validator=optional(gt(0.0)))
+    """q; None is alpha = 1."""
     power: float = attrs.field(default=0.5, validator=ge(0.0))
+    """p, the exponent of the weight."""
     eps: float = attrs.field(default=1e-3, validator=gt(0.0))
+    """See ``power``."""
     anchor: float = attrs.field(default=1.0, validator=ge(0.0))
+    """The weight of the anchor."""
     cosine: float = attrs.field(default=1.0, validator=ge(0.0))
+    """The weight of the angle in the anchor."""
 
-    def loss(
-        self, student: FlowMap, teacher: Teacher | None, states: States, *, step: int, generator: torch.Generator
-    ) -> ObjectiveOutput:
+    def loss(self, states: States, step: Step) -> ObjectiveOutput:
         """Both losses; ``error`` is the squared R, ``anchor_error`` the squared error on the diagonal."""
-        x, t, condition = states.x, states.t, states.condition
-        velocity = self.velocity.velocity(student, teacher, states)
-        average, residual = eulerian_residual(
-            student, velocity, self.estimator, x, t, torch.zeros_like(t), condition, step=step
-        )
-        weight = torch.sin(math.pi / 2 * t)
-        consistency = pull(average, self.relaxed(residual, t), power=self.power, eps=self.eps, scale=weight)
-        diagonal, deviation = velocity_residual(student, velocity, x, t, condition)
-        anchor = pull(diagonal, deviation)
-        angle = (1 - F.cosine_similarity(diagonal, velocity, dim=1)).mean()
-        raw = pull(average, residual)
+        velocity = self.target(states)
+        residual = eulerian(self.estimator, velocity, states.to(0.0), step.progress)
+        relaxed = Residual(residual.average, self.relaxed(residual.value, states.t))
+        consistency = pull(relaxed, power=self.power, eps=self.eps, scale=torch.sin(math.pi / 2 * states.t))
+        on_diagonal = diagonal(self.student, velocity, states)
+        anchor = pull(on_diagonal)
+        angle = (1 - F.cosine_similarity(on_diagonal.average, velocity, dim=1)).mean()
+        raw = pull(residual)
         return attrs.evolve(
             raw,
             loss=consistency.loss + self.anchor * (anchor.loss + self.cosine * angle),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import attrs
-import torch
+from attrs.validators import instance_of
 
-from flowdistill.algorithms.identities import pull, velocity_residual
-from flowdistill.interfaces import FlowMap, Objective, ObjectiveOutput, States, Teacher
+from flowdistill.algorithms.identities import diagonal, pull
+from flowdistill.algorithms.references import bibtex
+from flowdistill.interfaces import Jumps, Objective, ObjectiveOutput, Pairs, States, Step
+from flowdistill.pairs import Diagonal
 from flowdistill.plumbing.registry import register_objective
 
 
@@ -18,21 +20,16 @@ class FlowMatching(Objective):
     Its minimiser is the marginal velocity u(x, t) = E[n - x_0 | x_t = x]. The run it leaves loads as a teacher.
     """
 
+    citation = bibtex("lipman2023flow")
+    trains = Jumps.NONE
     needs_data = True
     needs_teacher = False
-    citation = """\
-@inproceedings{lipman2023flow,
-  title     = {Flow Matching for Generative Modeling},
-  author    = {Lipman, Yaron and Chen, Ricky T. Q. and Ben-Hamu, Heli and Nickel, Maximilian and Le, Matt},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2023},
-}"""
 
-    def loss(
-        self, student: FlowMap, teacher: Teacher | None, states: States, *, step: int, generator: torch.Generator
-    ) -> ObjectiveOutput:
+    pairs: Pairs = attrs.field(factory=Diagonal, validator=instance_of(Pairs))
+    """The law of t, with s = t."""
+
+    def loss(self, states: States, step: Step) -> ObjectiveOutput:
         """The mean squared error over elements and batch."""
         assert states.noise is not None
         assert states.clean is not None
-        velocity = states.noise - states.clean
-        return pull(*velocity_residual(student, velocity, states.x, states.t, states.condition))
+        return pull(diagonal(self.student, states.noise - states.clean, states))

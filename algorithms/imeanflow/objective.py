@@ -6,24 +6,16 @@ from typing import Literal
 
 import attrs
 import torch
-from attrs.validators import and_, ge, gt, in_, instance_of, le
-from torch import Tensor
+from attrs.validators import ge, gt, in_, instance_of
 
-from flowdistill.algorithms.identities import eulerian_residual
+from flowdistill.algorithms.identities import Residual, eulerian
+from flowdistill.algorithms.references import bibtex
 from flowdistill.algorithms.trajectory import TrajectoryObjective
-from flowdistill.interfaces import FlowMap, GeneratingVelocity, States, TargetVelocity, Teacher
+from flowdistill.interfaces import GeneratingVelocity, Pairs, States, Step, TargetVelocity
+from flowdistill.pairs import SortedPair, WithDiagonal
 from flowdistill.plumbing.registry import register_objective
-from flowdistill.times import EndSampler, LogitNormal
-from flowdistill.velocities.estimators import Jvp
-from flowdistill.velocities.targets import ConditionalVelocity
-
-CITATION = """\
-@article{geng2025imeanflow,
-  title   = {Improved Mean Flows: On the Challenges of Fastforward Generative Models},
-  author  = {Geng, Zhengyang and Lu, Yiyang and Wu, Zongze and Shechtman, Eli and Kolter, J. Zico and He, Kaiming},
-  journal = {arXiv preprint arXiv:2512.02012},
-  year    = {2025},
-}"""
+from flowdistill.times import LogitNormal
+from flowdistill.velocities import ConditionalVelocity, Jvp
 
 
 @register_objective("imeanflow")
@@ -35,53 +27,27 @@ class ImprovedMeanFlow(TrajectoryObjective):
 
         V(x, t, s) = F(x, t, s) + (t - s) D_t F,   D_t F = (d_x F) F(x, t, t) + d_t F,
 
-    with a detached D_t F, is regressed onto the velocity, and so is F(x, t, t). MeanFlow's derivative is along the
-    conditional velocity n - x_0 instead. Here V is a function of the state alone, and the velocity of the data enters
-    only as the target of a regression. A ``power`` above 0 is biased from data where samples have few dimensions.
-
-    Attributes:
-        velocity: the target: the conditional velocity of the data, with which `ConditionalVelocity` can mix guidance in
-            (``kappa=None`` for scales that the student is told), or the teacher's.
-        ends: law of the end time s, conditioned on s <= t.
-        equal: fraction of the batch with s = t, where F(x, t, t) is regressed.
-        estimator: how the derivative D_t F is computed.
-        power: exponent p of the weight 1 / (squared residual + eps)^p.
-        eps: see ``power``.
-        reduction: how the squared residual adds up elements; belongs to ``power`` and ``eps``.
+    with a detached D_t F, is regressed onto the velocity, and so is F(x, t, t).
+    MeanFlow's derivative is along the conditional velocity n - x_0 instead.
+    Here V is a function of the state alone, and the velocity of the data is only the target of a regression.
+    ``conditional_velocity.kappa = None`` mixes guidance in at scales that the student is told.
     """
 
-    citation = CITATION
+    citation = bibtex("geng2025imeanflow")
 
-    velocity: TargetVelocity = attrs.field(factory=ConditionalVelocity, validator=instance_of(TargetVelocity))
-    ends: EndSampler = attrs.field(factory=lambda: LogitNormal(mean=-0.4, std=1.0), validator=instance_of(EndSampler))
-    equal: float = attrs.field(default=0.5, validator=and_(ge(0.0), le(1.0)))
+    target: TargetVelocity = attrs.field(factory=ConditionalVelocity, validator=instance_of(TargetVelocity))
+    pairs: Pairs = attrs.field(
+        factory=lambda: WithDiagonal(pairs=SortedPair(first=LogitNormal(mean=-0.4)), share=0.5),
+        validator=instance_of(Pairs),
+    )
     estimator: GeneratingVelocity = attrs.field(factory=Jvp, validator=instance_of(GeneratingVelocity))
+    """The estimator of D_t F."""
     power: float = attrs.field(default=1.0, validator=ge(0.0))
     eps: float = attrs.field(default=0.01, validator=gt(0.0))
     reduction: Literal["mean", "sum"] = attrs.field(default="sum", validator=in_(("mean", "sum")))
 
-    def residual(
-        self,
-        student: FlowMap,
-        teacher: Teacher | None,
-        states: States,
-        s: Tensor,
-        *,
-        step: int,
-        generator: torch.Generator,
-    ) -> tuple[Tensor, Tensor]:
-        """F and V - velocity."""
-        velocity = self.velocity.velocity(student, teacher, states)
+    def residual(self, states: States, step: Step) -> Residual:
+        """V - velocity."""
         with torch.no_grad():
-            predicted = student.velocity(states.x, states.t, states.condition)
-        return eulerian_residual(
-            student,
-            velocity,
-            self.estimator,
-            states.x,
-            states.t,
-            s,
-            states.condition,
-            tangent=predicted,
-            step=step,
-        )
+            own = self.student.velocity(states.x, states.t, states.condition)
+        return eulerian(self.estimator, self.target(states), states, step.progress, tangent=own)

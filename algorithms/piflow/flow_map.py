@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowdistill.algorithms.piflow.policies import GMFlowHead, Policy, PolicyHead, shifted
 from flowdistill.flow_maps import NetworkFlowMap
-from flowdistill.interfaces import Condition, FlowMap, Teacher
+from flowdistill.interfaces import Condition, FlowMap, Jumps, Teacher
 from flowdistill.paths import expand_time
 from flowdistill.plumbing.dry import placed
 from flowdistill.plumbing.errors import ConfigError
@@ -48,7 +48,7 @@ class PolicyFlowMap(FlowMap):
         shift: float = 1.0,
     ) -> None:
         super().__init__()
-        if not velocity.instantaneous:
+        if velocity.jumps is not Jumps.NONE:
             raise ConfigError("a policy is made of a velocity field: set conditioning = 'instantaneous'")
         if substeps < 1 or segments < 1 or shift <= 0:
             raise ConfigError("substeps and segments must be at least 1, and shift positive")
@@ -58,7 +58,7 @@ class PolicyFlowMap(FlowMap):
         self.head = head(self.sample_shape, self.num_classes)
         self.wide.network.widen_output(self.head.velocities, self.head.extra)
         self.substeps, self.segments, self.shift = substeps, segments, shift
-        self.anchored = segments == 1
+        self.jumps = Jumps.FROM_NOISE if segments == 1 else Jumps.ANY
         self.train(velocity.training)
 
     @property

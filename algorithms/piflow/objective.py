@@ -1,4 +1,4 @@
-"""The objective of pi-Flow: the policy imitates the teacher where the policy itself leads."""
+"""The objective of pi-Flow."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import attrs
 import torch
 from attrs.validators import ge, instance_of, lt
 
-from flowdistill.algorithms.identities import pull
+from flowdistill.algorithms.identities import Residual, pull
 from flowdistill.algorithms.piflow.flow_map import PolicyFlowMap
-from flowdistill.interfaces import FlowMap, Objective, ObjectiveOutput, States, Teacher
+from flowdistill.algorithms.references import bibtex
+from flowdistill.interfaces import (
+    FlowMap,
+    Jumps,
+    Objective,
+    ObjectiveOutput,
+    OneStep,
+    Pairs,
+    States,
+    Step,
+    Teacher,
+    TimeSampler,
+)
 from flowdistill.paths import expand_time
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.registry import register_objective
-from flowdistill.times import TimeSampler, Uniform
-
-CITATION = """\
-@article{chen2025piflow,
-  title   = {pi-Flow: Policy-Based Few-Step Generation via Imitation Distillation},
-  author  = {Chen, Hansheng and Zhang, Kai and Tan, Hao and Guibas, Leonidas and Wetzstein, Gordon and Bi, Sai},
-  journal = {arXiv preprint arXiv:2510.14974},
-  year    = {2025},
-}"""
+from flowdistill.times import Uniform
 
 
 @register_objective("piflow")
@@ -33,34 +37,33 @@ class PiFlow(Objective):
         1/2 |pi(x_t, t) - u(x_t, t)|^2
 
     is minimised through the parameters of pi alone, at fixed x_t. The student must be a `PolicyFlowMap`.
-
-    Attributes:
-        sequence: begin with noise at t = 1 and train all segments in turn, each from where the policy of the one before
-            has ended; no data are needed. False trains the segment below the time of each state, for data that are
-            noised to the edges of the segments (``noised_data.times = @grid()``).
-        states_per_segment: how many times t for each evaluation of the student.
-        times: law of t in its segment: 1 is the start and 0 the end.
-        dropout: probability with which the followed policy, but not the trained one, misses each component of a
-            Gaussian mixture.
     """
 
-    citation = CITATION
+    citation = bibtex("chen2025piflow")
+    trains = Jumps.ONE_STEP
 
+    pairs: Pairs = attrs.field(factory=OneStep, validator=instance_of(Pairs))
+    """The law of t_src; ``@to_data()`` with ``to_data.starts = @grid()`` are the edges of the segments."""
     sequence: bool = True
+    """Begin with noise at t = 1 and train all segments in turn, each from where the policy of the one before has ended;
+    no data are needed. False trains the segment below the time of each state."""
     states_per_segment: int = attrs.field(default=2, validator=ge(1))
+    """How many times t are drawn for each evaluation of the student."""
     times: TimeSampler = attrs.field(factory=Uniform, validator=instance_of(TimeSampler))
+    """The law of t in its segment: 1 is the start and 0 the end."""
     dropout: float = attrs.field(default=0.05, validator=[ge(0.0), lt(1.0)])
+    """The probability with which the followed policy, but not the trained one, misses each component of a Gaussian
+    mixture."""
 
     def setup(self, student: FlowMap, teacher: Teacher | None) -> None:
-        """Check that the student follows a policy."""
+        """Take the models; ConfigError for a student that follows no policy."""
         if not isinstance(student, PolicyFlowMap):
             raise ConfigError(f"piflow trains a policy, not {type(student).__name__}: set train.flow_map = @policy")
+        super().setup(student, teacher)
 
-    def loss(
-        self, student: FlowMap, teacher: Teacher | None, states: States, *, step: int, generator: torch.Generator
-    ) -> ObjectiveOutput:
+    def loss(self, states: States, step: Step) -> ObjectiveOutput:
         """The mean over the segments, each with one evaluation of the student and a few of the teacher."""
-        assert teacher is not None
+        student, generator = self.student, step.generator
         assert isinstance(student, PolicyFlowMap)
         start = states.at_prior() if self.sequence else states
         x, t, condition = start.x, start.t, start.condition
@@ -73,10 +76,11 @@ class PiFlow(Objective):
                 with torch.no_grad():
                     now = student.between(t, end, position)
                     reached = x - expand_time(t - now, x) * student.average(leader, x, t, now)
-                    targets.append(teacher.velocity(reached, now, condition))
+                    targets.append(self.teacher.velocity(reached, now, condition))
                 velocities.append(policy.velocity(reached, now))
             if remaining:
                 with torch.no_grad():
                     x, t = x - expand_time(t - end, x) * student.average(leader, x, t, end), end
         velocity, target = torch.cat(velocities), torch.cat(targets)
-        return pull(velocity, velocity.detach() - target, scale=velocity.new_full((len(velocity),), 0.5))
+        half = velocity.new_full((len(velocity),), 0.5)
+        return pull(Residual(velocity, velocity.detach() - target), scale=half)

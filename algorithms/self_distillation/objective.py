@@ -6,41 +6,27 @@ from typing import Literal
 
 import attrs
 import torch
-from attrs.validators import and_, ge, in_, instance_of, le
+from attrs.validators import in_, instance_of
 from torch import Tensor
 
-from flowdistill.algorithms.identities import eulerian_residual, lagrangian_residual, semigroup_residual
+from flowdistill.algorithms.identities import Residual, eulerian, lagrangian, semigroup
+from flowdistill.algorithms.references import bibtex
 from flowdistill.algorithms.trajectory import SelfTaughtObjective
-from flowdistill.interfaces import FlowMap, GeneratingVelocity, States, TargetVelocity, Teacher
+from flowdistill.interfaces import GeneratingVelocity, Pairs, States, Step, TargetVelocity
+from flowdistill.pairs import Below, WithDiagonal
 from flowdistill.plumbing.registry import register_objective
-from flowdistill.velocities.estimators import Jvp
-from flowdistill.velocities.targets import ConditionalVelocity
+from flowdistill.velocities import ConditionalVelocity, Jvp
 
 
 @attrs.define(kw_only=True)
 class SelfDistillation(SelfTaughtObjective):
-    """Flow matching on the diagonal, and off it an identity with the student's own diagonal for the velocity.
+    """Flow matching on the diagonal, and off it an identity with the student's own diagonal for the velocity."""
 
-    Attributes:
-        velocity: the velocity that the diagonal learns: the conditional one of the data, or the teacher's.
-        ends: law of s given t.
-        equal: fraction of the batch with s = t, where the loss is flow matching.
-        power: see `TrajectoryObjective`.
-        eps: see `TrajectoryObjective`.
-        reduction: see `TrajectoryObjective`.
-        target_decay: see `SelfTaughtObjective`.
-    """
+    citation = bibtex("boffi2025selfdistillation")
 
-    citation = """\
-@article{boffi2025selfdistillation,
-  title   = {How to Build a Consistency Model: Learning Flow Maps via Self-Distillation},
-  author  = {Boffi, Nicholas M. and Albergo, Michael S. and Vanden-Eijnden, Eric},
-  journal = {arXiv preprint arXiv:2505.18825},
-  year    = {2025},
-}"""
-
-    velocity: TargetVelocity = attrs.field(factory=ConditionalVelocity, validator=instance_of(TargetVelocity))
-    equal: float = attrs.field(default=0.75, validator=and_(ge(0.0), le(1.0)))
+    target: TargetVelocity = attrs.field(factory=ConditionalVelocity, validator=instance_of(TargetVelocity))
+    """The velocity that the diagonal learns: the conditional one of the data, or the teacher's."""
+    pairs: Pairs = attrs.field(factory=lambda: WithDiagonal(pairs=Below(), share=0.75), validator=instance_of(Pairs))
 
 
 @register_objective("semigroup")
@@ -51,40 +37,21 @@ class Semigroup(SelfDistillation):
         R = F(x, t, s) - [(t - r) F(x, t, r) + (r - s) F(x_r, r, s)] / (t - s),   x_r = x - (t - r) F(x, t, r)
 
     It is the difference of the ends over t - s, with which it does not fade as s approaches t.
-
-    Attributes:
-        velocity: see `SelfDistillation`.
-        ends: see `SelfDistillation`.
-        equal: see `SelfDistillation`.
-        power: see `TrajectoryObjective`.
-        eps: see `TrajectoryObjective`.
-        reduction: see `TrajectoryObjective`.
-        target_decay: see `SelfTaughtObjective`.
-        middle: "midpoint" for r = (t + s) / 2, or "uniform" for r ~ U(s, t).
     """
 
     middle: Literal["midpoint", "uniform"] = attrs.field(default="midpoint", validator=in_(("midpoint", "uniform")))
+    """"midpoint" is r = (t + s) / 2, "uniform" is r ~ U(s, t)."""
 
-    def residual(
-        self,
-        student: FlowMap,
-        teacher: Teacher | None,
-        states: States,
-        s: Tensor,
-        *,
-        step: int,
-        generator: torch.Generator,
-    ) -> tuple[Tensor, Tensor]:
-        """That of the semigroup identity."""
-        x, t, condition = states.x, states.t, states.condition
-        target = self.target(student)
+    def residual(self, states: States, step: Step) -> Residual:
+        """The residual of the semigroup identity."""
+        t, s = states.t, states.s
         part: float | Tensor = 0.5
         if self.middle == "uniform":
-            part = torch.rand(len(t), generator=generator, device=t.device, dtype=t.dtype)
+            part = torch.rand(len(t), generator=step.generator, device=t.device, dtype=t.dtype)
         r = s + part * (t - s)
         with torch.no_grad():
-            first = target.average_velocity(x, t, r, condition)
-        return semigroup_residual(student, target, first, x, t, r, s, condition)
+            first = self.tutor.average_velocity(*states.to(r))
+        return semigroup(self.student, self.tutor, first, states, r)
 
 
 @register_objective("lsd")
@@ -95,35 +62,16 @@ class LSD(SelfDistillation):
         R = dX(x, t, s)/ds - sg F(X, s, s),   dX/ds = F - (t - s) dF/ds
 
     Gradients flow through dX/ds alone.
-
-    Attributes:
-        velocity: see `SelfDistillation`.
-        ends: see `SelfDistillation`.
-        equal: see `SelfDistillation`.
-        power: see `TrajectoryObjective`.
-        eps: see `TrajectoryObjective`.
-        reduction: see `TrajectoryObjective`.
-        target_decay: see `SelfTaughtObjective`.
-        estimator: of dF/ds. Without its graph only F is moved, as if dF/ds were given.
     """
 
     estimator: GeneratingVelocity = attrs.field(
         factory=lambda: Jvp(graph=True), validator=instance_of(GeneratingVelocity)
     )
+    """The estimator of dF/ds. Without its graph only F is moved, as if dF/ds were given."""
 
-    def residual(
-        self,
-        student: FlowMap,
-        teacher: Teacher | None,
-        states: States,
-        s: Tensor,
-        *,
-        step: int,
-        generator: torch.Generator,
-    ) -> tuple[Tensor, Tensor]:
-        """That of the Lagrangian identity."""
-        field = self.target(student).velocity
-        return lagrangian_residual(student, field, self.estimator, states.x, states.t, s, states.condition, step=step)
+    def residual(self, states: States, step: Step) -> Residual:
+        """The residual of the Lagrangian identity."""
+        return lagrangian(self.estimator, self.tutor.velocity, states, step.progress)
 
 
 @register_objective("esd")
@@ -134,33 +82,15 @@ class ESD(SelfDistillation):
         R = -(dX/dt + J_x X b) = F - b + (t - s) (dF/dt + (d_x F) b),   b = sg F(x, t, t)
 
     Gradients flow through F and its derivatives.
-
-    Attributes:
-        velocity: see `SelfDistillation`.
-        ends: see `SelfDistillation`.
-        equal: see `SelfDistillation`.
-        power: see `TrajectoryObjective`.
-        eps: see `TrajectoryObjective`.
-        reduction: see `TrajectoryObjective`.
-        target_decay: see `SelfTaughtObjective`.
-        estimator: of the derivative along the trajectory. Without its graph only F is moved, as MeanFlow moves it.
     """
 
     estimator: GeneratingVelocity = attrs.field(
         factory=lambda: Jvp(graph=True), validator=instance_of(GeneratingVelocity)
     )
+    """The estimator of the derivative along the trajectory. Without its graph only F is moved, as MeanFlow moves it."""
 
-    def residual(
-        self,
-        student: FlowMap,
-        teacher: Teacher | None,
-        states: States,
-        s: Tensor,
-        *,
-        step: int,
-        generator: torch.Generator,
-    ) -> tuple[Tensor, Tensor]:
-        """That of the Eulerian identity."""
+    def residual(self, states: States, step: Step) -> Residual:
+        """The residual of the Eulerian identity."""
         with torch.no_grad():
-            velocity = self.target(student).velocity(states.x, states.t, states.condition)
-        return eulerian_residual(student, velocity, self.estimator, states.x, states.t, s, states.condition, step=step)
+            velocity = self.tutor.velocity(states.x, states.t, states.condition)
+        return eulerian(self.estimator, velocity, states, step.progress)

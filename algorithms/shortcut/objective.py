@@ -7,13 +7,15 @@ import torch
 from attrs.validators import and_, ge, instance_of, le, lt
 from torch import Tensor
 
-from flowdistill.algorithms.identities import semigroup_residual
+from flowdistill.algorithms.identities import Residual, semigroup
+from flowdistill.algorithms.references import bibtex
 from flowdistill.algorithms.trajectory import SelfTaughtObjective
-from flowdistill.interfaces import Condition, FlowMap, States, TargetVelocity, Teacher
+from flowdistill.interfaces import Condition, Pairs, States, Step, TargetVelocity
+from flowdistill.pairs import Dyadic, WithDiagonal
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.registry import register_objective
-from flowdistill.times import Dyadic
-from flowdistill.velocities.targets import ConditionalVelocity
+from flowdistill.times import Grid
+from flowdistill.velocities import ConditionalVelocity
 
 
 @register_objective("shortcut")
@@ -23,78 +25,56 @@ class Shortcut(SelfTaughtObjective):
 
         R = F(x, t, s) - [F'(x, t, r) + F'(x_r, r, s)] / 2,   r = (t + s) / 2,   x_r = x - (t - r) F'(x, t, r)
 
-    F' is an average of the student's weights. The jumps are those of samplers of 1, 2, 4, ... steps, so that the
-    halves of each level are what the next finer level learns. The halves of the shortest jumps are Euler steps of the
-    velocity F'(x, t, t), or of the teacher's where ``velocity`` is that.
-
-    Attributes:
-        velocity: the velocity that the diagonal learns: the conditional one of the data, or the teacher's.
-        ends: law of the jumps. The states' times are to be its starts: the same law, or with one level more, by which
-            the halves of the shortest jumps start at such times, too.
-        equal: fraction of the batch with s = t, where the loss is flow matching.
-        power: see `TrajectoryObjective`.
-        eps: see `TrajectoryObjective`.
-        reduction: see `TrajectoryObjective`.
-        target_decay: weight of the old average at each update, in [0, 1); 0 takes the present weights.
-        guidance: scale of classifier-free guidance of the halves of the shortest jumps, from which all longer jumps
-            inherit it; 1 is none. The diagonal stays unguided. For training from data whose labels are dropped.
+    F' is an average of the student's weights.
+    The jumps are those of samplers of 1, 2, 4, ... steps, so that the halves of each level are what the next finer
+    level learns.
+    The halves of the shortest jumps are Euler steps of the velocity F'(x, t, t), or of the teacher's
+    if ``target`` is that.
     """
 
-    citation = """\
-@article{frans2024shortcut,
-  title   = {One Step Diffusion via Shortcut Models},
-  author  = {Frans, Kevin and Hafner, Danijar and Levine, Sergey and Abbeel, Pieter},
-  journal = {arXiv preprint arXiv:2410.12557},
-  year    = {2024},
-}"""
+    citation = bibtex("frans2024shortcut")
 
-    velocity: TargetVelocity = attrs.field(factory=ConditionalVelocity, validator=instance_of(TargetVelocity))
-    ends: Dyadic = attrs.field(factory=Dyadic, validator=instance_of(Dyadic))
-    equal: float = attrs.field(default=0.875, validator=and_(ge(0.0), le(1.0)))
+    target: TargetVelocity = attrs.field(factory=ConditionalVelocity, validator=instance_of(TargetVelocity))
+    """The velocity that the diagonal learns: the conditional one of the data, or the teacher's."""
+    levels: int = attrs.field(default=7, validator=ge(1))
+    """The samplers whose jumps are learned, of 1, 2, ..., 2^(levels - 1) steps."""
+    share: float = attrs.field(default=0.875, validator=and_(ge(0.0), le(1.0)))
+    """The share of the batch for flow matching, at times k / 2^levels."""
+    pairs: Pairs = attrs.field(init=False)
     target_decay: float = attrs.field(default=0.999, validator=[ge(0.0), lt(1.0)])
     guidance: float = attrs.field(default=1.0, validator=ge(0.0))
+    """The scale of classifier-free guidance of the halves of the shortest jumps, from which all longer jumps inherit
+    it; 1 is none. The diagonal stays unguided. It is for training from data whose labels are dropped."""
 
     def __attrs_post_init__(self) -> None:
-        if self.guidance != 1.0 and self.velocity.needs_teacher:
+        self._jumps = Dyadic(levels=self.levels)
+        self.pairs = WithDiagonal(pairs=self._jumps, share=self.share, times=Grid(steps=2**self.levels))
+        if self.guidance != 1.0 and self.target.needs_teacher:
             raise ConfigError("shortcut.guidance is for training from data: guide the teacher instead")
 
-    def residual(
-        self,
-        student: FlowMap,
-        teacher: Teacher | None,
-        states: States,
-        s: Tensor,
-        *,
-        step: int,
-        generator: torch.Generator,
-    ) -> tuple[Tensor, Tensor]:
-        """That of the semigroup identity at the midpoint."""
-        target = self.target(student)
-        length = (states.t - s) / 2
-        finest = length < 0.75 * self.ends.shortest
-        plain = not self.velocity.needs_teacher and self.guidance == 1.0
+    def residual(self, states: States, step: Step) -> Residual:
+        """The residual of the semigroup identity at the midpoint."""
+        length = (states.t - states.s) / 2
+        finest = length < 0.75 * self._jumps.shortest
+        plain = not self.target.needs_teacher and self.guidance == 1.0
         rows = None if plain else finest.nonzero()[:, 0]
 
         def half(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-            average = target.average_velocity(x, t, torch.where(finest, t, t - length), condition)
+            average = self.tutor.average_velocity(x, t, torch.where(finest, t, t - length), condition)
             if rows is None or not len(rows):
                 return average
-            if self.velocity.needs_teacher:
-                assert teacher is not None
-                velocity = teacher.velocity(x[rows], t[rows], condition[rows])
-                average = average.index_copy(0, rows, velocity.to(average.dtype))
+            if self.target.needs_teacher:
+                velocity = self.teacher.velocity(x[rows], t[rows], condition[rows]).to(average.dtype)
             else:
-                guided = self._guided(target, average[rows], x[rows], t[rows], condition[rows])
-                average = average.index_copy(0, rows, guided)
-            return average
+                velocity = self._guided(average[rows], x[rows], t[rows], condition[rows])
+            return average.index_copy(0, rows, velocity)
 
-        x, t, condition = states.x, states.t, states.condition
         with torch.no_grad():
-            first = half(x, t, condition)
-        return semigroup_residual(student, half, first, x, t, t - length, s, condition)
+            first = half(states.x, states.t, states.condition)
+        return semigroup(self.student, half, first, states, states.t - length)
 
-    def _guided(self, target: FlowMap, labelled: Tensor, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def _guided(self, labelled: Tensor, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         if condition.labels is None:
             raise ConfigError("shortcut.guidance needs labels, which these data do not have")
-        unlabelled = target.velocity(x, t, condition.drop(torch.ones_like(condition.labels).bool()))
+        unlabelled = self.tutor.velocity(x, t, condition.unlabelled())
         return unlabelled + self.guidance * (labelled - unlabelled)

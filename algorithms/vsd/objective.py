@@ -13,43 +13,14 @@ from attrs.validators import ge, in_, instance_of, is_callable, optional
 from torch import Tensor, nn
 
 from flowdistill.algorithms.corrections import CorrectionObjective, one_step_samples
-from flowdistill.algorithms.identities import pull
+from flowdistill.algorithms.identities import noised, pull
+from flowdistill.algorithms.references import bibtex
 from flowdistill.flow_maps import NetworkFlowMap
-from flowdistill.interfaces import Condition, FlowMap, ObjectiveOutput, States, Teacher
+from flowdistill.interfaces import Condition, FlowMap, ObjectiveOutput, States, Step, Teacher, TimeSampler
 from flowdistill.networks import Linear, VelocityNetwork
-from flowdistill.paths import expand_time, interpolate
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.registry import register_objective
-from flowdistill.times import TimeSampler, Uniform
-
-VSD_CITATION = """\
-@inproceedings{wang2023prolificdreamer,
-  title     = {{ProlificDreamer}: High-Fidelity and Diverse Text-to-{3D} Generation
-               with Variational Score Distillation},
-  author    = {Wang, Zhengyi and Lu, Cheng and Wang, Yikai and Bao, Fan and Li, Chongxuan and Su, Hang and Zhu, Jun},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year      = {2023},
-  note      = {arXiv:2305.16213},
-}
-
-@inproceedings{yin2024dmd,
-  title     = {One-step Diffusion with Distribution Matching Distillation},
-  author    = {Yin, Tianwei and Gharbi, Micha{\\"e}l and Zhang, Richard and Shechtman, Eli and Durand, Fr{\\'e}do
-               and Freeman, William T. and Park, Taesung},
-  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-  year      = {2024},
-  note      = {arXiv:2311.18828},
-}"""
-
-DMD2_CITATION = """\
-@inproceedings{yin2024dmd2,
-  title     = {Improved Distribution Matching Distillation for Fast Image Synthesis},
-  author    = {Yin, Tianwei and Gharbi, Micha{\\"e}l and Park, Taesung and Zhang, Richard and Shechtman, Eli
-               and Durand, Fr{\\'e}do and Freeman, William T.},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year      = {2024},
-  note      = {arXiv:2405.14867},
-}"""
+from flowdistill.times import Uniform
 
 
 @register_objective("vsd")
@@ -61,16 +32,11 @@ class VSD(CorrectionObjective):
 
         (x_fake - x_teacher) / W,   x_fake = x_r - r v_N,   x_teacher = x_r - r u,   W = mean |x - x_teacher|,
 
-    which is (u - v_N) / mean |u - (n - x)|: the time cancels. The fake score is that of the online network.
-
-    Attributes:
-        noising: the estimator of v_N, in DMD's words the fake score.
-        times: law of r.
-        guidance_interval: see `CorrectionObjective`.
-        weighting: see `CorrectionObjective`.
+    which is (u - v_N) / mean |u - (n - x)|: the time cancels.
+    The fake score is that of the online network.
     """
 
-    citation = VSD_CITATION
+    citation = bibtex("wang2023prolificdreamer", "yin2024dmd")
 
     times: TimeSampler = attrs.field(factory=lambda: Uniform(low=0.02, high=0.98), validator=instance_of(TimeSampler))
     weighting: Literal["none", "dmd"] = attrs.field(default="dmd", validator=in_(("none", "dmd")))
@@ -105,23 +71,16 @@ class DMD2(VSD):
         softplus(D(x_r, r)) + softplus(-D(y_r, r))
 
     with x the student's samples and y the data, both noised to times of the law ``times``.
-
-    Attributes:
-        noising: see `VSD`.
-        times: see `VSD`.
-        guidance_interval: see `VSD`.
-        weighting: see `VSD`.
-        auxiliary_updates: updates of fake score and discriminator for each of the student.
-        discriminator: builds the network under the discriminator's linear layer; None is no discriminator, and no
-            need of data.
-        discriminator_weight: w.
     """
 
-    citation = DMD2_CITATION
+    citation = bibtex("yin2024dmd2")
 
     auxiliary_updates: int = attrs.field(default=5, validator=ge(1))
+    """Updates of fake score and discriminator for each of the student."""
     discriminator: Callable[[], VelocityNetwork] | None = attrs.field(default=None, validator=optional(is_callable()))
+    """Builds the network under the discriminator's linear layer; None is no discriminator, and no need of data."""
     discriminator_weight: float = attrs.field(default=3e-3, validator=ge(0.0))
+    """w."""
     _judge: _Discriminator | None = attrs.field(default=None, init=False, repr=False, eq=False)
 
     @property
@@ -130,7 +89,7 @@ class DMD2(VSD):
         return self.discriminator is not None
 
     def setup(self, student: FlowMap, teacher: Teacher | None) -> None:
-        """Set the fake score up and build the discriminator; ConfigError for a network of another shape."""
+        """Take the models and build the discriminator; ConfigError for a network of another shape."""
         super().setup(student, teacher)
         if self.discriminator is None:
             return
@@ -139,52 +98,40 @@ class DMD2(VSD):
             raise ConfigError(
                 f"the discriminator's samples have shape {network.sample_shape}, the student's {student.sample_shape}"
             )
-        self._judge = _Discriminator(network, getattr(student, "guidance", None))
+        self._judge = _Discriminator(network, student.guidance)
 
     def modules(self) -> Mapping[str, nn.Module]:
-        """The fake score as ``online``, and ``discriminator`` where there is one."""
+        """The fake score as ``online``, and ``discriminator`` if there is one."""
         return {**super().modules(), **({} if self._judge is None else {"discriminator": self._judge})}
 
-    def _noised(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        r = self.times.sample(len(x), generator).to(x.dtype)
-        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        return interpolate(x, noise, r), r
+    def _noised(self, x: Tensor, condition: Condition, generator: torch.Generator) -> States:
+        return noised(x, self.times.sample(len(x), generator).to(x.dtype), condition, generator)
 
-    def loss(
-        self, student: FlowMap, teacher: Teacher | None, states: States, *, step: int, generator: torch.Generator
-    ) -> ObjectiveOutput:
-        """That of VSD, and the adversarial loss through a discriminator whose parameters are held."""
-        start = states.at_prior()
-        average, residual = self.residual(student, teacher, start, generator=generator)
-        output = pull(average, residual)
+    def loss(self, states: States, step: Step) -> ObjectiveOutput:
+        """The loss of VSD, and the adversarial loss through a discriminator whose parameters are held."""
+        start = states.at_prior().to(0.0)
+        residual = self.residual(start, step)
+        output = pull(residual)
         if self._judge is None:
             return output
-        samples = start.x - expand_time(start.t, start.x) * average
+        seen = self._noised(start.land(residual.average), start.condition, step.generator)
         held = {name: p.detach() for name, p in self._judge.named_parameters()}
-        arguments = (*self._noised(samples, generator), start.condition)
-        adversarial = F.softplus(-torch.func.functional_call(self._judge, held, arguments)).mean()
+        logits = torch.func.functional_call(self._judge, held, (seen.x, seen.t, seen.condition))
+        adversarial = F.softplus(-logits).mean()
         return ObjectiveOutput(
             output.loss + self.discriminator_weight * adversarial,
             {**output.metrics, "adversarial": adversarial.detach()},
             output.residual_norm,
         )
 
-    def auxiliary_loss(
-        self,
-        name: str,
-        student: FlowMap,
-        teacher: Teacher | None,
-        states: States,
-        *,
-        step: int,
-        generator: torch.Generator,
-    ) -> ObjectiveOutput | None:
-        """That of VSD for the fake score, that of telling samples from data for the discriminator."""
+    def auxiliary_loss(self, name: str, states: States, step: Step) -> ObjectiveOutput | None:
+        """The loss of VSD for the fake score, that of telling samples from data for the discriminator."""
         if name != "discriminator":
-            return super().auxiliary_loss(name, student, teacher, states, step=step, generator=generator)
+            return super().auxiliary_loss(name, states, step)
         assert self._judge is not None
         assert states.clean is not None
-        samples = one_step_samples(student, states.at_prior())
-        fake = self._judge(*self._noised(samples, generator), states.condition)
-        real = self._judge(*self._noised(states.clean, generator), states.condition)
-        return ObjectiveOutput((F.softplus(fake) + F.softplus(-real)).mean())
+        samples = one_step_samples(self.student, states.at_prior())
+        fake = self._noised(samples, states.condition, step.generator)
+        real = self._noised(states.clean, states.condition, step.generator)
+        logits = [self._judge(seen.x, seen.t, seen.condition) for seen in (fake, real)]
+        return ObjectiveOutput((F.softplus(logits[0]) + F.softplus(-logits[1])).mean())

@@ -30,9 +30,9 @@ from flowdistill.evaluation.samples import SampleSet
 from flowdistill.interfaces import FlowMap
 from flowdistill.plumbing import config
 from flowdistill.plumbing.errors import ConfigError, FlowDistillError, RunsFailedError
+from flowdistill.plumbing.records import read_records
 from flowdistill.runs.run import load_flow_map
 from flowdistill.training import train
-from flowdistill.training.run_log import read_records
 
 
 def bench(

@@ -1,7 +1,8 @@
 """Data sets. Only data-based objectives ever build one."""
 
+from flowdistill.data.augmentations import RandomAffine
 from flowdistill.data.datasets import Dataset, Digits, ExactSamples, ImageDataset
 from flowdistill.data.latents import Latents
 from flowdistill.data.mnist import Mnist
 
-__all__ = ["Dataset", "Digits", "ExactSamples", "ImageDataset", "Latents", "Mnist"]
+__all__ = ["Dataset", "Digits", "ExactSamples", "ImageDataset", "Latents", "Mnist", "RandomAffine"]

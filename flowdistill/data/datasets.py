@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from flowdistill.interfaces import Condition, Teacher
+from flowdistill.interfaces import Condition, ExactTeacher, Teacher
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.registry import register_dataset
 
@@ -78,7 +78,7 @@ class ExactSamples(Dataset):
     """
 
     def __init__(self, teacher: Teacher) -> None:
-        if not hasattr(teacher, "sample_data"):
+        if not isinstance(teacher, ExactTeacher):
             raise ConfigError(f"{type(teacher).__name__} is not an exact teacher: it cannot draw data")
         self._teacher = teacher
         self.sample_shape, self.num_classes = teacher.sample_shape, teacher.num_classes
@@ -90,5 +90,5 @@ class ExactSamples(Dataset):
             size = (batch_size,)
             labels = torch.randint(self.num_classes, size, generator=generator, device=generator.device)
         self._teacher.to(generator.device)
-        data: Tensor = self._teacher.sample_data(batch_size, generator, Condition(labels))  # type: ignore[operator]
+        data: Tensor = self._teacher.sample_data(batch_size, generator, Condition(labels))
         return data, labels

@@ -20,7 +20,7 @@ from flowdistill.data import ImageDataset
 from flowdistill.evaluation.features import FeatureExtractor, load_features
 from flowdistill.evaluation.metrics import Moments
 from flowdistill.evaluation.samples import SampleSet, sample_set
-from flowdistill.interfaces import Decoder, Teacher
+from flowdistill.interfaces import Decoder, ExactTeacher, Teacher
 from flowdistill.plumbing.errors import ConfigError, DataError
 from flowdistill.plumbing.registry import DATASETS, unknown_name
 
@@ -69,20 +69,11 @@ def reference_set(
                 "of images, an .npz file, or a data set"
             )
         return SampleSet(extractor.reference)
-    if not hasattr(teacher, "sample_data"):
+    if not isinstance(teacher, ExactTeacher):
         raise ConfigError(NOTHING_TO_COMPARE)
-    generator = torch.Generator(teacher.device).manual_seed(seed + 10_000)  # type: ignore[union-attr]
-    samples = teacher.sample_data(n, generator).flatten(1).cpu()  # type: ignore[union-attr, operator]
-    return SampleSet(samples, modes=_modes(teacher))
-
-
-def _modes(teacher: object) -> tuple[Tensor, float] | None:
-    """The components of a mixture of equal weights, and three of their deviations in the plane, as is usual there."""
-    means, variances = getattr(teacher, "means", None), getattr(teacher, "variances", None)
-    weights = getattr(teacher, "log_weights", None)
-    if means is None or variances is None or weights is None or not torch.allclose(weights, weights[0]):
-        return None
-    return means.cpu(), 3 * math.sqrt(float(variances.max()) * means.shape[1] / 2)
+    generator = torch.Generator(teacher.device).manual_seed(seed + 10_000)
+    samples = teacher.sample_data(n, generator).flatten(1).cpu()
+    return SampleSet(samples, modes=teacher.modes)
 
 
 def load_images(

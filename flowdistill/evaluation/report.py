@@ -23,14 +23,14 @@ from flowdistill.evaluation.plots import image_grid, loss_curves, scatter_side_b
 from flowdistill.evaluation.references import NOTHING_TO_COMPARE, reference_set
 from flowdistill.evaluation.samples import SampleSet, sample_set
 from flowdistill.evaluation.trajectories import ErrorAt, checked_deltas, trajectory_error
-from flowdistill.flow_maps import FlowMapTeacher
 from flowdistill.guidance import GuidedTeacher
-from flowdistill.interfaces import Condition, FlowMap, Teacher
+from flowdistill.interfaces import Condition, ExactTeacher, FlowMap, Jumps, Teacher
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.randomness import step_generator
+from flowdistill.plumbing.records import read_records
 from flowdistill.plumbing.registry import FEATURES, METRICS
 from flowdistill.solvers import Euler
-from flowdistill.training.run_log import read_records
+from flowdistill.wrapped_teachers import FlowMapTeacher
 
 
 class Sampler(Protocol):
@@ -79,7 +79,7 @@ class Evaluation:
             checked_deltas(self.deltas)
         if isinstance(self.features, str):
             FEATURES.get(self.features)
-        if self.features is None and not hasattr(teacher, "sample_data"):
+        if self.features is None and not isinstance(teacher, ExactTeacher):
             raise ConfigError(NOTHING_TO_COMPARE)
 
 
@@ -117,7 +117,7 @@ def compare(
             samplers[most] = _euler(teacher, steps), "evaluation"
         samplers["noise floor"] = samplers[most][0], "evaluation, again"
     if student is not None:
-        for steps in (1,) if student.anchored else evaluation.student_steps:
+        for steps in (1,) if not student.has_velocity else evaluation.student_steps:
             samplers[f"student, {_number(steps, 'step')}"] = _jumps(student, steps), "evaluation, student"
     distances = [metric for metric in ("fid", "w2") if metric in evaluation.metrics]
     rows: dict[str, dict[str, float]] = {}
@@ -165,7 +165,11 @@ def _euler(teacher: Teacher, steps: int) -> Sampler:
 
 def _jumps(student: FlowMap, steps: int) -> Sampler:
     def sampler(noise: Tensor, condition: Condition, generator: torch.Generator | None = None) -> Tensor:
-        fresh = torch.randn((steps - 1, *noise.shape), generator=generator).to(noise) if student.to_data else None
+        fresh = (
+            torch.randn((steps - 1, *noise.shape), generator=generator).to(noise)
+            if student.jumps is Jumps.TO_DATA
+            else None
+        )
         return student.sample(noise, steps, condition, renoise=fresh)
 
     return sampler
@@ -197,7 +201,7 @@ def save_samples(student: FlowMap, path: Path, seed: int) -> None:
     n = 1000 if len(student.sample_shape) == 1 else 60
     device = _device(student)
     noise = torch.randn((n, *student.sample_shape), generator=step_generator(seed, 0, "pictures")).to(device)
-    steps = 64 if getattr(student, "instantaneous", False) else 1
+    steps = 64 if student.jumps is Jumps.NONE else 1
     samples = student.sample(noise, steps, Condition.in_turn(student.num_classes, n).to(device))
     save_picture(images_of(samples, student).cpu(), path)
 
@@ -214,7 +218,7 @@ def write_report(
     records = read_records(workdir)
     loss_curves(records, plots / "curves.png")
     distilled: FlowMap | None = student
-    if teacher is None and getattr(student, "instantaneous", False):
+    if teacher is None and student.jumps is Jumps.NONE:
         distilled, teacher = None, FlowMapTeacher(student)
         if evaluation is not None and evaluation.guidance is not None:
             teacher = GuidedTeacher(teacher, evaluation.guidance)

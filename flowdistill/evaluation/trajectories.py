@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowdistill.evaluation.features import FeatureExtractor, load_features
 from flowdistill.evaluation.samples import sample_set
-from flowdistill.interfaces import Condition, FlowMap, Teacher
+from flowdistill.interfaces import Condition, FlowMap, Jumps, Teacher
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.randomness import step_generator
 from flowdistill.solvers import OdeSolver, RungeKutta4
@@ -70,7 +70,7 @@ def trajectory_error(
         ['0.5: 0.000', '1.0: 0.000']
     """
     durations = checked_deltas(deltas)
-    if student.to_data and durations != [1.0]:
+    if student.jumps is Jumps.TO_DATA and durations != [1.0]:
         raise ConfigError("a map to data ends at t = 0 alone: its error is that at deltas = (1.0,)")
     integrate = RungeKutta4() if solver is None else solver
 
@@ -118,7 +118,7 @@ def semigroup_error(
         >>> [f"{e.delta}: {e.mean:.3f}" for e in semigroup_error(student, (0.5, 1.0))]
         ['0.5: 0.000', '1.0: 0.000']
     """
-    if student.anchored or student.to_data:
+    if student.jumps is not Jumps.ANY:
         raise ConfigError("only a map between any two times has jumps that can be composed")
     durations = checked_deltas(deltas)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -15,25 +16,40 @@ from flowdistill.paths import expand_time, interpolate
 from flowdistill.plumbing.errors import ConfigError
 
 
+class Jumps(enum.Flag):
+    """The jumps (t, s) that a flow map can make, or that an objective trains."""
+
+    NONE = 0
+    """No jumps: a velocity field, for s = t alone."""
+    ONE_STEP = enum.auto()
+    """The one jump from noise, t = 1, to data, s = 0."""
+    _OTHER_ENDS = enum.auto()
+    _OTHER_STARTS = enum.auto()
+    _OTHERS = enum.auto()
+    FROM_NOISE = ONE_STEP | _OTHER_ENDS
+    """Jumps from t = 1 to all s, as in FreeFlow."""
+    TO_DATA = ONE_STEP | _OTHER_STARTS
+    """Jumps from all t to s = 0, and the velocity, as in consistency models."""
+    ANY = FROM_NOISE | TO_DATA | _OTHERS
+    """All jumps with s <= t, and the velocity."""
+
+
 class FlowMap(nn.Module, ABC):
     """A flow map X(x, t, s) = x - (t - s) F(x, t, s) for s <= t, with F the average velocity over [s, t].
 
     On the diagonal F(x, t, t) is the instantaneous velocity u(x, t).
-
-    Attributes:
-        sample_shape: shape of one sample, without the batch.
-        num_classes: number of classes; None for an unconditional map.
-        decoder: turns samples into images; None where the samples themselves are shown.
-        anchored: True where only t = 1 is meaningful (the map starts at the prior), as in FreeFlow.
-        to_data: True where, beside the velocity, only s = 0 is meaningful (the map ends at the data), as in
-            consistency models.
     """
 
     sample_shape: tuple[int, ...]
+    """The shape of one sample, without the batch."""
     num_classes: int | None = None
+    """The number of classes; None for an unconditional map."""
     decoder: Decoder | None = None
-    anchored: bool = False
-    to_data: bool = False
+    """Turns samples into images; None if the samples themselves are shown."""
+    jumps: Jumps = Jumps.ANY
+    """The jumps that are meaningful."""
+    guidance: float | None = None
+    """The guidance scale of samples that name none; None for a map that takes no scales."""
     _evaluations: int = 0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -50,10 +66,20 @@ class FlowMap(nn.Module, ABC):
         return x - expand_time(t - s, x) * self.average_velocity(x, t, s, condition)
 
     def velocity(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Tensor:
-        """The instantaneous velocity F(x, t, t); only a map that is not anchored has one."""
-        if self.anchored:
+        """The instantaneous velocity F(x, t, t); a map that starts at noise alone has none."""
+        if not self.has_velocity:
             raise ConfigError(f"{type(self).__name__} is anchored at t = 1 and has no velocity at other times")
         return self.average_velocity(x, t, t, condition)
+
+    @property
+    def has_velocity(self) -> bool:
+        """Whether F(x, t, t) is meaningful at all t."""
+        return self.jumps not in (Jumps.ONE_STEP, Jumps.FROM_NOISE)
+
+    @property
+    def backbone(self) -> nn.Module | None:
+        """The network that is the velocity F(x, t, t) as it stands, and may be copied; None if there is none."""
+        return None
 
     @property
     def evaluations(self) -> int:
@@ -88,9 +114,9 @@ class FlowMap(nn.Module, ABC):
         grid = torch.linspace(1.0, 0.0, steps + 1) if times is None else times.detach().cpu()
         if grid.ndim != 1 or len(grid) < 2 or bool((grid.diff() >= 0).any()):
             raise ConfigError("times must be a decreasing one-dimensional grid of at least two entries")
-        if self.anchored and len(grid) > 2:
+        if not self.has_velocity and len(grid) > 2:
             raise ConfigError(f"an anchored flow map samples in 1 step, not {len(grid) - 1}: only t = 1 is meaningful")
-        if self.to_data and renoise is None and len(grid) > 2:
+        if self.jumps is Jumps.TO_DATA and renoise is None and len(grid) > 2:
             raise ConfigError("a map to data knows no other end: give sample fresh noise to add between the jumps")
         if renoise is not None and len(renoise) != len(grid) - 2:
             raise ConfigError(f"{len(grid) - 1} steps noise {len(grid) - 2} times, not {len(renoise)}")

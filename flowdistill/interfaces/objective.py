@@ -8,46 +8,63 @@ from typing import ClassVar
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flowdistill.interfaces.flow_map import FlowMap
-from flowdistill.interfaces.state_source import States
+from flowdistill.interfaces.flow_map import FlowMap, Jumps
+from flowdistill.interfaces.jump import States
+from flowdistill.interfaces.part import Part
 from flowdistill.interfaces.teacher import Teacher
+from flowdistill.interfaces.times import OneStep, Pairs
+from flowdistill.plumbing.errors import ConfigError
+
+
+@attrs.frozen(eq=False)
+class Step:
+    """A step of training, as an objective sees it."""
+
+    generator: torch.Generator
+    """The source of all random numbers of the loss."""
+    number: int = 0
+    """The updates of the student so far."""
+    progress: float = 0.0
+    """The part of the training that is done, in [0, 1]."""
 
 
 @attrs.frozen(eq=False)
 class ObjectiveOutput:
-    """The result of one evaluation of an objective.
-
-    Attributes:
-        loss: scalar, with a graph.
-        metrics: detached scalars for the log, by name.
-        residual_norm: mean over the batch of the norm of a sample's residual, before any weight; what adaptive
-            balancing of two objectives compares.
-    """
+    """The result of one evaluation of an objective."""
 
     loss: Tensor
+    """A scalar, with a graph."""
     metrics: Mapping[str, Tensor] = attrs.field(factory=dict)
+    """Detached scalars for the log, by name."""
     residual_norm: Tensor | None = None
+    """The mean over the batch of the norm of a sample's residual, before any weight, by which two objectives are
+    balanced."""
 
 
-class Objective(ABC):
+class Objective(Part, ABC):
     """A loss for flow maps. Concrete objectives are attrs classes whose fields are their hyper-parameters.
 
-    Attributes:
-        citation: BibTeX of the paper.
-        auxiliary_updates: updates of the extra modules for each update of the student; the first is on the student's
-            own states, each further one on fresh states.
+    The trainer calls `setup` once with the models, and then `loss` at every step on states of the law `law`.
     """
 
     citation: ClassVar[str] = ""
+    """BibTeX of the paper."""
+    pairs: Pairs = OneStep()
+    """The law of the times (t, s) of the states."""
+    trains: ClassVar[Jumps] = Jumps.ANY
+    """The jumps that a student must be able to make."""
+    needs_all_times: ClassVar[bool] = False
+    """Whether states at t = 1 alone teach nothing, so that the prior cannot be the state source."""
     auxiliary_updates: int = 1
+    """Updates of the extra modules for each update of the student; each after the first is on fresh states."""
 
     @property
     def needs_data(self) -> bool:
         """Whether the states must carry clean data.
 
-        **Where it is False the objective trains on a machine on which no data set exists.**
+        **If it is False the objective trains on a machine on which no data set exists.**
         """
         return False
 
@@ -57,42 +74,29 @@ class Objective(ABC):
         return True
 
     def setup(self, student: FlowMap, teacher: Teacher | None) -> None:
-        """Build what depends on the models, such as an online network; called once before training."""
+        """Take the models; ConfigError for a student that cannot make the jumps that are trained."""
+        if self.trains not in student.jumps:
+            raise ConfigError(
+                f"{type(self).__name__} trains jumps ({_words(self.trains)}) that this student cannot make "
+                f"({_words(student.jumps)}): set another conditioning of the student"
+            )
+        super().setup(student, teacher)
+
+    def law(self, progress: float) -> Pairs:
+        """The law of the times of the states when the part ``progress`` of the training is done."""
+        return self.pairs
 
     @abstractmethod
-    def loss(
-        self,
-        student: FlowMap,
-        teacher: Teacher | None,
-        states: States,
-        *,
-        step: int,
-        generator: torch.Generator,
-    ) -> ObjectiveOutput:
-        """The student's loss on a batch of states; all randomness comes from ``generator``."""
+    def loss(self, states: States, step: Step) -> ObjectiveOutput:
+        """The student's loss on a batch of states; all randomness comes from ``step.generator``."""
 
-    def modules(self) -> Mapping[str, nn.Module]:
-        """Extra modules by name, saved in checkpoints.
-
-        Each that has parameters to train is trained by an optimiser of its own on `auxiliary_loss`.
-        """
-        return {}
-
-    def after_step(self, student: FlowMap, step: int) -> None:
-        """Follow the student after its update number ``step``, as an average of its weights does."""
-
-    def auxiliary_loss(
-        self,
-        name: str,
-        student: FlowMap,
-        teacher: Teacher | None,
-        states: States,
-        *,
-        step: int,
-        generator: torch.Generator,
-    ) -> ObjectiveOutput | None:
+    def auxiliary_loss(self, name: str, states: States, step: Step) -> ObjectiveOutput | None:
         """The loss of the extra module ``name``; only its parameters receive gradients.
 
         None leaves the module untouched at this step.
         """
         raise KeyError(f"{type(self).__name__} has no module named {name!r}")
+
+
+def _words(jumps: Jumps) -> str:
+    return (jumps.name or str(jumps)).lower().replace("_", " ")

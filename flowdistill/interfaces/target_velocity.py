@@ -7,22 +7,18 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from flowdistill.interfaces.flow_map import FlowMap
-from flowdistill.interfaces.state_source import States
-from flowdistill.interfaces.teacher import Teacher
+from flowdistill.interfaces.jump import States
+from flowdistill.interfaces.part import Part
 
 
-class TargetVelocity(ABC):
-    """The dx/dt at the states of training: what makes an objective train from data or distil a teacher.
-
-    Attributes:
-        needs_data: whether the states must carry clean data and their noise.
-        needs_teacher: whether a teacher's velocity is queried.
-    """
+class TargetVelocity(Part, ABC):
+    """The dx/dt at the states of training, by which an objective trains from data or distils a teacher."""
 
     needs_data: ClassVar[bool] = False
+    """Whether the states must carry clean data and their noise."""
     needs_teacher: ClassVar[bool] = False
+    """Whether a teacher's velocity is queried."""
 
     @abstractmethod
-    def velocity(self, student: FlowMap, teacher: Teacher | None, states: States) -> Tensor:
+    def __call__(self, states: States) -> Tensor:
         """The velocity at (x, t), detached, of the shape of x."""

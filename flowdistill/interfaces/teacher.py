@@ -19,13 +19,9 @@ class Teacher(nn.Module, ABC):
     """A marginal velocity field u(x, t) = dx/dt of the linear path, t = 1 noise, t = 0 data.
 
     Subclasses set ``sample_shape`` and, if class-conditional, ``num_classes``, and implement
-    `velocity` on all of t in [0, 1]. A teacher stays in evaluation mode; gradients flow only to an
-    ``x`` that asks for them once its parameters are frozen, as the trainer does.
-
-    Attributes:
-        sample_shape: shape of one sample, without the batch.
-        num_classes: number of classes; None for an unconditional teacher.
-        decoder: turns samples into images; None where the samples themselves are shown.
+    `velocity` on all of t in [0, 1].
+    A teacher stays in evaluation mode.
+    The trainer freezes its parameters, so that gradients flow only to an ``x`` that asks for them.
 
     Examples:
         >>> class Straight(Teacher):  # all data at the origin: x_t = t n, u = x / t at t > 0
@@ -38,8 +34,13 @@ class Teacher(nn.Module, ABC):
     """
 
     sample_shape: tuple[int, ...]
+    """The shape of one sample, without the batch."""
     num_classes: int | None = None
+    """The number of classes; None for an unconditional teacher."""
     decoder: Decoder | None = None
+    """Turns samples into images; None if the samples themselves are shown."""
+    takes_guidance: bool = False
+    """Whether the velocity follows the guidance of its condition."""
     _evaluations: int = 0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -55,9 +56,10 @@ class Teacher(nn.Module, ABC):
         """The same as `velocity`."""
         return self.velocity(x, t, condition)
 
-    def held(self, t: Tensor) -> Teacher:
-        """This teacher with what it decides by the time, such as whether to guide, decided by t (B,) for good."""
-        return self
+    @property
+    def backbone(self) -> nn.Module | None:
+        """The network that is this velocity and that a student may copy; None if there is none."""
+        return None
 
     @property
     def evaluations(self) -> int:
@@ -84,3 +86,18 @@ class Teacher(nn.Module, ABC):
     def train(self, mode: bool = True) -> Self:
         """Stay in evaluation mode whatever is asked: a teacher is never trained."""
         return super().train(False)
+
+
+class ExactTeacher(Teacher):
+    """A teacher whose data distribution is known: the truth that samples can be compared with."""
+
+    @abstractmethod
+    def sample_data(
+        self, n: int, generator: torch.Generator | None = None, condition: Condition | None = None
+    ) -> Tensor:
+        """Draw ``n`` samples of the data distribution, ``(n, *sample_shape)``, of the condition's labels if any."""
+
+    @property
+    def modes(self) -> tuple[Tensor, float] | None:
+        """The centres (K, D) of a mixture of equal weights, and the radius that counts as near; None for others."""
+        return None

@@ -16,21 +16,20 @@ from flowdistill.plumbing.errors import ConfigError
 
 
 class VelocityNetwork(nn.Module, ABC):
-    """A network that predicts velocities in this library's convention: t = 1 noise, u = dx/dt.
-
-    Attributes:
-        sample_shape: shape of one sample, without the batch.
-        num_classes: number of classes; None for an unconditional network.
-        embedding_size: size of the vector that conditions every block.
-        early_blocks: how many of the blocks see t when ``late_time`` is given.
-        arguments: what the network was built with, by name, defaults included; from it the network can be built again.
-    """
+    """A network that predicts velocities in this library's convention: t = 1 noise, u = dx/dt."""
 
     sample_shape: tuple[int, ...]
+    """The shape of one sample, without the batch."""
     num_classes: int | None
+    """The number of classes; None for an unconditional network."""
     embedding_size: int
+    """The size of the vector that conditions every block."""
     early_blocks: int
+    """How many of the blocks see t when ``late_time`` is given."""
+    only_embeds_time: bool = True
+    """Whether the time conditions blocks alone, and scales neither inputs nor outputs."""
     arguments: dict[str, Any]
+    """The arguments with which the network was built, defaults included; they build it again."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -304,6 +304,8 @@ class EDM2(VelocityNetwork):
         (torch.Size([2, 1, 8, 8]), torch.Size([2, 1, 1, 1]))
     """
 
+    only_embeds_time = False
+
     def __init__(
         self,
         img_resolution: int = 64,

@@ -9,7 +9,7 @@ import inspect
 import logging
 import re
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +136,10 @@ def _note_places(text: str, source: str) -> None:
         if isinstance(statement, IncludeStatement):
             path = find_gin_file(statement.filename)
             _note_places(path.read_text(), str(path))
-        elif isinstance(statement, BindingStatement) and statement.arg_name:
-            name = statement.selector.rpartition(".")[2]
+        elif isinstance(statement, BindingStatement):
+            name = statement.selector.rpartition(".")[2] or statement.scope
             line = "" if source.startswith("binding") else f", line {statement.location.line_num}"
-            _PLACES[name, statement.arg_name] = f"{source}{line}"
+            _PLACES[name, statement.arg_name or ""] = f"{source}{line}"
 
 
 @contextlib.contextmanager
@@ -207,8 +207,41 @@ def value(parameter: str, default: Any = None) -> Any:
     return copy.deepcopy(bound)  # gin evaluates references when they are copied
 
 
+def macro(name: str) -> Any:
+    """The value of a macro, with its references built; None if nothing defines it."""
+    return value(f"{name}/macro.value")
+
+
+def _within(macros: Iterable[str]) -> set[str]:
+    """The selectors of the parts that macros refer to, directly or through other parts."""
+    found: set[str] = set()
+    waiting = list(macros)
+    while waiting:
+        owner = waiting.pop()
+        for (scope, selector), parameters in gin.config._CONFIG.items():
+            if owner != (scope if selector == "gin.macro" else selector):
+                continue
+            named = {name for value in parameters.values() for name in _references(value)} - found
+            found |= named
+            waiting += named
+    return found
+
+
+def _references(value: Any) -> Iterator[str]:
+    """The selectors of the parts, and the names of the macros, that a bound value refers to."""
+    if isinstance(value, gin.config.ConfigurableReference):
+        scope, selector = value.config_key
+        yield scope if selector == "gin.macro" else selector
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _references(part)
+
+
 def check_all_used(without: Sequence[str] = ()) -> None:
     """Fail if a binding was not consumed by anything that has been built so far.
+
+    A file may define macros for whoever needs them, such as the data of a setting: those, and the parts that only they
+    refer to, need not be used.
 
     Args:
         without: gin modules whose bindings may be without use, such as ``evaluation``.
@@ -217,21 +250,27 @@ def check_all_used(without: Sequence[str] = ()) -> None:
         ConfigError: names every such binding, which does nothing: the part it sets is not in this configuration.
     """
     used = gin.config._OPERATIVE_CONFIG
-    unused = []
+    unused: dict[tuple[str, str], list[str]] = {}
     for (scope, selector), parameters in gin.config._CONFIG.items():
         consumers = [
             set(names)
             for (used_scope, used_selector), names in used.items()
             if used_selector == selector and (not scope or f"{used_scope}/".startswith(f"{scope}/"))
         ]
+        unused[scope, selector] = [name for name in parameters if not any(name in names for names in consumers)]
+    offered = {
+        scope
+        for (scope, selector), names in unused.items()
+        if selector == "gin.macro" and names and not _PLACES.get((scope, ""), "").startswith("binding")
+    }
+    spared, named = offered | _within(offered), []
+    for (scope, selector), names in unused.items():
         module, _, name = selector.rpartition(".")
-        if module in without:
-            continue
-        for parameter in parameters:
-            if not any(parameter in names for names in consumers):
-                macro = selector == "gin.macro"
-                unused.append(scope if macro else f"{scope}/{name}.{parameter}".lstrip("/"))
-    if unused:
+        if selector == "gin.macro":
+            named += [scope] if names and scope not in spared else []
+        elif module not in without and selector not in spared:
+            named += [f"{scope}/{name}.{parameter}".lstrip("/") for parameter in names]
+    if named:
         raise ConfigError(
-            f"nothing uses {', '.join(sorted(unused))}: the part that it sets is not in this configuration"
+            f"nothing uses {', '.join(sorted(named))}: the part that it sets is not in this configuration"
         )

@@ -14,10 +14,11 @@ import importlib
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
+import attrs
 import gin
 
 from flowdistill.plumbing.errors import ConfigError
@@ -31,14 +32,14 @@ _BUILT_IN = (
     "flowdistill.flow_maps",
     "flowdistill.guidance",
     "flowdistill.networks",
+    "flowdistill.pairs",
     "flowdistill.runs.run",
     "flowdistill.searching",
     "flowdistill.solvers",
     "flowdistill.states",
-    "flowdistill.velocities.targets",
+    "flowdistill.velocities",
     "flowdistill.times",
     "flowdistill.training",
-    "flowdistill.velocities.estimators",
     "flowdistill.algorithms",
     "flowdistill.teachers",
 )
@@ -94,28 +95,40 @@ class Registry:
         self._entries: dict[str, Callable[..., Any]] = {}
         self._variants: dict[str, str] = {}
 
-    def register(self, name: str, variants: Iterable[str] = ()) -> Callable[[_T], _T]:
+    def register(
+        self,
+        name: str,
+        variants: Iterable[str] = (),
+        presets: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> Callable[[_T], _T]:
         """Decorator that registers a class under ``name``, for gin too; the class itself is unchanged.
 
         Args:
             name: an identifier.
             variants: further names for `build`, such as published sizes; each builds the class with itself as the
                 argument ``variant``.
+            presets: further entries by name, each the same class with other defaults; an `attrs.Factory` makes a
+                default anew for each object.
 
         Raises:
             ConfigError: the name is taken; the message names both places.
         """
 
         def decorator(entry: _T) -> _T:
-            if name in self._entries:
-                places = f"{_place(self._entries[name])} and {_place(entry)}"
-                raise ConfigError(f"{self.kind} {name!r} is registered twice: {places}")
-            gin.register(name + self._gin_suffix, module=_plural(self.kind))(entry)
-            self._entries[name] = entry
+            self._add(name, entry)
             self._variants |= dict.fromkeys(variants, name)
+            for preset, defaults in (presets or {}).items():
+                self._add(preset, Preset(preset, entry, defaults))
             return entry
 
         return decorator
+
+    def _add(self, name: str, entry: Callable[..., Any]) -> None:
+        if name in self._entries:
+            places = f"{_place(self._entries[name])} and {_place(entry)}"
+            raise ConfigError(f"{self.kind} {name!r} is registered twice: {places}")
+        gin.register(name + self._gin_suffix, module=_plural(self.kind))(_for_gin(entry))
+        self._entries[name] = entry
 
     def get(self, name: str) -> Callable[..., Any]:
         """The class registered under ``name``; ConfigError with the nearest matches if there is none."""
@@ -164,7 +177,51 @@ class Registry:
         raise ConfigError(f"{entry!r} is not a registered {self.kind}")
 
 
+class Preset:
+    """A registered class with other defaults, under a name of its own.
+
+    Args:
+        name: its name.
+        entry: the class.
+        defaults: values, or `attrs.Factory`, by the names of arguments.
+    """
+
+    def __init__(self, name: str, entry: Callable[..., Any], defaults: Mapping[str, Any]) -> None:
+        self.entry, self.defaults = entry, dict(defaults)
+        self.__name__ = self.__qualname__ = name
+        self.__module__, self.__doc__ = entry.__module__, entry.__doc__
+        known = inspect.signature(entry)
+        if unknown := self.defaults.keys() - known.parameters.keys():
+            raise ConfigError(
+                f"preset {name!r} sets {', '.join(sorted(unknown))}, which {entry.__name__} does not have"
+            )
+        self.__signature__ = known.replace(
+            parameters=[p.replace(default=self.defaults.get(p.name, p.default)) for p in known.parameters.values()]
+        )
+
+    def __call__(self, **arguments: Any) -> Any:
+        """Build the class."""
+        defaults = {k: v.factory() if isinstance(v, attrs.Factory) else v for k, v in self.defaults.items()}  # type: ignore[arg-type]
+        return self.entry(**{**defaults, **arguments})
+
+
+def _for_gin(entry: Callable[..., Any]) -> Callable[..., Any]:
+    """The entry itself, or a preset as the function that gin asks for."""
+    if not isinstance(entry, Preset):
+        return entry
+
+    @functools.wraps(entry)
+    def build(**arguments: Any) -> Any:
+        return entry(**arguments)
+
+    del build.__wrapped__  # lest gin look for arguments there
+    build.__signature__ = entry.__signature__  # type: ignore[attr-defined]
+    return build
+
+
 def _place(entry: Callable[..., Any]) -> str:
+    if isinstance(entry, Preset):
+        return f"preset of {_place(entry.entry)}"
     module = sys.modules.get(entry.__module__)
     file = getattr(module, "__file__", None) or entry.__module__
     try:
@@ -180,6 +237,7 @@ VELOCITY_ESTIMATORS = Registry("velocity estimator")
 TARGET_VELOCITIES = Registry("target velocity")
 STATE_SOURCES = Registry("state source")
 TIME_SAMPLERS = Registry("time sampler")
+PAIRS = Registry("pair law")
 NETWORKS = Registry("network")
 DATASETS = Registry("dataset")
 METRICS = Registry("metric")
@@ -193,7 +251,7 @@ REGISTRIES = {
     _plural(registry.kind): registry
     for registry in (
         TEACHERS, FLOW_MAPS, OBJECTIVES, VELOCITY_ESTIMATORS, TARGET_VELOCITIES, STATE_SOURCES,
-        TIME_SAMPLERS, NETWORKS, DATASETS, METRICS, SOLVERS, DECODERS, FEATURES, VERIFIERS,
+        TIME_SAMPLERS, PAIRS, NETWORKS, DATASETS, METRICS, SOLVERS, DECODERS, FEATURES, VERIFIERS,
         SEARCH_STRATEGIES,
     )
 }  # fmt: skip
@@ -206,6 +264,7 @@ register_velocity_estimator = VELOCITY_ESTIMATORS.register
 register_target_velocity = TARGET_VELOCITIES.register
 register_state_source = STATE_SOURCES.register
 register_time_sampler = TIME_SAMPLERS.register
+register_pairs = PAIRS.register
 register_network = NETWORKS.register
 register_dataset = DATASETS.register
 register_metric = METRICS.register

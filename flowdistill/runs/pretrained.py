@@ -16,13 +16,13 @@ import attrs
 import safetensors.torch
 import torch
 
-from flowdistill.flow_maps import FlowMapTeacher, NetworkFlowMap, NetworkTeacher
 from flowdistill.interfaces import Decoder, Teacher
 from flowdistill.networks import VelocityNetwork
 from flowdistill.plumbing.dry import files_unread
 from flowdistill.plumbing.errors import CheckpointError, CheckpointWriteError, ConfigError
 from flowdistill.plumbing.registry import DECODERS, NETWORKS, TEACHERS
 from flowdistill.runs.checkpoints import fill_module, load_tensors
+from flowdistill.wrapped_teachers import NetworkTeacher
 
 _FORMAT = 1
 
@@ -72,11 +72,8 @@ def save_model(teacher: Teacher, folder: str | Path, dtype: Literal["float32", "
 
 
 def _network_of(teacher: Teacher) -> VelocityNetwork:
-    plain = isinstance(teacher, NetworkTeacher)
-    if isinstance(teacher, FlowMapTeacher) and isinstance(teacher.flow_map, NetworkFlowMap):
-        plain = teacher.flow_map.instantaneous and teacher.flow_map.guidance is None
-    network = getattr(teacher, "network", None)
-    if not plain or not isinstance(network, VelocityNetwork):
+    network = teacher.backbone
+    if teacher.takes_guidance or not isinstance(network, VelocityNetwork):
         raise ConfigError(
             f"{type(teacher).__name__} is not a velocity network alone: only such teachers become model folders"
         )

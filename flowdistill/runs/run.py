@@ -20,8 +20,8 @@ from flowdistill.evaluation.features import FeatureExtractor, load_features
 from flowdistill.evaluation.measure import measure, spread
 from flowdistill.evaluation.references import Reference, reference_set, split
 from flowdistill.evaluation.samples import SampleSet, sample_set
-from flowdistill.flow_maps import FlowMapTeacher
-from flowdistill.interfaces import Condition, FlowMap, Teacher
+from flowdistill.flow_maps import build_flow_map
+from flowdistill.interfaces import Condition, FlowMap, Jumps, Teacher
 from flowdistill.plumbing import config
 from flowdistill.plumbing.distributed import find_device, rank_and_world
 from flowdistill.plumbing.errors import CheckpointError, ConfigError
@@ -29,7 +29,7 @@ from flowdistill.plumbing.randomness import step_generator
 from flowdistill.plumbing.registry import METRICS, NETWORKS, TEACHERS, unknown_name
 from flowdistill.runs.checkpoints import checkpoint_paths, load_module, verify_checkpoint
 from flowdistill.runs.pretrained import is_model, load_file, load_model, locate, save_model
-from flowdistill.training.trainer import build_flow_map
+from flowdistill.wrapped_teachers import FlowMapTeacher
 
 
 def find_checkpoint(run: str | Path) -> tuple[Path, Path]:
@@ -218,7 +218,7 @@ def _noise(
     dtype = next(flow_map.parameters()).dtype
     shape = (n, *flow_map.sample_shape)
     noise = torch.randn(shape, generator=step_generator(seed, block, "sample"), dtype=dtype)
-    if not (flow_map.to_data if renoise is None else renoise):
+    if not (flow_map.jumps is Jumps.TO_DATA if renoise is None else renoise):
         return noise, None
     times = (max(steps - 1, 0), *shape)
     return noise, torch.randn(times, generator=step_generator(seed, block, "renoise"), dtype=dtype)
@@ -229,7 +229,7 @@ def _draw(
     flow_map: FlowMap, noise: Tensor, fresh: Tensor | None, condition: Condition, steps: int, size: int
 ) -> list[Tensor]:
     """Samples of a flow map in batches of ``size``, where the map lies."""
-    if condition.guidance is not None and getattr(flow_map, "guidance", None) is None:
+    if condition.scale is not None and flow_map.guidance is None:
         raise ConfigError("this student was not trained with guidance scales: leave guidance out")
     device = next(flow_map.parameters()).device
     samples = []
@@ -325,7 +325,7 @@ def evaluate(
         "steps": steps,
         "guidance": guidance,
         "seed": seed,
-        "renoise": flow_map.to_data if renoise is None else renoise,
+        "renoise": flow_map.jumps is Jumps.TO_DATA if renoise is None else renoise,
     }
     key = hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:16]
     generated = collect(SampleSet, workdir / "evaluations" / key, num_samples, draw)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowdistill.guidance import GuidedTeacher
-from flowdistill.interfaces import Condition, FlowMap, Teacher, Verifier
+from flowdistill.interfaces import Condition, FlowMap, Jumps, Teacher, Verifier
 from flowdistill.plumbing.errors import ConfigError, DataError
 from flowdistill.plumbing.flops import Flops
 from flowdistill.solvers import Euler
@@ -72,7 +72,7 @@ class PricedModel:
         self.model = model
         self._bf16 = bf16
         self._like = next(itertools.chain(model.parameters(), model.buffers()), torch.zeros(()))
-        self.single = isinstance(model, FlowMap) and (model.anchored or model.to_data)
+        self.single = isinstance(model, FlowMap) and model.jumps in (Jumps.FROM_NOISE, Jumps.TO_DATA)
         before = model.evaluations
         with Flops() as flops:  # type: ignore[no-untyped-call]
             self(torch.zeros((1, *model.sample_shape)), 1, condition[:1])
@@ -90,7 +90,7 @@ class PricedModel:
         with torch.autocast(noise.device.type, torch.bfloat16, enabled=self._bf16):
             if isinstance(self.model, Teacher):
                 return Euler(steps=steps).solve(self.model, noise, condition)
-            if getattr(self.model, "guidance", None) is None:
+            if self.model.guidance is None:
                 condition = attrs.evolve(condition, guidance=None)
             return self.model.sample(noise, steps, condition)
 

@@ -1,19 +1,8 @@
-"""The training loop and what it needs: optimisers, averages, checkpoints, the log of a run."""
+"""The training loop and what it needs: settings, optimisers, the log of a run."""
 
-from flowdistill.ema import Averaging, Ema, PowerEma
-from flowdistill.plumbing.randomness import step_generator
-from flowdistill.runs.checkpoints import load_module, load_tensors
+from flowdistill.training.loop import Loop
 from flowdistill.training.optimization import Schedule
+from flowdistill.training.settings import Training
 from flowdistill.training.trainer import TrainResult, train
 
-__all__ = [
-    "Averaging",
-    "Ema",
-    "PowerEma",
-    "Schedule",
-    "TrainResult",
-    "load_module",
-    "load_tensors",
-    "step_generator",
-    "train",
-]
+__all__ = ["Loop", "Schedule", "TrainResult", "Training", "train"]

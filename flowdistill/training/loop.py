@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
-import attrs
 import torch
 from torch import Tensor, nn
 
-from flowdistill.ema import AveragedModel, Averaging
-from flowdistill.interfaces import FlowMap, Objective, ObjectiveOutput, States, StateSource, Teacher
-from flowdistill.plumbing.distributed import add_up, gathered, rank_and_world
+from flowdistill.ema import AveragedModel
+from flowdistill.flow_maps import build_flow_map
+from flowdistill.interfaces import FlowMap, ObjectiveOutput, States, StateSource, Step, Teacher
+from flowdistill.plumbing.distributed import add_up, find_device, gathered, rank_and_world
 from flowdistill.plumbing.dry import placed
 from flowdistill.plumbing.errors import NonFiniteError
 from flowdistill.plumbing.randomness import step_generator, stream_seed
@@ -26,21 +26,7 @@ from flowdistill.runs.checkpoints import (
     save_checkpoint,
     verify_checkpoint,
 )
-from flowdistill.training.optimization import Schedule
-
-OptimizerBuilder: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-
-
-@attrs.frozen(kw_only=True)
-class LoopSettings:
-    """The numbers of a loop; `flowdistill.training.trainer` documents each."""
-
-    steps: int
-    batch_size: int
-    accumulation: int
-    gradient_clip: float | None
-    precision: Literal["float32", "bf16"]
-    seed: int
+from flowdistill.training.settings import OptimizerBuilder, Training
 
 
 class _Trained:
@@ -68,67 +54,99 @@ class Loop:
 
     The step does not depend on anything but its number and what a checkpoint holds, so that an interrupted run
     continues bit for bit on a CPU. Several processes share out the backward passes of a step, the ``accumulation`` of
-    the settings, and add up their gradients.
+    the training, and add up their gradients.
     """
 
     def __init__(
-        self,
-        *,
-        student: FlowMap,
-        teacher: Teacher | None,
-        objective: Objective,
-        source: StateSource,
-        optimizer: OptimizerBuilder,
-        auxiliary_optimizer: OptimizerBuilder,
-        schedule: Schedule,
-        averaging: Averaging | None,
-        settings: LoopSettings,
-        workdir: Path,
+        self, training: Training, student: FlowMap, teacher: Teacher | None, source: StateSource, workdir: Path
     ) -> None:
-        self.student, self.teacher, self.objective, self.source = student, teacher, objective, source
-        self.schedule, self.settings, self.workdir = schedule, settings, workdir
+        self.training, self.objective = training, training.objective
+        self.student, self.teacher, self.source, self.workdir = student, teacher, source, workdir
         self.device = next(student.parameters()).device
         self.step = 0
         rank, world = rank_and_world()
-        self._micros = range(rank, settings.accumulation, world)
-        self.trained = _Trained(student, optimizer)
-        self._extra = {name: placed(module, self.device) for name, module in objective.modules().items()}
+        self._micros = range(rank, training.accumulation, world)
+        self.trained = _Trained(student, training.optimizer)
+        self._extra = {name: placed(module, self.device) for name, module in self.objective.modules().items()}
         self.auxiliary = {
-            name: _Trained(module, auxiliary_optimizer)
+            name: _Trained(module, training.auxiliary_optimizer or training.optimizer)
             for name, module in self._extra.items()
             if any(p.requires_grad for p in module.parameters())
         }
-        self.average = None if averaging is None else AveragedModel(student, averaging)
+        self.average = None if training.ema is None else AveragedModel(student, training.ema)
         self._sums: dict[str, Tensor] = {}
         self._counts: Counter[str] = Counter()
         self._recorded = 0
         self._first_bad = torch.full((), -1, device=self.device)
         self._started = time.monotonic()
 
+    @classmethod
+    def build(
+        cls, training: Training, workdir: str | Path = "runs/train", device: str | torch.device | None = "cpu"
+    ) -> Loop:
+        """Build the models of a training, and the loop that trains them.
+
+        Args:
+            training: the settings.
+            workdir: the run directory, which is not touched yet.
+            device: where to train, see `train`.
+
+        Raises:
+            ConfigError: the parts do not fit each other.
+        """
+        place, teacher = find_device(device), training.teacher
+        training.check()
+        if teacher is not None:
+            teacher = placed(teacher, place).eval().requires_grad_(False)
+        student = placed(build_flow_map(training.flow_map, teacher), place)
+        source = training.source()
+        source.setup(student, teacher)
+        training.objective.setup(student, teacher)
+        return cls(training, student, teacher, source, Path(workdir))
+
     @property
     def result(self) -> FlowMap:
         """The averaged student, or the student itself where no average is kept, in evaluation mode."""
         return (self.student if self.average is None else self.average.module).eval()
 
+    @property
+    def progress(self) -> float:
+        """The part of the training that is done."""
+        return self.step / self.training.steps
+
     def _random(self, stream: str, micro: int) -> torch.Generator:
-        number = self.step * self.settings.accumulation + micro
-        return step_generator(self.settings.seed, number, stream, self.device)
+        number = self.step * self.training.accumulation + micro
+        return step_generator(self.training.seed, number, stream, self.device)
+
+    def draw(self, generator: torch.Generator) -> States:
+        """A batch of states at times of the objective's law."""
+        return self.source.sample(self.training.batch_size, self.objective.law(self.progress), generator)
+
+    def loss(self, states: States, generator: torch.Generator) -> ObjectiveOutput:
+        """The student's loss."""
+        with self.autocast():
+            return self.objective.loss(states, Step(generator, self.step, self.progress))
+
+    def auxiliary_loss(self, name: str, states: States, generator: torch.Generator) -> ObjectiveOutput | None:
+        """The loss of one of the objective's own modules."""
+        with self.autocast():
+            return self.objective.auxiliary_loss(name, states, Step(generator, self.step, self.progress))
 
     def _seed_global(self, stream: str, micro: int) -> None:
         """Seed the generator that dropout draws from."""
-        number = self.step * self.settings.accumulation + micro
-        torch.manual_seed(stream_seed(self.settings.seed, number, stream))
+        number = self.step * self.training.accumulation + micro
+        torch.manual_seed(stream_seed(self.training.seed, number, stream))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision in which losses are evaluated."""
-        if self.settings.precision == "bf16":
+        if self.training.precision == "bf16":
             # Before 2.13 the cache holds casts of weights that were made without gradient, and hands them out with one.
             cached = torch.__version__ >= (2, 13)  # type: ignore[operator]
             return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=cached)
         return contextlib.nullcontext()
 
     def _backward(self, output: ObjectiveOutput, prefix: str = "") -> None:
-        (output.loss / self.settings.accumulation).backward()  # type: ignore[no-untyped-call]
+        (output.loss / self.training.accumulation).backward()  # type: ignore[no-untyped-call]
         loss = output.loss.detach()
         self._watch(loss)
         self._add({f"{prefix}loss": loss, **{f"{prefix}{k}": v for k, v in output.metrics.items()}})
@@ -146,55 +164,36 @@ class Loop:
 
     def train_step(self) -> None:
         """One update of the student, then those of the auxiliary networks, the first of them on the same states."""
-        settings = self.settings
+        training = self.training
         if not self.student.training:  # as after pictures of its samples
             self.student.train()
-        factor = self.schedule.factor(self.step, settings.steps)
+        factor = training.schedule.factor(self.step, training.steps)
         batches: list[States] = []
         for micro in self._micros:
-            states = self.source.sample(settings.batch_size, self._random("states", micro))
+            states = self.draw(self._random("states", micro))
             batches.append(states)
             self._seed_global("global", micro)
-            with self.autocast():
-                output = self.objective.loss(
-                    self.student,
-                    self.teacher,
-                    states,
-                    step=self.step,
-                    generator=self._random("loss", micro),
-                )
-            self._backward(output)
-        norm = self.trained.update(factor, settings.gradient_clip)
+            self._backward(self.loss(states, self._random("loss", micro)))
+        norm = self.trained.update(factor, training.gradient_clip)
         self._watch(norm)
         self._add({"gradient_norm": norm})
         if self.average is not None:
             self.average.update(self.step)
-        self.objective.after_step(self.student, self.step)
+        self.objective.after_step(self.step)
         for number in range(self.objective.auxiliary_updates if self.auxiliary else 0):
             stream = f" {number}" if number else ""
             if number:
-                batches = [
-                    self.source.sample(settings.batch_size, self._random(f"states{stream}", micro))
-                    for micro in self._micros
-                ]
+                batches = [self.draw(self._random(f"states{stream}", micro)) for micro in self._micros]
             for name, auxiliary in self.auxiliary.items():
                 if self._train_auxiliary(name, batches, f"auxiliary {name}{stream}"):
-                    self._watch(auxiliary.update(factor, settings.gradient_clip))
+                    self._watch(auxiliary.update(factor, training.gradient_clip))
         self.step += 1
 
     def _train_auxiliary(self, name: str, batches: list[States], stream: str) -> bool:
         trained = False
         for micro, states in zip(self._micros, batches, strict=True):
             self._seed_global(f"global {stream}", micro)
-            with self.autocast():
-                output = self.objective.auxiliary_loss(
-                    name,
-                    self.student,
-                    self.teacher,
-                    states,
-                    step=self.step,
-                    generator=self._random(stream, micro),
-                )
+            output = self.auxiliary_loss(name, states, self._random(stream, micro))
             if output is not None:
                 self._backward(output, prefix=f"{name}_")
                 trained = True

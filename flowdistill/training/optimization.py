@@ -19,30 +19,27 @@ for _name, _class in inspect.getmembers(torch.optim, inspect.isclass):
 @gin.register("schedule", module="training")
 @attrs.frozen(kw_only=True)
 class Schedule:
-    """A factor of the learning rate as a function of the step: linear warm-up, then decay.
+    """A factor of the learning rate as a function of the step: linear warm-up, then decay."""
 
-    Attributes:
-        warmup: steps of the warm-up; 0 is none.
-        decay: "constant", "linear" or "cosine" to ``final`` at the last step, or "inverse_sqrt" from the end of the
-            warm-up.
-        final: the factor at the last step for "linear" and "cosine".
-    """
-
-    warmup: int = attrs.field(default=0, validator=ge(0))
+    warmup: float = attrs.field(default=0.0, validator=and_(ge(0.0), le(1.0)))
+    """The part of the training that the warm-up takes; 0 is none."""
     decay: Literal["constant", "linear", "cosine", "inverse_sqrt"] = attrs.field(
         default="constant", validator=in_(("constant", "linear", "cosine", "inverse_sqrt"))
     )
+    """"constant", "linear" or "cosine" to ``final`` at the last step, or "inverse_sqrt" from the end of the warm-up."""
     final: float = attrs.field(default=0.0, validator=and_(ge(0.0), le(1.0)))
+    """The factor at the last step for "linear" and "cosine"."""
 
     def factor(self, step: int, steps: int) -> float:
         """The factor at a step in [0, steps)."""
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        progress = (step - self.warmup) / max(steps - self.warmup, 1)
+        warmup = round(self.warmup * steps)
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = (step - warmup) / max(steps - warmup, 1)
         if self.decay == "linear":
             return 1 - (1 - self.final) * progress
         if self.decay == "cosine":
             return self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2
         if self.decay == "inverse_sqrt":
-            return math.sqrt(max(self.warmup, 1) / max(step, self.warmup, 1))
+            return math.sqrt(max(warmup, 1) / max(step, warmup, 1))
         return 1.0

@@ -18,8 +18,9 @@ from flowdistill.plumbing.dry import without_files
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.flops import Flops
 from flowdistill.states import NoisedData
-from flowdistill.training.loop import Loop, OptimizerBuilder
-from flowdistill.training.trainer import build
+from flowdistill.training.loop import Loop
+from flowdistill.training.settings import OptimizerBuilder
+from flowdistill.training.trainer import configured_loop
 
 
 @attrs.frozen(kw_only=True)
@@ -99,26 +100,24 @@ def plan(
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-        with config.errors_located():
-            loop = build(workdir=Path("plan"), device=torch.device("cpu")).loop
-            config.check_all_used()
+        loop = configured_loop("plan", "cpu")
         if isinstance(loop.source, NoisedData):
             loop.source.dataset = _Blank(loop.source.dataset)
         flops, activations = Flops(), _Activations()  # type: ignore[no-untyped-call]
         with flops:
             _step(loop, activations)
-    settings = loop.settings
+    training = loop.training
     models: dict[str, nn.Module] = {"student": loop.student}
     models |= {} if loop.teacher is None else {"teacher": loop.teacher}
     models |= loop.objective.modules()
     return Plan(
-        steps=settings.steps,
-        batch_size=settings.batch_size * settings.accumulation,
+        steps=training.steps,
+        batch_size=training.batch_size * training.accumulation,
         parameters={name: sum(p.numel() for p in model.parameters()) for name, model in models.items()},
         evaluations={
-            name.removesuffix("_evaluations"): count / settings.batch_size for name, count in loop.counters.items()
+            name.removesuffix("_evaluations"): count / training.batch_size for name, count in loop.counters.items()
         },
-        flops=flops.total * settings.accumulation,
+        flops=flops.total * training.accumulation,
         memory=_memory(loop, models, activations.most),
         flops_per_second=flops_per_second,
     )
@@ -155,30 +154,22 @@ class _Activations:
 
 def _step(loop: Loop, activations: _Activations) -> None:
     """The losses of one backward pass each of the student and of the objective's own modules, and these passes."""
-    generator, step = torch.Generator(), loop.settings.steps - 1
+    generator = torch.Generator()
+    loop.step = loop.training.steps - 1
     loop.student.train()
-
-    def states() -> Any:
-        return loop.source.sample(loop.settings.batch_size, generator)
 
     def backward(output: ObjectiveOutput | None) -> None:
         activations.count()
         if output is not None:
             output.loss.backward()  # type: ignore[no-untyped-call]
 
-    batch = states()
+    batch = loop.draw(generator)
     with torch.autograd.graph.saved_tensors_hooks(activations.keep, lambda tensor: tensor):
-        with loop.autocast():
-            output = loop.objective.loss(loop.student, loop.teacher, batch, step=step, generator=generator)
-        backward(output)
+        backward(loop.loss(batch, generator))
         for number in range(loop.objective.auxiliary_updates if loop.auxiliary else 0):
-            batch = states() if number else batch
+            batch = loop.draw(generator) if number else batch
             for name in loop.auxiliary:
-                with loop.autocast():
-                    extra = loop.objective.auxiliary_loss(
-                        name, loop.student, loop.teacher, batch, step=step, generator=generator
-                    )
-                backward(extra)
+                backward(loop.auxiliary_loss(name, batch, generator))
 
 
 def _memory(loop: Loop, models: Mapping[str, nn.Module], activations: int) -> dict[str, int]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flowdistill.flow_maps import NetworkTeacher
 from flowdistill.plumbing.registry import register_teacher
 from flowdistill.runs.pretrained import load_model
+from flowdistill.wrapped_teachers import NetworkTeacher
 
 
 @register_teacher("digits_teacher")

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from flowdistill.decoders import Pixels, StableDiffusionVae
-from flowdistill.flow_maps import NetworkTeacher
 from flowdistill.interfaces import Decoder
 from flowdistill.networks.edm2 import EDM2, SIZES
 from flowdistill.plumbing.dry import files_unread
@@ -20,6 +19,7 @@ from flowdistill.plumbing.registry import register_teacher, unknown_name
 from flowdistill.runs.checkpoints import fill_module
 from flowdistill.runs.pretrained import locate
 from flowdistill.teachers.edm2.release import read_release
+from flowdistill.wrapped_teachers import NetworkTeacher
 
 VARIANTS = [
     f"edm2-{size}-{pixels}{unconditional}"

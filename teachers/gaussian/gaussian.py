@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowdistill.guidance import GuidedTeacher, check_interval
-from flowdistill.interfaces import NULL_LABEL, Condition, FlowMap, Teacher
+from flowdistill.guidance import GuidedTeacher
+from flowdistill.interfaces import NULL_LABEL, Condition, ExactTeacher, FlowMap, Teacher
 from flowdistill.paths import expand_time
 from flowdistill.plumbing.registry import register_flow_map, register_teacher
 from flowdistill.teachers.gaussian._arrays import spectrum, tensor
@@ -53,7 +53,7 @@ def _row_means(labels: Tensor | None, mean: Tensor, class_means: Tensor | None, 
 
 
 @register_teacher("gaussian")
-class GaussianTeacher(Teacher):
+class GaussianTeacher(ExactTeacher):
     """Gaussian data in any dimension, with classes that differ in their means.
 
     Args:
@@ -128,7 +128,7 @@ class GaussianFlowMap(FlowMap):
         super().__init__()
         self.interval, self.scale = (0.0, 1.0), 1.0
         if isinstance(teacher, GuidedTeacher):
-            self.interval, self.scale = check_interval(teacher.interval), teacher.scale
+            self.interval, self.scale = teacher.interval, teacher.scale
             teacher = teacher.teacher
         assert isinstance(teacher, GaussianTeacher)
         self.sample_shape, self.num_classes = teacher.sample_shape, teacher.num_classes
@@ -142,9 +142,10 @@ class GaussianFlowMap(FlowMap):
         labels = None if condition is None else condition.labels
         plain = _row_means(labels, self.mean, self.class_means, x)
         variances, t, s = self.log_variances.exp().to(x.dtype), expand_time(t, x), expand_time(s, x)
-        if self.scale == 1.0 and (condition is None or condition.guidance is None):
+        asked = None if condition is None else condition.scale
+        if self.scale == 1.0 and asked is None:
             return _average(x, t, s, plain, variances, self.basis)
-        scale = self.scale if condition is None or condition.guidance is None else condition.guidance
+        scale = self.scale if asked is None else asked
         null = self.mean.to(x.dtype)
         guided = null + expand_time(torch.as_tensor(scale, dtype=x.dtype, device=x.device).expand(len(x)), x) * (
             plain - null

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowdistill.interfaces import NULL_LABEL, Condition, Teacher
+from flowdistill.interfaces import NULL_LABEL, Condition, ExactTeacher
 from flowdistill.paths import expand_time
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.registry import register_teacher
@@ -21,7 +21,7 @@ from flowdistill.teachers.gaussian._arrays import spectrum, tensor
 
 
 @register_teacher("gaussian_mixture")
-class GaussianMixtureTeacher(Teacher):
+class GaussianMixtureTeacher(ExactTeacher):
     """A mixture of Gaussians in any dimension, class-conditional if its components have labels.
 
     Args:
@@ -69,6 +69,13 @@ class GaussianMixtureTeacher(Teacher):
         self.register_buffer("component_labels", classes)
         self.sample_shape = (centres.shape[1],)
         self.num_classes = None if classes is None else int(classes.max()) + 1
+
+    @property
+    def modes(self) -> tuple[Tensor, float] | None:
+        """The centres of equal components, and three of their deviations in the plane, as is usual there."""
+        if not torch.allclose(self.log_weights, self.log_weights[0]):
+            return None
+        return self.means.cpu(), 3 * math.sqrt(float(self.variances.max()) * self.means.shape[1] / 2)
 
     def _priors(self, n: int, condition: Condition | None) -> Tensor:
         """Log weights (n, K) of the components, those of other classes at minus infinity."""

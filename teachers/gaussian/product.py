@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowdistill.interfaces import Condition, FlowMap, Teacher
+from flowdistill.interfaces import Condition, ExactTeacher, FlowMap
 from flowdistill.paths import expand_time
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.registry import register_flow_map, register_teacher
@@ -19,7 +19,7 @@ from flowdistill.teachers.gaussian._arrays import tensor
 
 
 @register_teacher("product_mixture")
-class ProductMixtureTeacher(Teacher):
+class ProductMixtureTeacher(ExactTeacher):
     """Data whose coordinates are independent one-dimensional Gaussian mixtures.
 
     Args:

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from flowdistill.decoders import StableDiffusionVae
-from flowdistill.flow_maps import NetworkTeacher
 from flowdistill.networks.sit import SIZES, SiT
 from flowdistill.plumbing.dry import files_unread
 from flowdistill.plumbing.errors import CheckpointError, ConfigError
 from flowdistill.plumbing.registry import register_teacher, unknown_name
 from flowdistill.runs.checkpoints import fill_module
 from flowdistill.runs.pretrained import locate
+from flowdistill.wrapped_teachers import NetworkTeacher
 
 VARIANTS = [
     f"sit-{size}/{patch}-{repa}{pixels}"

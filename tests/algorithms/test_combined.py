@@ -4,6 +4,7 @@ import attrs
 import pytest
 import torch
 from exact import gradient, perturbed, prior_states
+from flowdistill.velocities.estimators import Exact
 from runs import RING
 
 import flowdistill
@@ -11,9 +12,8 @@ from flowdistill import Condition, ConfigError, Objective, States
 from flowdistill.algorithms.combined import Combined
 from flowdistill.algorithms.freeflow import FreeFlow, FreeFlowCorrection, FreeFlowPrediction
 from flowdistill.interfaces import ObjectiveOutput
+from flowdistill.plumbing.records import read_records
 from flowdistill.teachers.gaussian import GaussianTeacher
-from flowdistill.training.run_log import read_records
-from flowdistill.velocities.estimators import Exact
 
 
 def generator(seed=0):
