@@ -100,11 +100,6 @@ class Dyadic(Pairs):
     levels: int = attrs.field(default=7, validator=ge(1))
     """How many samplers."""
 
-    @property
-    def shortest(self) -> float:
-        """The length of the shortest jump."""
-        return float(2.0 ** (1 - self.levels))
-
     def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw ``n`` jumps: a uniform level, and a uniform step of it."""
         count = 2.0 ** torch.randint(self.levels, (n,), generator=generator, device=generator.device)

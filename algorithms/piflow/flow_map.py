@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowdistill.algorithms.piflow.policies import GMFlowHead, Policy, PolicyHead, shifted
-from flowdistill.flow_maps import NetworkFlowMap
+from flowdistill.flow_maps import NetworkFlowMap, from_teacher
 from flowdistill.interfaces import Condition, FlowMap, Jumps, Teacher
 from flowdistill.paths import expand_time
 from flowdistill.plumbing.dry import placed
@@ -115,7 +115,7 @@ class PolicyFlowMap(FlowMap):
 @register_flow_map("policy")
 def policy(
     teacher: Teacher | None,
-    velocity: NetworkFlowMap | Callable[[Teacher | None], NetworkFlowMap],
+    velocity: NetworkFlowMap | Callable[[Teacher], NetworkFlowMap] | None = None,
     head: HeadBuilder = GMFlowHead,
     substeps: int = 128,
     segments: int = 1,
@@ -128,13 +128,18 @@ def policy(
 
     Args:
         teacher: the teacher.
-        velocity: what the policy is made of, with ``conditioning = 'instantaneous'``: ``@network()``, or
-            ``@from_teacher`` for a student all of whose components or times start as the teacher's velocity.
+        velocity: a velocity field, of ``conditioning = 'instantaneous'``, or what builds it from the teacher; None is
+            a copy of the teacher, with which all components or times of the policy start as the teacher's velocity.
         head: ``@gmflow`` or ``@dx``.
         substeps: see `PolicyFlowMap`.
         segments: see `PolicyFlowMap`.
         shift: see `PolicyFlowMap`.
     """
-    field = velocity if isinstance(velocity, NetworkFlowMap) else velocity(teacher)
+    if isinstance(velocity, NetworkFlowMap):
+        field = velocity
+    elif teacher is None:
+        raise ConfigError("a policy without a teacher needs a velocity field: set policy.velocity = @network()")
+    else:
+        field = from_teacher(teacher, "instantaneous") if velocity is None else velocity(teacher)
     student = PolicyFlowMap(field, head, substeps, segments, shift)
     return student if teacher is None else placed(student, teacher.device)

@@ -41,6 +41,7 @@ class PiFlow(Objective):
 
     citation = bibtex("chen2025piflow")
     trains = Jumps.ONE_STEP
+    flow_map = "policy"
 
     pairs: Pairs = attrs.field(factory=OneStep, validator=instance_of(Pairs))
     """The law of t_src; ``@to_data()`` with ``to_data.starts = @grid()`` are the edges of the segments."""

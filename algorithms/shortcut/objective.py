@@ -47,15 +47,15 @@ class Shortcut(SelfTaughtObjective):
     it; 1 is none. The diagonal stays unguided. It is for training from data whose labels are dropped."""
 
     def __attrs_post_init__(self) -> None:
-        self._jumps = Dyadic(levels=self.levels)
-        self.pairs = WithDiagonal(pairs=self._jumps, share=self.share, times=Grid(steps=2**self.levels))
+        jumps, times = Dyadic(levels=self.levels), Grid(steps=2**self.levels)
+        self.pairs = WithDiagonal(pairs=jumps, share=self.share, times=times)
         if self.guidance != 1.0 and self.target.needs_teacher:
             raise ConfigError("shortcut.guidance is for training from data: guide the teacher instead")
 
     def residual(self, states: States, step: Step) -> Residual:
         """The residual of the semigroup identity at the midpoint."""
         length = (states.t - states.s) / 2
-        finest = length < 0.75 * self._jumps.shortest
+        finest = length < 1.5 * 2.0**-self.levels
         plain = not self.target.needs_teacher and self.guidance == 1.0
         rows = None if plain else finest.nonzero()[:, 0]
 

@@ -8,7 +8,6 @@ import itertools
 import re
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import attrs
 import gin
@@ -17,24 +16,28 @@ from attrs.validators import min_len
 
 from flowdistill.plumbing import config
 from flowdistill.plumbing.errors import ConfigError
-from flowdistill.training.trainer import build
+from flowdistill.training.trainer import configured_loop
 
 
 @attrs.frozen(kw_only=True)
 class Row:
-    """A row of a table: a recipe with bindings.
-
-    Attributes:
-        group: the table that it belongs to.
-        name: its title.
-        recipe: a packaged recipe or a gin file.
-        bindings: read after the recipe.
-    """
+    """A row of a table: gin files with bindings."""
 
     group: str
+    """The table that it belongs to."""
     name: str
+    """Its title."""
     recipe: str
+    """The method and the setting, or the gin file, in words."""
+    files: tuple[Path, ...]
+    """The gin files, in the order in which they are read."""
     bindings: tuple[str, ...]
+    """The bindings that are read after the files."""
+
+    @property
+    def text(self) -> str:
+        """The contents of the files."""
+        return "".join(config.expanded(path) for path in self.files)
 
 
 @attrs.frozen(kw_only=True)
@@ -72,7 +75,7 @@ class Job:
         return f"figures_{_hash(*self._lines())}.json"
 
     def _lines(self) -> list[str]:
-        lines = (config.expanded(self.row.recipe) + self.gin).splitlines()
+        lines = (self.row.text + self.gin).splitlines()
         return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
@@ -82,14 +85,12 @@ class Suite:
     """The trainings of a gin file, which binds these attributes as ``bench.rows`` and so on.
 
     Attributes:
-        rows: a recipe and bindings by the title of the row; or by the title of a table, where ``*`` in the name of the
-            recipe makes a row of every packaged recipe that matches.
+        rows: a method, a setting and bindings by the title of the row, or a gin file and bindings; or by the title of a
+            table, for which ``*`` in the name of the method makes a row of every packaged method that matches.
         bindings: for all rows whose recipes have the part that they set: ``mnist.folder = '...'`` does not disturb
             methods without data.
         budgets: network evaluations that a training may spend, of all its networks, each on one sample; None is the
             recipe's own number of steps. Steps are what a budget pays for, see `evaluations_per_state`.
-        in_steps: parameters that are numbers of steps and keep their proportion to the recipe's when a budget changes
-            them, such as ``freeflow.correction_start``.
         sweep: a parameter and the numbers that it takes in turn, such as ``('random_affine.strength', (0.0, 0.5))``, in
             the rows that have the part that it sets; the others are trained once. Teachers are measured at each where
             it is a parameter of ``evaluation``.
@@ -104,7 +105,6 @@ class Suite:
     rows: Mapping[str, Sequence[str]] = attrs.field(validator=min_len(1))
     bindings: Sequence[str] = ()
     budgets: Sequence[int | None] = attrs.field(default=(None,), validator=min_len(1))
-    in_steps: Sequence[str] = ()
     sweep: tuple[str, Sequence[float]] | None = None
     seeds: Sequence[int] = attrs.field(default=(1, 2, 3), validator=min_len(1))
     teacher_steps: Sequence[int] = (1, 4)
@@ -116,17 +116,17 @@ class Suite:
     def table(self) -> list[Row]:
         """The rows, in the order of the file and of the names of recipes."""
         found = []
-        for title, (recipe, *bindings) in self.rows.items():
-            if "*" not in recipe:
-                found.append(Row(group="", name=title, recipe=recipe, bindings=tuple(bindings)))
+        for title, (method, *bindings) in self.rows.items():
+            setting = bindings.pop(0) if bindings and "=" not in bindings[0] else None
+            if "*" not in method:
+                found.append(_row("", title, method, setting, bindings))
                 continue
-            matching = fnmatch.filter(config.recipes(), recipe)
+            if setting is None:
+                raise ConfigError(f"bench.rows: {method!r} needs a setting, such as 'digits'")
+            matching = fnmatch.filter(config.methods(), method)
             if not matching:
-                raise ConfigError(f"bench.rows: no packaged recipe matches {recipe!r}")
-            tail = recipe.rpartition("*")[2]
-            for name in matching:
-                short = name.removesuffix(tail).rstrip("_/")
-                found.append(Row(group=title, name=short, recipe=name, bindings=tuple(bindings)))
+                raise ConfigError(f"bench.rows: no packaged method matches {method!r}")
+            found += [_row(title, name, name, setting, bindings) for name in matching]
         return found
 
     def jobs(self, rows: Sequence[Row], costs: MutableMapping[str, float]) -> list[Job]:
@@ -141,10 +141,10 @@ class Suite:
         for row, budget in itertools.product(rows, self.budgets):
             for value, bindings in self._swept(row):
                 if budget is not None:
-                    bindings = [*bindings, *self._steps(row.recipe, bindings, budget, costs)]
+                    bindings = [*bindings, self._steps(row, bindings, budget, costs)]
                 for seed in self.seeds:
                     seeded = [f"train.seed = {seed}", f"evaluation.seed = {seed}"]
-                    text = _text(row.recipe, *bindings, *measured, *seeded)
+                    text = _text(row.files, *bindings, *measured, *seeded)
                     found.append(Job(row=row, budget=budget, seed=seed, gin=text, value=value))
         return found
 
@@ -157,7 +157,7 @@ class Suite:
             swept = self.sweep is not None and self.sweep[0].startswith("evaluation.")
             for value, bindings in self._swept(first) if swept else [(None, self._bindings(first))]:
                 for seed in self.seeds:
-                    text = _text(row.recipe, *bindings, *measured, f"evaluation.seed = {seed}")
+                    text = _text(row.files, *bindings, *measured, f"evaluation.seed = {seed}")
                     found.append(Job(row=row, budget=None, seed=seed, gin=text, value=value, teacher=True))
         return found
 
@@ -167,13 +167,13 @@ class Suite:
         if self.sweep is None:
             return [(None, bindings)]
         parameter, values = self.sweep
-        if _part(parameter) not in _parts(config.expanded(row.recipe), *bindings):
+        if _part(parameter) not in _parts(row.text, *bindings):
             return [(None, bindings)]
         return [(value, [*bindings, f"{parameter} = {value}"]) for value in values]
 
     def _bindings(self, row: Row) -> list[str]:
         """Those for all rows, without what sets a part that the recipe does not have, and then the row's own."""
-        parts = _parts("@train", config.expanded(row.recipe), *row.bindings)
+        parts = _parts("@train", row.text, *row.bindings)
         kept = []
         for binding in self.bindings:
             if _part(binding) in parts:
@@ -189,24 +189,26 @@ class Suite:
             *([f"evaluation.deltas = {tuple(self.deltas)}"] if self.deltas else []),
         ]
 
-    def _steps(self, recipe: str, bindings: Sequence[str], budget: int, costs: MutableMapping[str, float]) -> list[str]:
-        """Bindings that make a training spend a budget."""
+    def _steps(self, row: Row, bindings: Sequence[str], budget: int, costs: MutableMapping[str, float]) -> str:
+        """The binding that makes a training spend a budget."""
         bindings = [binding for binding in bindings if not binding.startswith("evaluation.")]
-        key = _hash(config.expanded(recipe), *bindings)
+        key = _hash(row.text, *bindings)
         if key not in costs:
-            costs[key] = evaluations_per_state(recipe, bindings)
-        with config.parsed([recipe], bindings):
-            own, batch = config.value("train.steps"), config.value("train.batch_size")
-            batch *= config.value("train.accumulation", 1)
-            lengths = {name: value for name in self.in_steps if (value := config.value(name)) is not None}
-        steps = max(1, round(budget / (costs[key] * batch)))
-        scaled = {name: _scaled(value, steps / own) for name, value in lengths.items()}
-        return [f"train.steps = {steps}", *(f"{name} = {value!r}" for name, value in scaled.items())]
+            costs[key] = evaluations_per_state(row.files, bindings)
+        with config.parsed(row.files, bindings):
+            batch = config.value("train.batch_size") * config.value("train.accumulation", 1)
+        return f"train.steps = {max(1, round(budget / (costs[key] * batch)))}"
 
 
-def _text(recipe: str, *bindings: str) -> str:
+def _row(group: str, name: str, method: str, setting: str | None, bindings: Sequence[str]) -> Row:
+    files = [config.find_gin_file(method)] if setting is None else config.composed(method, setting)
+    recipe = method if setting is None else f"{method} on {setting}"
+    return Row(group=group, name=name, recipe=recipe, files=tuple(files), bindings=tuple(bindings))
+
+
+def _text(files: Sequence[Path], *bindings: str) -> str:
     """The text of a gin file."""
-    return "\n".join([f"include '{recipe}'", *bindings]) + "\n"
+    return "\n".join([*(f"include '{config.packaged_name(path)}'" for path in files), *bindings]) + "\n"
 
 
 def _hash(*lines: str) -> str:
@@ -223,28 +225,21 @@ def _parts(*texts: str) -> set[str]:
     return {name for text in texts for name in re.findall(r"@(?:\w+/)*(\w+)", text)}
 
 
-def _scaled(value: Any, factor: float) -> Any:
-    """A number of steps, or several, in proportion; what takes any takes at least one."""
-    if isinstance(value, tuple):
-        return tuple(_scaled(part, factor) for part in value)
-    return max(1, round(value * factor)) if value else 0
-
-
-def evaluations_per_state(recipe: str | Path, bindings: Sequence[str] = (), parts: int = 4) -> float:
+def evaluations_per_state(files: Sequence[str | Path], bindings: Sequence[str] = (), parts: int = 4) -> float:
     """The evaluations of all networks that a training spends on a state: the mean over its steps.
 
     Methods have phases of different costs, so the steps in the middle of ``parts`` equal parts of the training are
     taken, on a small batch, and counted.
 
     Examples:
-        >>> evaluations_per_state("freeflow/ring.gin")
+        >>> evaluations_per_state(["freeflow/ring.gin"])
         3.0
     """
     small = ["train.batch_size = 16", "train.accumulation = 1", "train.ema = None"]
-    with torch.random.fork_rng(), config.parsed([recipe], [*bindings, *small]), config.errors_located():
-        loop = build(workdir=Path(), device=torch.device("cpu")).loop
+    with torch.random.fork_rng(), config.parsed(files, [*bindings, *small]):
+        loop = configured_loop("costs", "cpu")
     for part in range(parts):
-        loop.step = int(loop.settings.steps * (part + 0.5) / parts)
+        loop.step = int(loop.training.steps * (part + 0.5) / parts)
         loop.train_step()
     evaluations: int = sum(loop.counters.values())
     return evaluations / (16 * parts)

@@ -54,7 +54,9 @@ class Objective(Part, ABC):
     pairs: Pairs = OneStep()
     """The law of the times (t, s) of the states."""
     trains: ClassVar[Jumps] = Jumps.ANY
-    """The jumps that a student must be able to make."""
+    """The jumps that a student must be able to make, of which states at t = 1 alone train those from noise."""
+    flow_map: ClassVar[str] = "from_teacher"
+    """The registered builder of the students that it trains."""
     needs_all_times: ClassVar[bool] = False
     """Whether states at t = 1 alone teach nothing, so that the prior cannot be the state source."""
     auxiliary_updates: int = 1
@@ -74,13 +76,17 @@ class Objective(Part, ABC):
         return True
 
     def setup(self, student: FlowMap, teacher: Teacher | None) -> None:
-        """Take the models; ConfigError for a student that cannot make the jumps that are trained."""
-        if self.trains not in student.jumps:
+        """Take the models; ConfigError for a student that cannot make the jumps from noise that are trained."""
+        self.check_jumps(student, self.trains & Jumps.FROM_NOISE)
+        super().setup(student, teacher)
+
+    def check_jumps(self, student: FlowMap, needed: Jumps) -> None:
+        """ConfigError for a student that cannot make the jumps that are needed."""
+        if needed not in student.jumps:
             raise ConfigError(
-                f"{type(self).__name__} trains jumps ({_words(self.trains)}) that this student cannot make "
+                f"{type(self).__name__} trains jumps ({_words(needed)}) that this student cannot make "
                 f"({_words(student.jumps)}): set another conditioning of the student"
             )
-        super().setup(student, teacher)
 
     def law(self, progress: float) -> Pairs:
         """The law of the times of the states when the part ``progress`` of the training is done."""

@@ -9,10 +9,11 @@ import inspect
 import logging
 import re
 import tokenize
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
 import gin
 from gin.config_parser import BindingStatement, ConfigParser, IncludeStatement, ParserDelegate
 
@@ -20,7 +21,7 @@ from flowdistill.plumbing.errors import ConfigError, FlowDistillError
 from flowdistill.plumbing.registry import load_plugins, unknown_name
 
 _RECIPE_PACKAGES = ("flowdistill.algorithms", "flowdistill.teachers")
-_PLACES: dict[tuple[str, str], str] = {}  # where each parameter (configurable, name) was bound
+_PLACES: list[_Bound] = []  # the bindings of the present configuration, in their order
 
 
 def recipe_roots() -> list[Path]:
@@ -48,6 +49,85 @@ def expanded(name: str | Path) -> str:
     """The text of a gin file with those that it includes in their places."""
     text = find_gin_file(name).read_text()
     return re.sub(r"^include\s+(['\"])(.*)\1\n?", lambda match: expanded(match[2]), text, flags=re.MULTILINE)
+
+
+_METHOD = re.compile(r"^train\.objective =", re.MULTILINE)
+_LENGTH = re.compile(r"^train\.steps =", re.MULTILINE)
+
+
+def methods() -> dict[str, Path]:
+    """The packaged methods by name: the gin files that name an objective and leave the rest to a setting."""
+    found = {}
+    for path in (path for root in recipe_roots() for path in root.rglob("*.gin")):
+        text = expanded(path)
+        if _METHOD.search(text) and not _LENGTH.search(text):
+            found[path.stem] = path
+    return dict(sorted(found.items()))
+
+
+def settings() -> dict[str, Path]:
+    """The packaged settings by name: a teacher, a student, an optimiser, a budget, data and an evaluation."""
+    folder = Path(__file__).parents[1] / "configs" / "settings"
+    return {path.stem: path for path in sorted(folder.glob("*.gin")) if _LENGTH.search(expanded(path))}
+
+
+def composed(method: str | Path, setting: str | Path) -> list[Path]:
+    """The gin files of a method on a setting: the setting, the method, and what the method changes there.
+
+    A method keeps what it changes on a setting in a file beside its own, such as ``ayf_emd_plane.gin`` for ``ayf_emd``,
+    or in ``plane.gin`` for all methods of the folder that have no such file.
+
+    Args:
+        method: a name that ``flowdistill list methods`` shows, or a gin file.
+        setting: a name that ``flowdistill list settings`` shows, or a gin file.
+
+    Raises:
+        ConfigError: there is no such method or setting; the message lists the nearest.
+    """
+    found = [_named(setting, "setting", settings()), _named(method, "method", methods())]
+    where, name = found[1], found[0].stem
+    changes = [where.with_name(f"{where.stem}_{name}.gin"), where.with_name(f"{name}.gin")]
+    return [*found, *[path for path in changes if path.is_file() and path != where][:1]]
+
+
+def chosen(
+    recipe: str | Path | None = None,
+    on: str | Path | None = None,
+    gin_file: str | Path | None = None,
+    gin_files: Sequence[str | Path] = (),
+) -> list[str | Path]:
+    """The gin files that a user names: a method on a setting, or a whole recipe, and then further files.
+
+    Raises:
+        ConfigError: a method without a setting, or a setting without a method.
+    """
+    files: list[str | Path] = []
+    if on is not None:
+        if recipe is None:
+            raise ConfigError(f"{on} is a setting: name a method to train on it, such as freeflow")
+        files += composed(recipe, on)
+    elif recipe is not None:
+        if Path(recipe).suffix != ".gin":
+            _named(recipe, "method", methods())
+            raise ConfigError(f"{recipe} is a method: name a setting to train it on, such as on='digits' (--on digits)")
+        files.append(recipe)
+    return [*files, *([] if gin_file is None else [gin_file]), *gin_files]
+
+
+def _named(name: str | Path, kind: str, known: Mapping[str, Path]) -> Path:
+    if str(name) in known:
+        return known[str(name)]
+    if Path(name).suffix == ".gin":
+        return find_gin_file(name)
+    raise unknown_name(kind, str(name), list(known))
+
+
+def packaged_name(path: Path) -> str:
+    """The name under which a packaged gin file is found; the absolute path of any other."""
+    for root in recipe_roots():
+        if path.is_relative_to(root):
+            return path.relative_to(root).as_posix()
+    return str(path.absolute())
 
 
 def find_gin_file(name: str | Path) -> Path:
@@ -95,7 +175,7 @@ def parsed(files: Sequence[str | Path], bindings: Sequence[str]) -> Iterator[Non
             gin.clear_config()
             _PLACES.clear()
             for part, before in zip(_gin_state(), saved, strict=True):
-                part.update(before)
+                part.extend(before) if isinstance(part, list) else part.update(before)
 
 
 @contextlib.contextmanager
@@ -121,25 +201,65 @@ def _gin_state() -> tuple[Any, ...]:
 
 
 class _Syntax(ParserDelegate):  # type: ignore[misc]
-    """Parses values without building anything."""
+    """Parses values without building anything; it collects the names of what they refer to."""
+
+    def __init__(self) -> None:
+        self.references: set[str] = set()
 
     def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> None:
-        pass
+        self.references.add(re.split(r"[./]", scoped_configurable_name)[-1])
 
     def macro(self, macro_name: str) -> None:
-        pass
+        self.references.add(macro_name)
+
+
+@attrs.frozen
+class _Bound:
+    """A binding as it was read: whose, of which parameter, in which scope, where, and what its value refers to."""
+
+    owner: str
+    parameter: str
+    scope: str
+    place: str
+    references: frozenset[str]
 
 
 def _note_places(text: str, source: str) -> None:
-    """Remember the line of every binding, which gin 0.5 does not."""
-    for statement in ConfigParser(text, _Syntax()):
+    """Remember every binding with its place, which gin 0.5 does not."""
+    syntax = _Syntax()
+    for statement in ConfigParser(text, syntax):
+        references, syntax.references = frozenset(syntax.references), set()
         if isinstance(statement, IncludeStatement):
             path = find_gin_file(statement.filename)
             _note_places(path.read_text(), str(path))
         elif isinstance(statement, BindingStatement):
-            name = statement.selector.rpartition(".")[2] or statement.scope
+            owner, parameter = statement.selector.rpartition(".")[2], statement.arg_name or ""
             line = "" if source.startswith("binding") else f", line {statement.location.line_num}"
-            _PLACES[name, statement.arg_name or ""] = f"{source}{line}"
+            _PLACES.append(_Bound(owner, parameter, statement.scope, f"{source}{line}", references))
+
+
+def _places() -> dict[tuple[str, str], str]:
+    """Where each parameter (owner, name) was last bound."""
+    return {(bound.owner, bound.parameter): bound.place for bound in _PLACES}
+
+
+def _spared() -> set[str]:
+    """What need not be used: macros that files define, what they refer to, and what replaced bindings referred to.
+
+    A file may define macros for whoever needs them, such as the data of a setting.
+    And whoever replaces a part, such as a law of times, leaves its settings behind.
+    """
+    last = {(bound.owner, bound.parameter, bound.scope): bound for bound in _PLACES}
+    replaced = [bound for bound in _PLACES if last[bound.owner, bound.parameter, bound.scope] is not bound]
+    macros = {bound.owner for bound in _PLACES if not bound.parameter and not bound.place.startswith("binding")}
+    waiting = [*macros, *(name for bound in replaced for name in bound.references)]
+    found: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += [other for bound in _PLACES if bound.owner == name for other in bound.references]
+    return found
 
 
 @contextlib.contextmanager
@@ -192,7 +312,7 @@ def _with_bindings(message: str) -> str:
         return message
     reason, name = message[: match.start()], match[1]
     reason = re.sub(r"^\(\"(.*?)\", Attribute\(.*\)$", r"\1", reason)  # some attrs validators raise a tuple
-    places = {parameter: place for (owner, parameter), place in _PLACES.items() if owner == name}
+    places = {parameter: place for (owner, parameter), place in _places().items() if owner == name}
     named = [parameter for parameter in places if re.search(rf"\b{parameter}\b", reason)]
     lines = [f"\n  {name}.{parameter}: {places[parameter]}" for parameter in named or places]
     return ("" if reason.startswith(f"{name}.") else f"{name}: ") + reason + "".join(lines)
@@ -212,36 +332,8 @@ def macro(name: str) -> Any:
     return value(f"{name}/macro.value")
 
 
-def _within(macros: Iterable[str]) -> set[str]:
-    """The selectors of the parts that macros refer to, directly or through other parts."""
-    found: set[str] = set()
-    waiting = list(macros)
-    while waiting:
-        owner = waiting.pop()
-        for (scope, selector), parameters in gin.config._CONFIG.items():
-            if owner != (scope if selector == "gin.macro" else selector):
-                continue
-            named = {name for value in parameters.values() for name in _references(value)} - found
-            found |= named
-            waiting += named
-    return found
-
-
-def _references(value: Any) -> Iterator[str]:
-    """The selectors of the parts, and the names of the macros, that a bound value refers to."""
-    if isinstance(value, gin.config.ConfigurableReference):
-        scope, selector = value.config_key
-        yield scope if selector == "gin.macro" else selector
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _references(part)
-
-
 def check_all_used(without: Sequence[str] = ()) -> None:
     """Fail if a binding was not consumed by anything that has been built so far.
-
-    A file may define macros for whoever needs them, such as the data of a setting: those, and the parts that only they
-    refer to, need not be used.
 
     Args:
         without: gin modules whose bindings may be without use, such as ``evaluation``.
@@ -249,28 +341,22 @@ def check_all_used(without: Sequence[str] = ()) -> None:
     Raises:
         ConfigError: names every such binding, which does nothing: the part it sets is not in this configuration.
     """
-    used = gin.config._OPERATIVE_CONFIG
-    unused: dict[tuple[str, str], list[str]] = {}
+    used, spared = gin.config._OPERATIVE_CONFIG, _spared()
+    unused = []
     for (scope, selector), parameters in gin.config._CONFIG.items():
         consumers = [
             set(names)
             for (used_scope, used_selector), names in used.items()
             if used_selector == selector and (not scope or f"{used_scope}/".startswith(f"{scope}/"))
         ]
-        unused[scope, selector] = [name for name in parameters if not any(name in names for names in consumers)]
-    offered = {
-        scope
-        for (scope, selector), names in unused.items()
-        if selector == "gin.macro" and names and not _PLACES.get((scope, ""), "").startswith("binding")
-    }
-    spared, named = offered | _within(offered), []
-    for (scope, selector), names in unused.items():
         module, _, name = selector.rpartition(".")
-        if selector == "gin.macro":
-            named += [scope] if names and scope not in spared else []
-        elif module not in without and selector not in spared:
-            named += [f"{scope}/{name}.{parameter}".lstrip("/") for parameter in names]
-    if named:
+        macro = selector == "gin.macro"
+        if module in without or (scope if macro else name) in spared:
+            continue
+        for parameter in parameters:
+            if not any(parameter in names for names in consumers):
+                unused.append(scope if macro else f"{scope}/{name}.{parameter}".lstrip("/"))
+    if unused:
         raise ConfigError(
-            f"nothing uses {', '.join(sorted(named))}: the part that it sets is not in this configuration"
+            f"nothing uses {', '.join(sorted(unused))}: the part that it sets is not in this configuration"
         )

@@ -102,6 +102,8 @@ class Loop:
         source = training.source()
         source.setup(student, teacher)
         training.objective.setup(student, teacher)
+        if source.knows_all_times:
+            training.objective.check_jumps(student, training.objective.trains)
         return cls(training, student, teacher, source, Path(workdir))
 
     @property

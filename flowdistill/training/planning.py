@@ -65,8 +65,10 @@ class Plan:
 
 
 def plan(
-    gin_file: str | Path | None = None,
+    recipe: str | Path | None = None,
     *,
+    on: str | Path | None = None,
+    gin_file: str | Path | None = None,
     gin_files: Sequence[str | Path] = (),
     gin_bindings: Sequence[str] = (),
     flops_per_second: float = 4e14,
@@ -77,6 +79,8 @@ def plan(
     only the named variant is taken.
 
     Args:
+        recipe: see `train`.
+        on: see `train`.
         gin_file: see `train`.
         gin_files: see `train`.
         gin_bindings: see `train`.
@@ -92,7 +96,7 @@ def plan(
     """
     if flops_per_second <= 0:
         raise ConfigError(f"FLOP/s must be positive, not {flops_per_second}")
-    files = [*([] if gin_file is None else [gin_file]), *gin_files]
+    files = config.chosen(recipe, on, gin_file, gin_files)
     with (
         torch.random.fork_rng(),
         config.parsed(files, gin_bindings),

@@ -40,8 +40,10 @@ class TrainResult:
 
 
 def train(
-    gin_file: str | Path | None = None,
+    recipe: str | Path | None = None,
     *,
+    on: str | Path | None = None,
+    gin_file: str | Path | None = None,
     gin_files: Sequence[str | Path] = (),
     gin_bindings: Sequence[str] = (),
     workdir: str | Path | None = None,
@@ -49,16 +51,19 @@ def train(
     device: str | torch.device | None = None,
     report: bool = True,
 ) -> TrainResult:
-    """Train as a gin configuration says, and leave a run directory.
+    """Train a method on a setting, or as gin files say, and leave a run directory.
 
     The directory holds ``config.gin`` (everything that was in force; training from it repeats the run),
     ``metrics.jsonl``, ``tensorboard/``, ``samples/``, ``checkpoints/`` and ``report.md``.
 
     Args:
+        recipe: the name of a method, as ``flowdistill list methods`` shows it, or a whole recipe as ``gin_file``.
+        on: the name of a setting, as ``flowdistill list settings`` shows it, or a gin file of one.
         gin_file: a gin file in the working directory, or a packaged recipe such as ``freeflow/digits.gin``.
-        gin_files: further gin files, read after ``gin_file``.
+        gin_files: further gin files, read after the others.
         gin_bindings: bindings such as ``"train.steps = 10"``, read after all files.
-        workdir: the run directory; by default ``runs/`` and the name of the last gin file.
+        workdir: the run directory; by default ``runs/`` and the names of the method and the setting, or that of the
+            last gin file.
         resume: "auto" continues a run of the same configuration in ``workdir``, whose steps and evaluation alone may
             differ: one that was interrupted, or further, or only to measure it again; "never" wants an empty one.
         device: where to train; by default the first GPU (of each rank its own), else the CPU.
@@ -70,22 +75,26 @@ def train(
         NonFiniteError: a loss became NaN or infinite.
 
     Examples:
-        >>> result = train(
-        ...     gin_file="freeflow/ring.gin",
-        ...     gin_bindings=["train.steps = 2", "evaluation.num_samples = 20"],
-        ...     workdir="runs/ring",
-        ... )
+        >>> short = ["train.steps = 2", "evaluation.num_samples = 20"]
+        >>> result = train("meanflow", on="plane", gin_bindings=short, workdir="runs/plane")
         >>> result.flow_map.sample(torch.randn(4, 2)).shape
         torch.Size([4, 2])
     """
-    files = [*([] if gin_file is None else [gin_file]), *gin_files]
+    files = config.chosen(recipe, on, gin_file, gin_files)
     if workdir is None:
-        workdir = Path("runs") / ("-".join(Path(files[-1]).with_suffix("").parts[-2:]) if files else "train")
+        workdir = Path("runs") / _name(recipe, on, files)
     place = find_device(device)
     with torch.random.fork_rng(), config.parsed(files, gin_bindings), process_group(place):
         loop = configured_loop(workdir, place)
         _claim(loop, resume, gin.operative_config_str())
         return _run(loop, report)
+
+
+def _name(recipe: str | Path | None, on: str | Path | None, files: Sequence[str | Path]) -> str:
+    """The name of a run directory."""
+    if recipe is not None and on is not None:
+        return f"{Path(recipe).stem}-{Path(on).stem}"
+    return "-".join(Path(files[-1]).with_suffix("").parts[-2:]) if files else "train"
 
 
 def configured_loop(workdir: str | Path, device: str | torch.device | None) -> Loop:
