@@ -15,6 +15,7 @@ from flowdistill.flow_maps import NetworkFlowMap, from_teacher
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import FlowMap, GeneratingVelocity, Objective, ObjectiveOutput
 from flowdistill.networks import EDM2, MLP, SiT
+from flowdistill.pairs import Grouped
 from flowdistill.states import NoisedData
 from flowdistill.teachers.gaussian import (
     GaussianFlowMap,
@@ -29,9 +30,8 @@ from flowdistill.testing import (
     check_teacher,
     check_velocity_estimator,
 )
-from flowdistill.times import Grouped, Uniform
-from flowdistill.velocities.estimators import FiniteDifference, OnlineNetwork
-from flowdistill.velocities.targets import ConditionalVelocity, TeacherVelocity
+from flowdistill.times import Uniform
+from flowdistill.velocities import ConditionalVelocity, FiniteDifference, OnlineNetwork, TeacherVelocity
 
 
 def classes():
@@ -175,7 +175,7 @@ def test_trajectory_objectives_take_states_from_anywhere(name, source):
     if source != "prior":
         arguments["times"] = Grouped() if name == "imm" else Uniform()
     states = STATE_SOURCES.build(source, **arguments)
-    objective = OBJECTIVES.build(name, **({"velocity": TeacherVelocity()} if name in TRAJECTORY else {}))
+    objective = OBJECTIVES.build(name, **({"target": TeacherVelocity()} if name in TRAJECTORY else {}))
     assert objective.needs_teacher
     assert not objective.needs_data
     if source == "prior" and name in UNIFORM_TIMES:
@@ -188,7 +188,7 @@ def test_trajectory_objectives_take_states_from_anywhere(name, source):
 @pytest.mark.parametrize("name", TRAJECTORY)
 def test_trajectory_objectives_train_from_data(name):
     """With the velocity of the data they need no teacher, whatever they are made for."""
-    objective = OBJECTIVES.build(name, velocity=ConditionalVelocity())
+    objective = OBJECTIVES.build(name, target=ConditionalVelocity())
     assert objective.needs_data
     assert not objective.needs_teacher
     times = Grouped() if name == "imm" else Uniform()

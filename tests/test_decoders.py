@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from flowdistill import DECODERS, ConfigError
 from flowdistill.decoders import Pixels, StableDiffusionVae, quantize
-from flowdistill.flow_maps import NetworkTeacher, from_teacher
+from flowdistill.flow_maps import from_teacher
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.networks import SiT
+from flowdistill.wrapped_teachers import NetworkTeacher
 
 EDM2_MEAN, EDM2_STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)
 

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from flowdistill import Condition, differentiation
 from flowdistill.differentiation import finite_difference, jvp
 from flowdistill.flow_maps import NetworkFlowMap
-from flowdistill.interfaces import FlowMap
+from flowdistill.interfaces import FlowMap, Jump
 from flowdistill.networks import MLP, SiT, attention
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
-from flowdistill.velocities.estimators import FiniteDifference, Jvp
+from flowdistill.velocities import FiniteDifference, Jvp
 
 
 def sit_map():
@@ -79,8 +79,8 @@ def test_value_carries_the_graph_and_the_derivative_none(case):
     plain = student.average_velocity(x, t, s, condition)
     wanted = torch.autograd.grad(plain.square().sum(), [p for p in student.parameters() if p.requires_grad])
     for average, slope in (
-        jvp(student, x, t, s, condition, ds=1.0),
-        finite_difference(student, x, t, s, condition, ds=1.0),
+        jvp(student, Jump(x, t, s, condition), ds=1.0),
+        finite_difference(student, Jump(x, t, s, condition), ds=1.0),
     ):
         assert not slope.requires_grad
         torch.testing.assert_close(average, plain)
@@ -112,7 +112,7 @@ class _Recorder(torch.nn.Module):
 def test_differences_stay_where_times_make_sense(h, scheme, direction, t, part):
     recorder = _Recorder()
     start, end = torch.full((2,), t), torch.full((2,), t * part)
-    _, slope = finite_difference(recorder, torch.ones(2, 1), start, end, h=h, scheme=scheme, **direction)
+    _, slope = finite_difference(recorder, Jump(torch.ones(2, 1), start, end, **direction), h=h, scheme=scheme)
     assert slope.isfinite().all()
     for time, other in recorder.asked:
         assert (time <= 1 + 1e-6).all()
@@ -125,7 +125,7 @@ def test_derivative_is_zero_on_the_diagonal():
     student = mlp_map()
     t = torch.tensor([0.3, 1.0]).double()
     for scheme in ("backward", "central"):
-        _, slope = finite_difference(student, torch.ones(2, 3).double(), t, t, ds=1.0, scheme=scheme)
+        _, slope = finite_difference(student, Jump(torch.ones(2, 3).double(), t, t), ds=1.0, scheme=scheme)
         assert not slope.any()
 
 
@@ -145,9 +145,9 @@ def test_differences_are_in_full_precision_under_autocast():
     torch.manual_seed(0)
     student = mlp_map().float()
     x, t, s = torch.randn(16, 3), torch.ones(16), torch.full((16,), 0.3)
-    _, plain = finite_difference(student, x, t, s, ds=1.0, h=0.01)
+    _, plain = finite_difference(student, Jump(x, t, s), ds=1.0, h=0.01)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        _, autocast = finite_difference(student, x, t, s, ds=1.0, h=0.01)
+        _, autocast = finite_difference(student, Jump(x, t, s), ds=1.0, h=0.01)
     assert torch.equal(plain, autocast)
 
 
@@ -175,9 +175,9 @@ def test_dropout_has_the_same_masks_in_a_derivative(scheme):
     student = Dropped().train()
     x, t, s = torch.ones(4, 50), torch.full((4,), 0.8), torch.full((4,), 0.3)
     if scheme == "jvp":
-        average, slope = jvp(student, x, t, s, ds=1.0)
+        average, slope = jvp(student, Jump(x, t, s), ds=1.0)
     else:
-        average, slope = finite_difference(student, x, t, s, ds=1.0, scheme=scheme)
+        average, slope = finite_difference(student, Jump(x, t, s), ds=1.0, scheme=scheme)
     assert 0.2 < (average == 0).float().mean() < 0.8
     torch.testing.assert_close(slope, -average / 0.5)
 
@@ -189,7 +189,7 @@ def test_attention_is_written_out_where_a_derivative_has_a_graph(monkeypatch):
     t, s = torch.full((4,), 0.8, dtype=torch.float64), torch.full((4,), 0.3, dtype=torch.float64)
 
     def gradients():
-        average, slope = jvp(student, x, t, s, dx=x, dt=1.0, graph=True)
+        average, slope = jvp(student, Jump(x, t, s), dx=x, dt=1.0, graph=True)
         return torch.autograd.grad((average + slope).square().sum(), list(student.network.blocks.parameters()))
 
     expected = gradients()

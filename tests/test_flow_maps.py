@@ -3,11 +3,12 @@ import torch
 
 import flowdistill
 from flowdistill import Condition, ConfigError
-from flowdistill.flow_maps import FlowMapTeacher, NetworkFlowMap, NetworkTeacher, from_teacher
+from flowdistill.flow_maps import NetworkFlowMap, from_teacher
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.networks import EDM2, MLP, SiT
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.testing import check_flow_map
+from flowdistill.wrapped_teachers import FlowMapTeacher, NetworkTeacher
 
 
 @pytest.fixture

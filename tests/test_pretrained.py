@@ -14,11 +14,12 @@ from tiny_teachers import NETWORKS, SIT, checkpoint, python, teacher_of, velocit
 import flowdistill
 from flowdistill import CheckpointError, CheckpointWriteError, Condition, ConfigError, load_teacher
 from flowdistill.decoders import StableDiffusionVae
-from flowdistill.flow_maps import NetworkTeacher, from_teacher
+from flowdistill.flow_maps import from_teacher
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import Decoder
 from flowdistill.networks import SiT
 from flowdistill.runs.pretrained import is_model, load_model, save_model
+from flowdistill.wrapped_teachers import NetworkTeacher
 
 # Written and read.
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from flowdistill import SOLVERS, Condition
-from flowdistill.flow_maps import NetworkTeacher
 from flowdistill.networks import MLP
 from flowdistill.solvers import Dopri5, Edm, Euler, EulerMaruyama, Heun, OdeSolver, RungeKutta4
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
+from flowdistill.wrapped_teachers import NetworkTeacher
 
 OF_ODES = [name for name in SOLVERS.names() if issubclass(SOLVERS.get(name), OdeSolver)]
 

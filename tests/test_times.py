@@ -4,7 +4,8 @@ import torch
 from hypothesis import given
 
 from flowdistill import TIME_SAMPLERS, ConfigError
-from flowdistill.times import Always, Dyadic, EndSampler, Grid, Grouped, LogitNormal, Maximum, Uniform, WithPointMass
+from flowdistill.pairs import Dyadic, Grouped
+from flowdistill.times import Always, EndSampler, Grid, LogitNormal, Maximum, Uniform, WithPointMass
 
 LAWS = [Uniform(), Uniform(low=0.2, high=0.7), LogitNormal(mean=-0.4, std=1.0), LogitNormal(mean=0.8, std=1.6)]
 

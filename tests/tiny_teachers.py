@@ -9,8 +9,8 @@ import torch
 
 from flowdistill import Condition
 from flowdistill.decoders import Pixels, StableDiffusionVae
-from flowdistill.flow_maps import NetworkTeacher
 from flowdistill.networks import EDM2, MLP, SiT
+from flowdistill.wrapped_teachers import NetworkTeacher
 
 SIT = {
     "input_size": 4,

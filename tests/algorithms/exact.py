@@ -3,7 +3,7 @@
 import hypothesis.strategies as st
 import torch
 
-from flowdistill import Condition, States
+from flowdistill import Condition, States, Step
 from flowdistill.paths import interpolate
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 
@@ -31,9 +31,43 @@ def perturbed(teacher: GaussianTeacher, amount: float = 0.1) -> GaussianFlowMap:
     return student
 
 
+STEPS = 10_000
+"""The length of a training in tests: `loss_of` turns a step into the part of the training that is done."""
+
+
+def below(t, seed=11) -> torch.Tensor:
+    """Ends s of jumps, uniform in [0, t], the same for the same number of rows."""
+    unit = torch.rand(len(t), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return t * unit.to(t.dtype)
+
+
+def bound(part, student, teacher=None):
+    """A part that is set up for the models."""
+    if part._student is not student or part._teacher is not teacher:
+        part.setup(student, teacher)
+    return part
+
+
+def loss_of(objective, student, teacher, states, *, step=0, generator=None):
+    """The loss of an objective, which is set up first if it is not."""
+    return bound(objective, student, teacher).loss(states, Step(generator, step, step / STEPS))
+
+
+def residual_of(objective, student, teacher, states, *, step=0, generator=None):
+    """F and the residual of an objective, which is set up first if it is not."""
+    found = bound(objective, student, teacher).residual(states, Step(generator, step, step / STEPS))
+    return found.average, found.value
+
+
+def auxiliary_loss_of(objective, name, student, teacher, states, *, step=0, generator=None):
+    """The loss of one of an objective's own modules."""
+    return bound(objective, student, teacher).auxiliary_loss(name, states, Step(generator, step, step / STEPS))
+
+
 def prior_states(teacher, n=64, seed=0) -> States:
     x = teacher.sample_prior(n, torch.Generator().manual_seed(seed))
-    return States(x=x, t=torch.ones(n, dtype=x.dtype), condition=Condition())
+    t = torch.ones(n, dtype=x.dtype)
+    return States(x=x, t=t, s=below(t), condition=Condition())
 
 
 def path_states(teacher, n=64, seed=0) -> States:
@@ -41,7 +75,7 @@ def path_states(teacher, n=64, seed=0) -> States:
     g = torch.Generator().manual_seed(seed)
     x = 1.5 * torch.randn(n, *teacher.sample_shape, generator=g, dtype=torch.float64)
     t = 0.05 + 0.95 * torch.rand(n, generator=g, dtype=torch.float64)
-    return States(x=x, t=t, condition=Condition())
+    return States(x=x, t=t, s=below(t), condition=Condition())
 
 
 def gradient(loss, student) -> torch.Tensor:
@@ -55,7 +89,7 @@ def gradient(loss, student) -> torch.Tensor:
 
 def judge(objective, student, teacher, states, step=0, seed=1) -> tuple[float, float]:
     """Root mean square of the residual, and norm of the loss gradient."""
-    output = objective.loss(student, teacher, states, step=step, generator=torch.Generator().manual_seed(seed))
+    output = loss_of(objective, student, teacher, states, step=step, generator=torch.Generator().manual_seed(seed))
     return float(output.metrics["error"].sqrt()), float(gradient(output.loss, student).norm())
 
 
@@ -75,7 +109,7 @@ def data_states(teacher, n=64, seed=0, low=0.05) -> States:
     clean = teacher.sample_data(n, g)
     noise = torch.randn(clean.shape, generator=g, dtype=clean.dtype)
     t = low + (1 - low) * torch.rand(n, generator=g, dtype=clean.dtype)
-    return States(x=interpolate(clean, noise, t), t=t, condition=Condition(), clean=clean, noise=noise)
+    return States(x=interpolate(clean, noise, t), t=t, s=below(t), condition=Condition(), clean=clean, noise=noise)
 
 
 class _Bent(GaussianFlowMap):

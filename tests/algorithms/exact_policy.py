@@ -1,7 +1,7 @@
 """Policies of known fields, and judges of the objective that imitates them."""
 
 import torch
-from exact import gradient
+from exact import below, gradient, loss_of
 from torch import nn
 
 from flowdistill import Condition, States
@@ -68,12 +68,14 @@ class ExactPolicyMap(PolicyFlowMap):
 
 def prior(teacher, n=64, seed=0):
     x = teacher.sample_prior(n, generator(seed))
-    return States(x=x, t=torch.ones(n, dtype=x.dtype), condition=Condition(), noise=x)
+    return States(
+        x=x, t=torch.ones(n, dtype=x.dtype), s=below(torch.ones(n, dtype=x.dtype)), condition=Condition(), noise=x
+    )
 
 
 def judge(objective, student, teacher, states, seed=1):
     """Root mean square of the residual, and norm of the loss gradient."""
-    output = objective.loss(student, teacher, states, step=0, generator=generator(seed))
+    output = loss_of(objective, student, teacher, states, step=0, generator=generator(seed))
     return float(output.metrics["error"].sqrt()), float(gradient(output.loss, student).norm())
 
 

@@ -6,7 +6,18 @@ import math
 import attrs
 import pytest
 import torch
-from exact import assert_exact, data_states, gaussian_teachers, gradient, judge, path_states, perturbed
+from exact import (
+    assert_exact,
+    below,
+    data_states,
+    gaussian_teachers,
+    gradient,
+    judge,
+    loss_of,
+    path_states,
+    perturbed,
+    residual_of,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,9 +27,10 @@ from flowdistill.algorithms.alphaflow import objective as alphaflow
 from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.interfaces import TargetVelocity
 from flowdistill.networks import MLP
+from flowdistill.pairs import Below
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.times import Always, LogitNormal, Uniform
-from flowdistill.velocities.targets import ConditionalVelocity, TeacherVelocity
+from flowdistill.velocities import ConditionalVelocity, TeacherVelocity
 
 
 def teacher():
@@ -50,7 +62,7 @@ def meanflow(of: AlphaFlow):
 
 
 def residual(of, student, states, s):
-    return of.residual(student, teacher(), states, s, step=0, generator=generator())
+    return residual_of(of, student, teacher(), states, s, step=0, generator=generator())
 
 
 def close(a, b, rtol=1e-9):
@@ -93,11 +105,11 @@ def test_published_settings():
 @pytest.mark.parametrize("step", [700, 1000])
 @pytest.mark.parametrize("velocity", [TeacherVelocity(), ConditionalVelocity()])
 def test_below_the_switch_it_is_meanflow_bit_for_bit(step, velocity):
-    of = AlphaFlow(velocity=velocity, anneal=(0, 900))
+    of = AlphaFlow(target=velocity, anneal=(0, 900))
     assert 1 / (1 + math.exp(25 * (700 / 900 - 0.5))) < of.switch
     states, student = data_states(teacher()), perturbed(teacher())
     ours, theirs = (
-        objective.loss(student, teacher(), states, step=step, generator=generator()).loss
+        loss_of(objective, student, teacher(), states, step=step, generator=generator()).loss
         for objective in (of, meanflow(of))
     )
     assert torch.equal(ours, theirs)
@@ -107,7 +119,7 @@ def test_below_the_switch_it_is_meanflow_bit_for_bit(step, velocity):
 @given(of=gaussian_teachers(), power=st.sampled_from((0.0, 1.0)))
 @settings(max_examples=10)
 def test_after_the_curriculum_the_exact_map_has_no_residual_and_no_gradient(of, power):
-    objective = AlphaFlow(velocity=TeacherVelocity(), ends=Uniform(), anneal=(0, 10), power=power)
+    objective = AlphaFlow(target=TeacherVelocity(), anneal=(0, 10), power=power, pairs=Below(ends=Uniform()))
     assert_exact(objective, of, path_states(of), step=10)
 
 
@@ -137,8 +149,8 @@ def test_the_exact_map_leaves_a_residual_of_order_alpha():
 def test_it_becomes_meanflows_residual_at_order_alpha(velocity):
     states, student = data_states(teacher(), n=512), perturbed(teacher(), 0.3)
     s = 0.3 * states.t
-    limit = residual(meanflow(at(0.5, velocity=velocity)), student, states, s)[1]
-    found = sizes(residual(at(a, velocity=velocity), student, states, s)[1] - limit for a in ALPHAS)
+    limit = residual(meanflow(at(0.5, target=velocity)), student, states, s)[1]
+    found = sizes(residual(at(a, target=velocity), student, states, s)[1] - limit for a in ALPHAS)
     assert found[-1] < 0.05 * float(limit.norm())
     assert_first_order(found)
 
@@ -149,7 +161,7 @@ def test_its_gradient_becomes_meanflows():
     for alpha in ALPHAS:
         of = at(alpha, power=0.0)
         ours, theirs = (
-            gradient(o.loss(student, teacher(), states, step=0, generator=generator()).loss, student)
+            gradient(loss_of(o, student, teacher(), states, step=0, generator=generator()).loss, student)
             for o in (of, meanflow(of))
         )
         found.append(float((ours - theirs).norm()))
@@ -190,7 +202,7 @@ def test_a_residual_that_is_not_divided_by_alpha_is_seen():
     norms = [
         float(
             gradient(
-                at(a, power=0.0).loss(student, teacher(), states, step=0, generator=generator()).loss, student
+                loss_of(at(a, power=0.0), student, teacher(), states, step=0, generator=generator()).loss, student
             ).norm()
         )
         for a in (0.02, 0.01)
@@ -216,7 +228,7 @@ def test_the_gradient_is_that_of_the_published_loss(alpha):
     """The loss itself is the published one over alpha: MeanFlow's in scale."""
     states, student = path_states(teacher()), perturbed(teacher(), 0.3)
     of = at(alpha, ends=Always(value=0.0), equal=0.0, power=0.0)
-    loss = of.loss(student, teacher(), states, step=0, generator=generator()).loss
+    loss = loss_of(of, student, teacher(), states, step=0, generator=generator()).loss
     wanted = published(student, states, alpha, torch.zeros_like(states.t)).mean() / alpha
     close(gradient(loss, student), gradient(wanted, student))
     close(loss, wanted.detach() / alpha)
@@ -227,7 +239,7 @@ def test_the_adaptive_weight_is_the_published_one_with_a_scaled_constant(alpha):
     """alpha / (e + c) there, with e = |F - target|^2, and alpha / (e + alpha^2 c) here."""
     states, student = path_states(teacher()), perturbed(teacher(), 0.3)
     of = at(alpha, ends=Always(value=0.0), equal=0.0, eps=0.1)
-    loss = of.loss(student, teacher(), states, step=0, generator=generator()).loss
+    loss = loss_of(of, student, teacher(), states, step=0, generator=generator()).loss
     e = published(student, states, alpha, torch.zeros_like(states.t))
     close(gradient(loss, student), gradient((alpha / (e.detach() + alpha**2 * 0.1) * e).mean(), student))
 
@@ -235,7 +247,7 @@ def test_the_adaptive_weight_is_the_published_one_with_a_scaled_constant(alpha):
 def test_at_alpha_1_it_is_flow_matching_along_trajectories():
     states, student = data_states(teacher()), perturbed(teacher(), 0.3)
     s = 0.3 * states.t
-    average, found = residual(at(1.0, velocity=ConditionalVelocity()), student, states, s)
+    average, found = residual(at(1.0, target=ConditionalVelocity()), student, states, s)
     close(found, (average - (states.noise - states.clean)).detach())
     close(average, student.average_velocity(states.x, states.t, s))
 
@@ -282,19 +294,19 @@ def test_the_mean_residual_from_data_is_that_of_the_teacher(alpha):
     u, t = teacher().velocity(states.x, states.t), states.t[:, None]
     states = attrs.evolve(states, clean=states.x - t * u, noise=states.x + (1 - t) * u)
     s = 0.3 * states.t
-    from_data = residual(at(alpha, velocity=ConditionalVelocity()), student, states, s)
+    from_data = residual(at(alpha, target=ConditionalVelocity()), student, states, s)
     close(from_data[1], residual(at(alpha), student, states, s)[1], rtol=1e-7)
 
 
 def test_after_the_curriculum_there_is_no_mean_gradient_from_data():
     """Over 48 batches within 4 standard errors of zero, in every component."""
-    of = AlphaFlow(ends=Uniform(), anneal=(0, 10), power=0.0)
+    of = AlphaFlow(anneal=(0, 10), power=0.0, pairs=Below(ends=Uniform()))
     student, moved = GaussianFlowMap(teacher()), perturbed(teacher())
     found = {student: [], moved: []}
     for seed in range(48):
         states = data_states(teacher(), n=512, seed=seed, low=0.0)
         for model, gradients in found.items():
-            gradients.append(gradient(of.loss(model, None, states, step=10, generator=generator(seed)).loss, model))
+            gradients.append(gradient(loss_of(of, model, None, states, step=10, generator=generator(seed)).loss, model))
     scores = {model: torch.stack(g).mean(0) / torch.stack(g).std(0) * 48**0.5 for model, g in found.items()}
     assert (scores[student].abs() < 4).all()
     assert (scores[moved].abs() > 8).any()
@@ -307,7 +319,7 @@ def test_after_the_curriculum_there_is_no_mean_gradient_from_data():
 def test_evaluations_a_row(alpha, evaluations):
     """Of the student off the diagonal; the derivative costs as many as the second jump. The teacher's is one a row."""
     student, of = GaussianFlowMap(teacher()), teacher()
-    at(alpha, equal=0.25).loss(student, of, path_states(of), step=0, generator=generator())
+    loss_of(at(alpha, equal=0.25), student, of, path_states(of), step=0, generator=generator())
     assert student.evaluations == 16 + 48 * evaluations
     assert of.evaluations == 64
 
@@ -325,11 +337,11 @@ def test_half_precision_is_kept_out_of_a_difference_that_is_divided_by_alpha():
     for parameter in student.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     n = 64
-    states = States(x=torch.randn(n, 2), t=torch.rand(n), condition=Condition())
+    states = States(x=torch.randn(n, 2), t=torch.rand(n), s=below(torch.rand(n)), condition=Condition())
 
     def found(autocast):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return at(0.01).residual(student, teacher(), states, 0.3 * states.t, step=0, generator=generator())
+            return residual_of(at(0.01), student, teacher(), states, 0.3 * states.t, step=0, generator=generator())
 
     for full, half in zip(found(False), found(True), strict=True):
         assert torch.equal(full, half)

@@ -6,20 +6,33 @@ import attrs
 import numpy as np
 import pytest
 import torch
-from exact import assert_exact, data_states, gaussian_teachers, gradient, judge, path_states, perturbed, prior_states
+from exact import (
+    assert_exact,
+    bound,
+    data_states,
+    gaussian_teachers,
+    gradient,
+    judge,
+    loss_of,
+    path_states,
+    perturbed,
+    prior_states,
+)
 from hypothesis import given, settings
 
-from flowdistill import Condition
+from flowdistill import OBJECTIVES, Condition
 from flowdistill.algorithms import identities
 from flowdistill.algorithms.ayf import AyfEmd, AyfLmd
 from flowdistill.algorithms.ayf import objective as ayf
 from flowdistill.algorithms.freeflow import FreeFlowPrediction
-from flowdistill.algorithms.meanflow import MeanFlowDistillation
 from flowdistill.guidance import GuidedTeacher
+from flowdistill.interfaces import Jump
+from flowdistill.pairs import Below, WithDiagonal
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.times import Always, Uniform
-from flowdistill.velocities.estimators import Jvp
-from flowdistill.velocities.targets import ConditionalVelocity
+from flowdistill.velocities import ConditionalVelocity, Jvp
+
+MeanFlowDistillation = OBJECTIVES.get("meanflow_distillation")
 
 MEAN, VARIANCES = torch.tensor([1.0, -0.5]).double(), torch.tensor([0.3, 2.5]).double()
 
@@ -38,7 +51,7 @@ def lmd(**kwargs):
 
 def evaluate(objective, student, states, step=0, of=None):
     g = torch.Generator().manual_seed(1)
-    return objective.loss(student, of or teacher(), states, step=step, generator=g)
+    return loss_of(objective, student, of or teacher(), states, step=step, generator=g)
 
 
 def close(a, b, rtol=1e-9):
@@ -70,7 +83,7 @@ def test_mutants_of_emd_leave_a_residual_at_the_exact_map(name, monkeypatch):
     change, wrong = MUTANTS[name]
 
     def residual(student, velocity, estimator, x, t, s, condition, *, warmup, step):
-        average, slope = estimator.derivative(student, x, t, s, condition, dx=velocity, dt=1.0, step=step)
+        average, slope = bound(estimator, student).derivative(Jump(x, t, s, condition), dx=velocity, dt=1.0, step=step)
         return average, change(average.detach(), velocity, identities.expand_time(t - s, x), slope)
 
     monkeypatch.setattr(ayf, "eulerian_residual", residual)
@@ -190,7 +203,11 @@ def test_with_a_warmup_factor_below_1_the_solution_lies_between_the_velocity_and
 def test_full_warmup_is_meanflow_distillation():
     student, states = perturbed(teacher()), path_states(teacher())
     ours = evaluate(emd(normalization=None), student, states)
-    theirs = evaluate(MeanFlowDistillation(ends=Uniform(), equal=0.0, power=0.0, reduction="mean"), student, states)
+    theirs = evaluate(
+        MeanFlowDistillation(power=0.0, reduction="mean", pairs=WithDiagonal(pairs=Below(ends=Uniform()), share=0.0)),
+        student,
+        states,
+    )
     close(ours.loss, theirs.loss)
     close(gradient(ours.loss, student), gradient(theirs.loss, student))
 
@@ -261,7 +278,8 @@ def mean_gradient(objective, student, batches=100):
     """The mean over batches of data, and its standard error."""
     rows = []
     for seed in range(batches):
-        output = objective.loss(
+        output = loss_of(
+            objective,
             student,
             None,
             data_states(teacher(), n=256, seed=seed, low=0.2),
@@ -274,7 +292,7 @@ def mean_gradient(objective, student, batches=100):
 
 
 def test_from_data_the_mean_gradient_vanishes_at_the_map():
-    objective = emd(velocity=ConditionalVelocity(), normalization=None)
+    objective = emd(target=ConditionalVelocity(), normalization=None)
     assert objective.needs_data
     assert not objective.needs_teacher
     mean, error = mean_gradient(objective, GaussianFlowMap(teacher()))

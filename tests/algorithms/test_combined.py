@@ -3,8 +3,7 @@
 import attrs
 import pytest
 import torch
-from exact import gradient, perturbed, prior_states
-from flowdistill.velocities.estimators import Exact
+from exact import below, gradient, loss_of, perturbed, prior_states
 from runs import RING
 
 import flowdistill
@@ -14,6 +13,7 @@ from flowdistill.algorithms.freeflow import FreeFlow, FreeFlowCorrection, FreeFl
 from flowdistill.interfaces import ObjectiveOutput
 from flowdistill.plumbing.records import read_records
 from flowdistill.teachers.gaussian import GaussianTeacher
+from flowdistill.velocities import Exact
 
 
 def generator(seed=0):
@@ -37,7 +37,7 @@ def test_freeflow_is_its_parts_combined(kwargs):
     teacher = teacher_of()
     student, states = perturbed(teacher, 0.3), prior_states(teacher)
     outputs = [
-        kind(**parts(), **kwargs).loss(student, teacher, states, step=0, generator=generator())
+        loss_of(kind(**parts(), **kwargs), student, teacher, states, step=0, generator=generator())
         for kind in (FreeFlow, Combined)
     ]
     assert torch.equal(outputs[0].loss, outputs[1].loss)
@@ -76,10 +76,10 @@ def test_fixed_balance_is_alpha():
     teacher = teacher_of()
     student, states = perturbed(teacher, 0.3), prior_states(teacher, 40)
     objective = Combined(**parts(), balance="fixed", alpha=0.3)
-    output = objective.loss(student, teacher, states, step=0, generator=generator())
+    output = loss_of(objective, student, teacher, states, step=0, generator=generator())
     shared = generator()
-    prediction = objective.prediction.loss(student, teacher, states[10:], step=0, generator=shared)
-    correction = objective.correction.loss(student, teacher, states[:10], step=0, generator=shared)
+    prediction = loss_of(objective.prediction, student, teacher, states[10:], step=0, generator=shared)
+    correction = loss_of(objective.correction, student, teacher, states[:10], step=0, generator=shared)
     torch.testing.assert_close(output.loss, prediction.loss + 0.3 * correction.loss, rtol=1e-14, atol=0)
 
 
@@ -132,7 +132,7 @@ def recorders(prediction=None, correction=None, **kwargs):
     )
 
 
-STATES = States(x=torch.arange(8.0)[:, None], t=torch.ones(8), condition=Condition())
+STATES = States(x=torch.arange(8.0)[:, None], t=torch.ones(8), s=below(torch.ones(8)), condition=Condition())
 
 
 def called(objective, function, step, *arguments):
@@ -164,7 +164,7 @@ def test_neither_part_is_left_without_rows(fraction, rows):
 @pytest.mark.parametrize("start", [0, 1000])
 def test_a_single_state_cannot_be_shared(start):
     with pytest.raises(ConfigError, match=r"at least 2 states: a larger train\.batch_size"):
-        recorders(correction_start=start).loss(None, None, STATES[:1], step=0, generator=None)
+        loss_of(recorders(correction_start=start), None, None, STATES[:1], step=0, generator=None)
 
 
 def test_modules_learn_from_the_rows_of_their_part():

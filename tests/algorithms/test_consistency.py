@@ -6,7 +6,7 @@ import math
 import attrs
 import pytest
 import torch
-from exact import data_states, gradient, path_states, perturbed
+from exact import data_states, gradient, loss_of, path_states, perturbed
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,7 +19,7 @@ from flowdistill.interfaces import ObjectiveOutput
 from flowdistill.networks import MLP
 from flowdistill.paths import expand_time, interpolate, noise_level_to_time, time_to_noise_level
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
-from flowdistill.velocities.targets import ConditionalVelocity, TeacherVelocity
+from flowdistill.velocities import ConditionalVelocity, TeacherVelocity
 
 MEAN, VARIANCES = torch.tensor([1.0, -0.5]).double(), torch.tensor([0.3, 2.5]).double()
 
@@ -30,16 +30,16 @@ def teacher():
 
 def distillation(**kwargs):
     """Levels of one ratio 1 - 2^-(1 + stage), and a stage a step."""
-    settings = {"velocity": TeacherVelocity(), "k": 0.0, "stage_length": 1, "huber": None}
+    settings = {"target": TeacherVelocity(), "k": 0.0, "stage_length": 1, "huber": None}
     return Consistency(**{**settings, **kwargs})
 
 
 def training(**kwargs):
-    return distillation(velocity=ConditionalVelocity(), **kwargs)
+    return distillation(target=ConditionalVelocity(), **kwargs)
 
 
 def evaluate(objective, student, states, step=0) -> ObjectiveOutput:
-    return objective.loss(student, teacher(), states, step=step, generator=torch.Generator())
+    return loss_of(objective, student, teacher(), states, step=step, generator=torch.Generator())
 
 
 def close(a, b, rtol=1e-9):
@@ -277,7 +277,7 @@ def test_the_data_are_a_float32_target_at_all_times():
     for weighting in ("gap", "edm"):
         for huber in (None, 1e-8):
             objective = Consistency(weighting=weighting, huber=huber)
-            loss = objective.loss(student, None, states, step=10**6, generator=torch.Generator()).loss
+            loss = loss_of(objective, student, None, states, step=10**6, generator=torch.Generator()).loss
             assert loss.isfinite()
             assert gradient(loss, student).isfinite().all()
 
@@ -306,7 +306,7 @@ def test_the_ratio_of_levels_is_capped():
 @pytest.mark.parametrize(("kind", "queries"), [("distillation", 8), ("training", 0)])
 def test_evaluations_a_row(kind, queries):
     student, of, states = GaussianFlowMap(teacher()), teacher(), data_states(teacher(), n=8)
-    KINDS[kind]().loss(student, of, states, step=0, generator=torch.Generator())
+    loss_of(KINDS[kind](), student, of, states, step=0, generator=torch.Generator())
     assert (student.evaluations, of.evaluations) == (16, queries)
     assert KINDS[kind]().needs_data == (kind == "training")
     assert KINDS[kind]().needs_teacher == (kind == "distillation")
@@ -314,7 +314,7 @@ def test_evaluations_a_row(kind, queries):
 
 def test_published_settings_are_the_default():
     assert OBJECTIVES.build("consistency") == Consistency(
-        velocity=ConditionalVelocity(), q=2.0, k=8.0, stages=8, largest_ratio=0.999, huber=1e-8, weighting="gap"
+        target=ConditionalVelocity(), q=2.0, k=8.0, stages=8, largest_ratio=0.999, huber=1e-8, weighting="gap"
     )
 
 
@@ -394,13 +394,13 @@ def test_half_precision_is_kept_out_of_late_stages():
     for parameter in student.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     states = flowdistill.States(x=torch.randn(64, 2), t=torch.linspace(0.2, 0.9, 64), condition=Condition())
-    objective = Consistency(velocity=TeacherVelocity(), stage_length=1)
+    objective = Consistency(target=TeacherVelocity(), stage_length=1)
     exact_teacher = GaussianTeacher(MEAN.float(), VARIANCES.float())
 
     def gradients(autocast):
         student.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = objective.loss(student, exact_teacher, states, step=7, generator=torch.Generator()).loss
+            loss = loss_of(objective, student, exact_teacher, states, step=7, generator=torch.Generator()).loss
         loss.backward()
         return torch.cat([p.grad.flatten() for p in student.parameters()])
 

@@ -5,16 +5,30 @@ import copy
 import attrs
 import pytest
 import torch
-from exact import assert_exact, data_states, gaussian_teachers, gradient, judge, path_states, perturbed, prior_states
+from exact import (
+    assert_exact,
+    auxiliary_loss_of,
+    below,
+    bound,
+    data_states,
+    gaussian_teachers,
+    gradient,
+    judge,
+    loss_of,
+    path_states,
+    perturbed,
+    prior_states,
+)
 from hypothesis import given, settings
 
 from flowdistill import OBJECTIVES, Condition, ConfigError, States
 from flowdistill.algorithms import identities
 from flowdistill.algorithms.combined import Combined
-from flowdistill.algorithms.consistency import SCD, SCT, SCDWithVSD, continuous
+from flowdistill.algorithms.consistency import SCT, SCDWithVSD, continuous
 from flowdistill.algorithms.weighting import LearnedWeighting
 from flowdistill.flow_maps import NetworkFlowMap, from_teacher
 from flowdistill.guidance import GuidedTeacher
+from flowdistill.interfaces import Jump
 from flowdistill.networks import MLP
 from flowdistill.paths import from_trigflow, interpolate, to_trigflow, velocity_to_trigflow
 from flowdistill.teachers.gaussian import (
@@ -24,8 +38,9 @@ from flowdistill.teachers.gaussian import (
     ProductMixtureTeacher,
 )
 from flowdistill.testing import check_objective
-from flowdistill.velocities.estimators import Exact, Jvp, OnlineNetwork
-from flowdistill.velocities.targets import TeacherVelocity
+from flowdistill.velocities import Exact, Jvp, OnlineNetwork, TeacherVelocity
+
+SCD = OBJECTIVES.get("scd")
 
 MEAN, VARIANCES = torch.tensor([1.0, -0.5]).double(), torch.tensor([0.3, 2.5]).double()
 
@@ -44,7 +59,7 @@ def sct(**kwargs):
 
 def evaluate(objective, student, states, step=0, of=None, seed=1):
     g = torch.Generator().manual_seed(seed)
-    return objective.loss(student, of or teacher(), states, step=step, generator=g)
+    return loss_of(objective, student, of or teacher(), states, step=step, generator=g)
 
 
 def close(a, b, rtol=1e-9):
@@ -89,7 +104,7 @@ class _Directed(Jvp):
 
     def derivative(self, student, x, t, s, condition, *, dx=None, dt=0.0, ds=0.0, step=0):
         dx, dt, ds = self.change(dx, dt, ds)
-        return Jvp().derivative(student, x, t, s, condition, dx=dx, dt=dt, ds=ds)
+        return bound(Jvp(), student).derivative(Jump(x, t, s, condition), dx=dx, dt=dt, ds=ds)
 
 
 @pytest.mark.parametrize("name", DIRECTIONS)
@@ -274,7 +289,7 @@ def _noised(of, n, seed):
     g = torch.Generator().manual_seed(seed)
     clean, noise = of.sample_data(n, g).double(), torch.randn(n, 2, generator=g, dtype=torch.float64)
     t = 0.3 + 0.6 * torch.rand(n, generator=g, dtype=torch.float64)
-    return States(x=interpolate(clean, noise, t), t=t, condition=Condition(), clean=clean, noise=noise)
+    return States(x=interpolate(clean, noise, t), t=t, s=below(t), condition=Condition(), clean=clean, noise=noise)
 
 
 def test_training_has_no_mean_gradient_at_the_map_of_a_gaussian():
@@ -373,7 +388,7 @@ def test_weighted_gradient_and_the_loss_of_the_weight():
     ours, theirs = gradient(output.loss, student), gradient(wanted, student)
     assert (ours - theirs).norm() < 1e-6 * theirs.norm()  # the network is float32
     assert all(p.grad is None for p in network.parameters())
-    auxiliary = objective.auxiliary_loss("mine", student, teacher(), states, step=0, generator=torch.Generator())
+    auxiliary = auxiliary_loss_of(objective, "mine", student, teacher(), states, step=0, generator=torch.Generator())
     torch.testing.assert_close(auxiliary.loss, (logarithm.exp() * error - logarithm).mean())
 
 
@@ -381,7 +396,7 @@ def test_weighted_gradient_and_the_loss_of_the_weight():
 def test_conformance_with_and_without_a_weight(name):
     of = GaussianTeacher([1.0, -0.5], 0.5)
     for weighting in (None, LearnedWeighting(size=8)):
-        objective = OBJECTIVES.build(name, weighting=weighting, velocity=TeacherVelocity())
+        objective = OBJECTIVES.build(name, weighting=weighting, target=TeacherVelocity())
         check_objective(objective, student_of().float(), of, states=_Fixed(of))
 
 
@@ -420,8 +435,8 @@ def test_scd_vsd_is_combined_to_the_bit():
         torch.manual_seed(0)
         objective.setup(student, teacher())
         output = evaluate(objective, student, states)
-        auxiliary = objective.auxiliary_loss(
-            "weighting", student, teacher(), states, step=0, generator=torch.Generator()
+        auxiliary = auxiliary_loss_of(
+            objective, "weighting", student, teacher(), states, step=0, generator=torch.Generator()
         )
         results.append((output.loss.detach(), gradient(output.loss, student), auxiliary.loss.detach()))
     for ours, theirs in zip(*results, strict=True):
@@ -434,8 +449,8 @@ def test_scd_vsd_adds_the_losses_of_two_halves():
     objective.setup(student, teacher())
     output = evaluate(objective, student, states)
     g = torch.Generator().manual_seed(1)
-    prediction = objective.prediction.loss(student, teacher(), states[32:], step=0, generator=g)
-    correction = objective.correction.loss(student, teacher(), states[:32], step=0, generator=g)
+    prediction = loss_of(objective.prediction, student, teacher(), states[32:], step=0, generator=g)
+    correction = loss_of(objective.correction, student, teacher(), states[:32], step=0, generator=g)
     close(output.loss, prediction.loss + correction.loss)
     assert output.metrics["lambda"] == 1
     assert set(output.metrics) == {"error", "correction_error", "lambda"}

@@ -3,25 +3,38 @@
 import attrs
 import pytest
 import torch
-from exact import assert_exact, data_states, gaussian_teachers, gradient, judge, path_states, perturbed, prior_states
+from exact import (
+    assert_exact,
+    below,
+    bound,
+    data_states,
+    gaussian_teachers,
+    gradient,
+    judge,
+    loss_of,
+    path_states,
+    perturbed,
+    prior_states,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flowdistill
 from flowdistill import OBJECTIVES, Condition, States
 from flowdistill.algorithms import trajectory
-from flowdistill.algorithms.dmf import DecoupledMeanFlow, SortedPair
+from flowdistill.algorithms.dmf import DecoupledMeanFlow
 from flowdistill.algorithms.dmf import objective as dmf
-from flowdistill.flow_maps import NetworkTeacher, from_teacher
+from flowdistill.flow_maps import from_teacher
 from flowdistill.guidance import GuidedTeacher
-from flowdistill.interfaces import GeneratingVelocity
+from flowdistill.interfaces import GeneratingVelocity, Jump
 from flowdistill.networks import EDM2, MLP
+from flowdistill.pairs import SortedPair
 from flowdistill.paths import interpolate
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.testing import check_objective
 from flowdistill.times import LogitNormal, Uniform
-from flowdistill.velocities.estimators import Jvp
-from flowdistill.velocities.targets import ConditionalVelocity, TeacherVelocity
+from flowdistill.velocities import ConditionalVelocity, Jvp, TeacherVelocity
+from flowdistill.wrapped_teachers import NetworkTeacher
 
 
 def teacher(class_means=None):
@@ -37,11 +50,11 @@ def objective(**kwargs) -> DecoupledMeanFlow:
 
 
 def distilling(**kwargs) -> DecoupledMeanFlow:
-    return objective(velocity=TeacherVelocity(), **kwargs)
+    return objective(target=TeacherVelocity(), **kwargs)
 
 
-def loss_of(of, student, states, against=None, seed=0):
-    return of.loss(student, against, states, step=0, generator=generator(seed)).loss
+def loss_at(of, student, states, against=None, seed=0):
+    return loss_of(of, student, against, states, step=0, generator=generator(seed)).loss
 
 
 def close(a, b):
@@ -87,12 +100,12 @@ def test_only_the_blocks_after_the_encoder_see_s():
         student.average_velocity(x, t, share * t, condition)
     for i, (first, *others) in enumerate(seen):
         assert all(torch.equal(first, other) == (i < early) for other in others)
-    _, slope = Jvp().derivative(student, x, t, 0.5 * t, condition, ds=1.0)
+    _, slope = bound(Jvp(), student).derivative(Jump(x, t, 0.5 * t, condition), ds=1.0)
     assert slope.abs().max() > 1e-3
     all_early = from_teacher(of, "decoupled", early_blocks=4)  # the last layer still sees s
     with torch.no_grad():
         all_early.network.final_layer.adaLN_modulation[1].weight.zero_()
-    _, slope = Jvp().derivative(all_early, x, t, 0.5 * t, condition, ds=1.0)
+    _, slope = bound(Jvp(), all_early).derivative(Jump(x, t, 0.5 * t, condition), ds=1.0)
     assert slope.abs().max() == 0
 
 
@@ -120,7 +133,7 @@ def test_from_data_there_is_no_mean_gradient_at_the_exact_map():
     for seed in range(48):
         states = data_states(teacher(), n=512, seed=seed, low=0.0)
         for model, gradients in found.items():
-            gradients.append(gradient(loss_of(of, model, states, seed=seed), model))
+            gradients.append(gradient(loss_at(of, model, states, seed=seed), model))
     scores = {model: torch.stack(g).mean(0) / torch.stack(g).std(0) * 48**0.5 for model, g in found.items()}
     assert (scores[student].abs() < 4).all()
     assert (scores[moved].abs() > 8).any()
@@ -133,14 +146,14 @@ def test_the_published_model_guidance_has_its_fixed_point_at_2_5():
     condition = Condition(torch.randint(-1, 2, (256,), generator=g))
     x, t = 1.5 * torch.randn(256, 2, generator=g).double(), 0.05 + 0.9 * torch.rand(256, generator=g).double()
     u = of.velocity(x, t, condition)  # n - x_0 is its own mean
-    states = States(x=x, t=t, condition=condition, clean=x - t[:, None] * u, noise=x + (1 - t)[:, None] * u)
+    states = States(x=x, t=t, s=below(t), condition=condition, clean=x - t[:, None] * u, noise=x + (1 - t)[:, None] * u)
     velocity = ConditionalVelocity(omega=1.0, kappa=0.6, interval=(0.0, 0.7))
 
     class _SameTimes(Uniform):
         def sample(self, n, generator):
             return t[:n]
 
-    guided = objective(velocity=velocity, times=_SameTimes())
+    guided = objective(target=velocity, times=_SameTimes())
     error, slope = judge(guided, GaussianFlowMap(GuidedTeacher(of, 2.5, (0.0, 0.7))), None, states)
     assert error < 1e-9
     assert slope < 1e-9
@@ -158,7 +171,7 @@ class _Directed(GeneratingVelocity):
 
     def derivative(self, student, x, t, s, condition, *, dx=None, dt=0.0, ds=0.0, step=0):
         dx, dt, ds = self.change(dx, dt, ds)
-        return Jvp().derivative(student, x, t, s, condition, dx=dx, dt=dt, ds=ds)
+        return bound(Jvp(), student).derivative(Jump(x, t, s, condition), dx=dx, dt=dt, ds=ds)
 
 
 DIRECTIONS = {
@@ -204,7 +217,7 @@ def halves(monkeypatch):
 def test_flow_matching_has_times_of_its_own(halves):
     """Its rows are noised anew, with their own noise, at logit-normal(0, 1) times; the others stay where they are."""
     states = data_states(teacher(), n=4000, low=0.9)
-    loss_of(DecoupledMeanFlow(), GaussianFlowMap(teacher()), states)
+    loss_at(DecoupledMeanFlow(), GaussianFlowMap(teacher()), states)
     x, t, velocity = halves["flow_matching"]
     assert len(x) == 2000
     close(x, interpolate(states.clean[:2000], states.noise[:2000], t))
@@ -219,7 +232,7 @@ def test_flow_matching_has_times_of_its_own(halves):
 
 def test_states_without_data_keep_their_times(halves):
     states = path_states(teacher())
-    loss_of(distilling(), GaussianFlowMap(teacher()), states, teacher())
+    loss_at(distilling(), GaussianFlowMap(teacher()), states, teacher())
     x, t, _ = halves["flow_matching"]
     assert torch.equal(x, states.x[:32])
     assert torch.equal(t, states.t[:32])
@@ -244,7 +257,7 @@ def published(student, states, times, s, joined=False):
 
 def test_the_gradient_is_that_of_half_the_two_logarithmic_losses():
     states, student = data_states(teacher()), perturbed(teacher(), 0.3)
-    loss = loss_of(objective(), student, states)
+    loss = loss_at(objective(), student, states)
     g = generator()
     times = Uniform().sample(32, g).double()
     s = Uniform().sample_below(torch.cat([times, states.t[32:]]), g)
@@ -257,7 +270,7 @@ def test_equal_halves_at_the_states_own_times_are_meanflow_distillation():
     states, student = path_states(teacher()), perturbed(teacher(), 0.3)
     shared = {"ends": Uniform(), "equal": 0.5, "power": 1.0, "eps": 0.01, "reduction": "mean"}
     other = OBJECTIVES.build("meanflow_distillation", **shared)
-    assert torch.equal(loss_of(distilling(), student, states, teacher()), loss_of(other, student, states, teacher()))
+    assert torch.equal(loss_at(distilling(), student, states, teacher()), loss_at(other, student, states, teacher()))
 
 
 def rows_touched(states, others):
@@ -265,7 +278,7 @@ def rows_touched(states, others):
     found = []
     for batch in (states, others):
         student = GaussianFlowMap(teacher(torch.zeros(8, 2).double()))
-        found.append(torch.autograd.grad(loss_of(objective(), student, batch), student.class_means)[0])
+        found.append(torch.autograd.grad(loss_at(objective(), student, batch), student.class_means)[0])
     return (found[0] != found[1]).any(1).nonzero().flatten().tolist()
 
 
@@ -301,7 +314,7 @@ def test_evaluations_a_row(velocity, students, teachers):
     states = attrs.evolve(data_states(teacher()), condition=Condition(torch.zeros(64, dtype=torch.long)))
     of = teacher(torch.zeros(1, 2).double())
     student = GaussianFlowMap(of)
-    loss_of(objective(velocity=velocity), student, states, of)
+    loss_at(objective(target=velocity), student, states, of)
     assert student.evaluations == students * 64
     assert of.evaluations == teachers * 64
 

@@ -4,14 +4,25 @@ import math
 
 import pytest
 import torch
-from exact import assert_exact, data_states, gaussian_teachers, gradient, judge, path_states, perturbed, prior_states
+from exact import (
+    assert_exact,
+    below,
+    data_states,
+    gaussian_teachers,
+    gradient,
+    judge,
+    loss_of,
+    path_states,
+    perturbed,
+    prior_states,
+)
 from hypothesis import given, settings
 
 from flowdistill import Condition, ConfigError, States
 from flowdistill.algorithms import identities
 from flowdistill.algorithms.facm import FACM
 from flowdistill.algorithms.facm import objective as facm
-from flowdistill.flow_maps import NetworkFlowMap, NetworkTeacher, from_teacher
+from flowdistill.flow_maps import NetworkFlowMap, from_teacher
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import FlowMap
 from flowdistill.networks import EDM2, MLP, SiT, VelocityNetwork
@@ -19,7 +30,8 @@ from flowdistill.plumbing import config
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.testing import check_flow_map, check_objective
 from flowdistill.times import ArctanLogNormal, Maximum
-from flowdistill.velocities.targets import ConditionalVelocity
+from flowdistill.velocities import ConditionalVelocity
+from flowdistill.wrapped_teachers import NetworkTeacher
 
 MEAN, VARIANCES = torch.tensor([1.0, -0.5]).double(), torch.tensor([0.3, 2.5]).double()
 
@@ -29,7 +41,7 @@ def teacher():
 
 
 def evaluate(objective, student, states, of=None):
-    return objective.loss(student, of or teacher(), states, step=0, generator=torch.Generator())
+    return loss_of(objective, student, of or teacher(), states, step=0, generator=torch.Generator())
 
 
 def close(a, b, rtol=1e-9):
@@ -129,7 +141,12 @@ def test_relaxation_acts_near_the_data_only(t, factor, monkeypatch):
     average = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
     constant = (average, torch.full_like(average, 0.1).detach())
     monkeypatch.setattr(facm, "eulerian_residual", lambda *args, **kwargs: constant)
-    states = States(x=torch.ones(1, 2).double(), t=torch.tensor([t]).double(), condition=Condition())
+    states = States(
+        x=torch.ones(1, 2).double(),
+        t=torch.tensor([t]).double(),
+        s=below(torch.tensor([t]).double()),
+        condition=Condition(),
+    )
     loss = evaluate(FACM(anchor=0.0), GaussianFlowMap(teacher()), states).loss
     (slope,) = torch.autograd.grad(loss, average)
     assert float(slope[0, 0]) / math.sin(math.pi * t / 2) == pytest.approx(factor, abs=0.006)
@@ -152,7 +169,7 @@ def test_derivative_of_a_network_that_normalises_its_weights_in_training():
     weight = next(p for p in student.network.parameters() if p.ndim == 4)
     with torch.no_grad():
         weight.mul_(2)
-    states = States(x=of.sample_prior(2), t=torch.ones(2), condition=Condition.in_turn(3, 2))
+    states = States(x=of.sample_prior(2), t=torch.ones(2), s=below(torch.ones(2)), condition=Condition.in_turn(3, 2))
     assert evaluate(FACM(), student, states, of).loss.isfinite()
     torch.testing.assert_close(weight.square().mean((1, 2, 3)), torch.ones(len(weight)), rtol=1e-3, atol=0)
 
@@ -165,13 +182,15 @@ def mean_gradient(objective, student, batches=100):
     rows = []
     for seed in range(batches):
         states = data_states(teacher(), n=256, seed=seed, low=0.2)
-        rows.append(gradient(objective.loss(student, None, states, step=0, generator=torch.Generator()).loss, student))
+        rows.append(
+            gradient(loss_of(objective, student, None, states, step=0, generator=torch.Generator()).loss, student)
+        )
     stacked = torch.stack(rows)
     return stacked.mean(0), stacked.std(0) / batches**0.5
 
 
 def from_data(**kwargs):
-    return FACM(**{"velocity": ConditionalVelocity(), "clamp": None, "power": 0.0, "cosine": 0.0, **kwargs})
+    return FACM(**{"target": ConditionalVelocity(), "clamp": None, "power": 0.0, "cosine": 0.0, **kwargs})
 
 
 def test_from_data_the_mean_gradient_vanishes_at_the_map_without_clamp_weight_and_angle():
@@ -203,7 +222,14 @@ def test_from_data_clamp_weight_and_angle_are_biased(arguments, biased):
     """One state from two pairs of data and noise, one three times as likely, at the mean of their velocities."""
     clean = torch.tensor([[-4.0, 0.0], [0.0, -1.0], [0.0, -1.0], [0.0, -1.0]], dtype=torch.float64)
     zero = torch.zeros_like(clean)
-    states = States(x=zero, t=torch.full((4,), 0.5).double(), condition=Condition(), clean=clean, noise=zero)
+    states = States(
+        x=zero,
+        t=torch.full((4,), 0.5).double(),
+        s=below(torch.full((4,), 0.5).double()),
+        condition=Condition(),
+        clean=clean,
+        noise=zero,
+    )
     student = Constant(-clean.mean(0))
     slope = gradient(evaluate(from_data(**arguments), student, states).loss, student).norm()
     assert (slope > 0.05) == biased

@@ -3,7 +3,7 @@
 import attrs
 import pytest
 import torch
-from exact import gradient, perturbed, prior_states
+from exact import auxiliary_loss_of, below, gradient, loss_of, perturbed, prior_states
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +16,7 @@ from flowdistill.networks import MLP
 from flowdistill.plumbing.registry import DATASETS
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.times import Uniform
-from flowdistill.velocities.estimators import Exact, FiniteDifference, Jvp, Minibatch, OnlineNetwork
+from flowdistill.velocities import Exact, FiniteDifference, Jvp, Minibatch, OnlineNetwork
 
 
 def generator(seed=0):
@@ -31,7 +31,7 @@ def correction_gradient(student, teacher, noising, n=2048, seed=0, **kwargs):
     """The correction's gradient with respect to the student's mean."""
     objective = FreeFlowCorrection(noising=noising, times=Uniform(low=0.02, high=0.98), **kwargs)
     objective.setup(student, teacher)
-    output = objective.loss(student, teacher, prior_states(teacher, n), step=0, generator=generator(seed))
+    output = loss_of(objective, student, teacher, prior_states(teacher, n), step=0, generator=generator(seed))
     return torch.autograd.grad(output.loss, student.mean)[0]
 
 
@@ -62,7 +62,9 @@ def test_correction_of_point_masses_moves_the_sample():
     objective = FreeFlowCorrection(noising=Exact(distribution=gaussian([1.0], 1e-4)), times=Uniform(low=0.1, high=0.9))
     optimizer = torch.optim.SGD([student.mean], lr=0.05)
     for step in range(200):
-        loss = objective.loss(student, teacher, prior_states(teacher, 64, step), step=step, generator=generator(step))
+        loss = loss_of(
+            objective, student, teacher, prior_states(teacher, 64, step), step=step, generator=generator(step)
+        )
         optimizer.zero_grad()
         loss.loss.backward()
         optimizer.step()
@@ -111,10 +113,10 @@ def test_joint_loss_is_prediction_plus_lambda_correction(alpha):
     student, states = perturbed(teacher, 0.3), prior_states(teacher, 100)
     objective = joint(alpha=alpha)
     shared = generator(4)
-    output = objective.loss(student, teacher, states, step=0, generator=shared)
+    output = loss_of(objective, student, teacher, states, step=0, generator=shared)
     again = generator(4)
-    prediction = objective.prediction.loss(student, teacher, states[25:], step=0, generator=again)
-    correction = objective.correction.loss(student, teacher, states[:25], step=0, generator=again)
+    prediction = loss_of(objective.prediction, student, teacher, states[25:], step=0, generator=again)
+    correction = loss_of(objective.correction, student, teacher, states[:25], step=0, generator=again)
     wanted = alpha * prediction.residual_norm / correction.residual_norm
     torch.testing.assert_close(output.metrics["lambda"], wanted, rtol=1e-6, atol=0)
     total = gradient(prediction.loss, student) + wanted * gradient(correction.loss, student)
@@ -127,17 +129,17 @@ def test_lambda_is_bounded_where_the_velocities_are_equal():
     student, states = perturbed(teacher, 0.3), prior_states(teacher)
     objective = joint(alpha=0.5)
     objective.correction.noising = Exact(distribution=gaussian([1.0 + 1e-12, 0.0]))
-    output = objective.loss(student, teacher, states, step=0, generator=generator())
+    output = loss_of(objective, student, teacher, states, step=0, generator=generator())
     assert output.metrics["lambda"] <= 0.5e4 * 1.000001
     rows = round(objective.correction_fraction * len(states))
-    alone = objective.prediction.loss(student, teacher, states[rows:], step=0, generator=generator())
+    alone = loss_of(objective.prediction, student, teacher, states[rows:], step=0, generator=generator())
     torch.testing.assert_close(gradient(output.loss, student), gradient(alone.loss, student), rtol=1e-5, atol=1e-7)
 
 
 def test_lambda_is_not_differentiated():
     teacher = gaussian([1.0, 0.0])
     student = perturbed(teacher, 0.3)
-    output = joint().loss(student, teacher, prior_states(teacher), step=0, generator=generator())
+    output = loss_of(joint(), student, teacher, prior_states(teacher), step=0, generator=generator())
     assert not output.metrics["lambda"].requires_grad
 
 
@@ -145,10 +147,10 @@ def test_prediction_alone_until_the_correction_starts():
     teacher = gaussian([1.0, 0.0])
     student, states = perturbed(teacher, 0.3), prior_states(teacher)
     objective = joint(correction_start=10)
-    early = objective.loss(student, teacher, states, step=9, generator=generator())
-    alone = objective.prediction.loss(student, teacher, states, step=9, generator=generator())
+    early = loss_of(objective, student, teacher, states, step=9, generator=generator())
+    alone = loss_of(objective.prediction, student, teacher, states, step=9, generator=generator())
     assert torch.equal(early.loss, alone.loss)
-    assert "lambda" in objective.loss(student, teacher, states, step=10, generator=generator()).metrics
+    assert "lambda" in loss_of(objective, student, teacher, states, step=10, generator=generator()).metrics
 
 
 def test_online_network_is_trained_from_its_warm_up_on():
@@ -157,10 +159,10 @@ def test_online_network_is_trained_from_its_warm_up_on():
     correction = FreeFlowCorrection(noising=OnlineNetwork(network=lambda: MLP(dim=2, hidden_size=16)))
     objective = FreeFlow(correction=correction, correction_start=10, online_warmup=4)
     objective.setup(student, teacher)
-    states = States(x=torch.randn(8, 2), t=torch.ones(8), condition=Condition())
+    states = States(x=torch.randn(8, 2), t=torch.ones(8), s=below(torch.ones(8)), condition=Condition())
 
     def auxiliary(step):
-        return objective.auxiliary_loss("online", student, teacher, states, step=step, generator=generator())
+        return auxiliary_loss_of(objective, "online", student, teacher, states, step=step, generator=generator())
 
     assert auxiliary(5) is None
     assert auxiliary(6).loss.requires_grad
@@ -172,13 +174,18 @@ def test_correction_has_a_guidance_interval_of_its_own():
     teacher = GuidedTeacher(plain, 2.0)
     student = GaussianFlowMap(plain)
     x = torch.zeros(64, 2, dtype=torch.float64)
-    states = States(x=x, t=torch.ones(64).double(), condition=Condition(torch.zeros(64, dtype=torch.long)))
+    states = States(
+        x=x,
+        t=torch.ones(64).double(),
+        s=below(torch.ones(64).double()),
+        condition=Condition(torch.zeros(64, dtype=torch.long)),
+    )
 
     def residual(**kwargs):
         times = Uniform(low=0.8, high=0.9)
         objective = FreeFlowCorrection(noising=Exact(distribution=plain), times=times, **kwargs)
         objective.setup(student, teacher)
-        return objective.loss(student, teacher, states, step=0, generator=generator()).metrics["error"]
+        return loss_of(objective, student, teacher, states, step=0, generator=generator()).metrics["error"]
 
     assert residual(guidance_interval=(0.0, 0.7)) < 1e-20
     assert residual() > 1e-2
@@ -194,7 +201,7 @@ def test_durations_scale_the_way_from_any_start():
         durations=flowdistill.TIME_SAMPLERS.build("with_point_mass", value=0.0, fraction=1.0)
     )
     states = attrs.evolve(prior_states(teacher), t=torch.full((64,), 0.6).double())
-    error = objective.loss(student, teacher, states, step=0, generator=generator()).metrics["error"]
+    error = loss_of(objective, student, teacher, states, step=0, generator=generator()).metrics["error"]
     plain = student.velocity(states.x, states.t) - teacher.velocity(states.x, states.t)
     torch.testing.assert_close(error, plain.square().mean().detach())
 
@@ -204,9 +211,9 @@ def test_teacher_is_queried_once_a_row(name):
     teacher = GaussianTeacher([0.0, 0.0], 0.5)
     student = GaussianFlowMap(teacher)
     objective = {"prediction": FreeFlowPrediction(), "correction": FreeFlowCorrection(noising=Minibatch())}[name]
-    states = States(x=torch.randn(32, 2), t=torch.ones(32), condition=Condition())
+    states = States(x=torch.randn(32, 2), t=torch.ones(32), s=below(torch.ones(32)), condition=Condition())
     before = teacher.evaluations
-    objective.loss(student, teacher, states, step=0, generator=generator())
+    loss_of(objective, student, teacher, states, step=0, generator=generator())
     assert teacher.evaluations - before == 32
 
 

@@ -3,16 +3,16 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from exact import gaussian_teachers, gradient, judge, path_states, perturbed, prior_states
+from exact import below, bound, gaussian_teachers, gradient, judge, loss_of, path_states, perturbed, prior_states
 from hypothesis import given, settings
 
-from flowdistill import Condition, States
+from flowdistill import OBJECTIVES, Condition, States
 from flowdistill.algorithms import identities
 from flowdistill.algorithms.freeflow import FreeFlowPrediction
 from flowdistill.algorithms.freeflow import objective as freeflow
-from flowdistill.algorithms.meanflow import MeanFlowDistillation
 from flowdistill.algorithms.meanflow import objective as meanflow
-from flowdistill.interfaces import GeneratingVelocity
+from flowdistill.interfaces import GeneratingVelocity, Jump
+from flowdistill.pairs import Below, WithDiagonal
 from flowdistill.teachers.gaussian import (
     GaussianFlowMap,
     GaussianTeacher,
@@ -20,7 +20,9 @@ from flowdistill.teachers.gaussian import (
     ProductMixtureTeacher,
 )
 from flowdistill.times import Uniform
-from flowdistill.velocities.estimators import FiniteDifference, Jvp
+from flowdistill.velocities import FiniteDifference, Jvp
+
+MeanFlowDistillation = OBJECTIVES.get("meanflow_distillation")
 
 POWERS = (0.0, 0.5, 1.0)
 
@@ -29,8 +31,8 @@ def prediction(power=0.0) -> FreeFlowPrediction:
     return FreeFlowPrediction(durations=Uniform(), estimator=Jvp(), power=power, eps=1e-3)
 
 
-def distillation(power=0.0) -> MeanFlowDistillation:
-    return MeanFlowDistillation(ends=Uniform(), equal=0.25, power=power, eps=1e-3)
+def distillation(power=0.0) -> object:
+    return MeanFlowDistillation(power=power, eps=1e-3, pairs=WithDiagonal(pairs=Below(ends=Uniform()), share=0.25))
 
 
 CASES = {"freeflow": (prediction, prior_states), "meanflow": (distillation, path_states)}
@@ -79,7 +81,7 @@ def _lagrangian(change):
     """The Lagrangian residual with something changed in F - (t - s) dF/ds - u(X, s)."""
 
     def residual(student, field, estimator, x, t, s, condition, *, step=0):
-        average, slope = estimator.derivative(student, x, t, s, condition, ds=1.0, step=step)
+        average, slope = bound(estimator, student).derivative(Jump(x, t, s, condition), ds=1.0, step=step)
         gap = identities.expand_time(t - s, x)
         with torch.no_grad():
             return average, change(average.detach(), gap, slope, field, x, s, condition)
@@ -120,7 +122,7 @@ class _Directed(GeneratingVelocity):
 
     def derivative(self, student, x, t, s, condition, *, dx=None, dt=0.0, ds=0.0, step=0):
         dx, dt, ds = self.change(dx, dt, ds)
-        return Jvp().derivative(student, x, t, s, condition, dx=dx, dt=dt, ds=ds)
+        return bound(Jvp(), student).derivative(Jump(x, t, s, condition), dx=dx, dt=dt, ds=ds)
 
 
 DIRECTIONS = {
@@ -158,7 +160,7 @@ def test_mutants_of_the_eulerian_identity(name, monkeypatch):
     change, wrong = EULERIAN[name]
 
     def residual(student, velocity, estimator, x, t, s, condition, *, step=0):
-        average, slope = estimator.derivative(student, x, t, s, condition, dx=velocity, dt=1.0, step=step)
+        average, slope = bound(estimator, student).derivative(Jump(x, t, s, condition), dx=velocity, dt=1.0, step=step)
         return average, change(average.detach(), velocity, identities.expand_time(t - s, x), slope)
 
     monkeypatch.setattr(meanflow, "eulerian_residual", residual)
@@ -173,7 +175,7 @@ def test_a_conditional_velocity_is_seen_in_the_loss(monkeypatch):
     teacher = GaussianTeacher(torch.tensor([1.0, -0.5]).double(), torch.tensor([0.3, 2.5]).double())
     states = path_states(teacher, n=512)
     noise = torch.randn(512, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    objective = MeanFlowDistillation(ends=Uniform(), equal=0.0, power=0.0)
+    objective = MeanFlowDistillation(power=0.0, pairs=WithDiagonal(pairs=Below(ends=Uniform()), share=0.0))
     objective.estimator = _Directed(lambda v, dt, ds: (v + noise, dt, ds))
     residual, _ = judge(objective, GaussianFlowMap(teacher), teacher, states)
     assert residual > 0.1
@@ -230,7 +232,7 @@ def test_an_undetached_target_or_weight_is_seen(power, monkeypatch):
 
     def loss_gradient():
         generator = torch.Generator().manual_seed(1)
-        return gradient(objective.loss(student, teacher, states, step=0, generator=generator).loss, student)
+        return gradient(loss_of(objective, student, teacher, states, step=0, generator=generator).loss, student)
 
     kept: list = []
     right = loss_gradient()
@@ -282,19 +284,19 @@ def test_meanflow_from_data_has_no_mean_gradient_at_the_exact_map():
     """Only on average: over 64 batches the mean gradient is within 4 standard errors of zero, in every component."""
     teacher = GaussianTeacher(torch.tensor([0.5, -1.0]).double(), torch.tensor([0.4, 1.5]).double())
     student = GaussianFlowMap(teacher)
-    objective = meanflow.MeanFlow(ends=Uniform(), equal=0.25, power=0.0)
+    objective = meanflow.MeanFlow(power=0.0, pairs=WithDiagonal(pairs=Below(ends=Uniform()), share=0.25))
     gradients = []
     for seed in range(64):
         g = torch.Generator().manual_seed(seed)
         clean, noise = teacher.sample_data(512, g), teacher.sample_prior(512, g)
         t = torch.rand(512, generator=g, dtype=torch.float64)
         x = identities.interpolate(clean, noise, t)
-        states = States(x=x, t=t, condition=Condition(), clean=clean, noise=noise)
-        loss = objective.loss(student, None, states, step=0, generator=g).loss
+        states = States(x=x, t=t, s=below(t), condition=Condition(), clean=clean, noise=noise)
+        loss = loss_of(objective, student, None, states, step=0, generator=g).loss
         gradients.append(gradient(loss, student))
     stacked = torch.stack(gradients)
     error = stacked.std(0) / len(stacked) ** 0.5
     assert (stacked.mean(0).abs() < 4 * error).all()
     moved = perturbed(teacher)
-    loss = objective.loss(moved, None, states, step=0, generator=g).loss
+    loss = loss_of(objective, moved, None, states, step=0, generator=g).loss
     assert (gradient(loss, moved).abs() > 4 * error).any()

@@ -3,19 +3,30 @@
 import attrs
 import pytest
 import torch
-from exact import assert_exact, data_states, gaussian_teachers, gradient, judge, path_states, perturbed
+from exact import (
+    assert_exact,
+    bound,
+    data_states,
+    gaussian_teachers,
+    gradient,
+    judge,
+    loss_of,
+    path_states,
+    perturbed,
+    residual_of,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowdistill import OBJECTIVES, Condition
 from flowdistill.algorithms.imeanflow import ImprovedMeanFlow
 from flowdistill.algorithms.imeanflow import objective as imeanflow
-from flowdistill.interfaces import GeneratingVelocity
+from flowdistill.interfaces import GeneratingVelocity, Jump
+from flowdistill.pairs import WithDiagonal
 from flowdistill.paths import expand_time
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.times import LogitNormal, Uniform
-from flowdistill.velocities.estimators import Jvp
-from flowdistill.velocities.targets import ConditionalVelocity, TeacherVelocity
+from flowdistill.velocities import ConditionalVelocity, Jvp, TeacherVelocity
 
 LABELLED = GaussianTeacher(
     torch.tensor([0.5, -0.5]).double(),
@@ -37,7 +48,7 @@ def objective(**kwargs) -> ImprovedMeanFlow:
 
 
 def distilling(**kwargs) -> ImprovedMeanFlow:
-    return objective(velocity=TeacherVelocity(), **kwargs)
+    return objective(target=TeacherVelocity(), **kwargs)
 
 
 def close(a, b):
@@ -46,7 +57,7 @@ def close(a, b):
 
 def residual(of, student, states, s, against=None):
     """F and R of an objective for given ends."""
-    return of.residual(student, against, states, s, step=0, generator=generator())
+    return residual_of(of, student, against, states, s, step=0, generator=generator())
 
 
 @given(of=gaussian_teachers(), power=st.sampled_from((0.0, 1.0)))
@@ -65,13 +76,13 @@ def test_from_data_the_exact_map_has_no_mean_residual(guidance):
     u, t = LABELLED.velocity(states.x, states.t, condition), states.t[:, None]
     states = attrs.evolve(states, condition=condition, clean=states.x - t * u, noise=states.x + (1 - t) * u)
     velocity = ConditionalVelocity() if guidance is None else ConditionalVelocity(kappa=None)
-    error, slope = judge(objective(velocity=velocity), GaussianFlowMap(LABELLED), None, states)
+    error, slope = judge(objective(target=velocity), GaussianFlowMap(LABELLED), None, states)
     assert error < 1e-9
     assert slope < 1e-9
     moved = GaussianFlowMap(LABELLED)
     with torch.no_grad():
         moved.class_means += 0.1
-    error, slope = judge(objective(velocity=velocity), moved, None, states)
+    error, slope = judge(objective(target=velocity), moved, None, states)
     assert error > 1e-2
     assert slope > 1e-3
 
@@ -84,7 +95,7 @@ def test_from_data_there_is_no_mean_gradient_at_the_exact_map():
     for seed in range(48):
         states = data_states(teacher(), n=512, seed=seed, low=0.0)
         for model, gradients in found.items():
-            loss = of.loss(model, None, states, step=0, generator=generator(seed)).loss
+            loss = loss_of(of, model, None, states, step=0, generator=generator(seed)).loss
             gradients.append(gradient(loss, model))
     scores = {model: torch.stack(g).mean(0) / torch.stack(g).std(0) * 48**0.5 for model, g in found.items()}
     assert (scores[student].abs() < 4).all()
@@ -128,8 +139,11 @@ def test_it_is_meanflow_distillation_where_the_students_velocity_is_the_teachers
     states, student = path_states(teacher()), _Bent(teacher())
     settings_of_both = {"ends": Uniform(), "equal": 0.25, "power": 1.0}
     losses = [
-        of.loss(student, teacher(), states, step=0, generator=generator()).loss
-        for of in (distilling(equal=0.25), OBJECTIVES.build("meanflow_distillation", **settings_of_both))
+        loss_of(of, student, teacher(), states, step=0, generator=generator()).loss
+        for of in (
+            distilling(pairs=WithDiagonal(share=0.25)),
+            OBJECTIVES.build("meanflow_distillation", **settings_of_both),
+        )
     ]
     assert losses[0] > 0.01
     close(*losses)
@@ -157,8 +171,8 @@ def written_out(student, states, s, rows, power, eps, graph=False):
 @pytest.mark.parametrize("power", [0.0, 1.0])
 def test_gradient_away_from_the_optimum_is_that_of_both_regressions(power):
     states, student = data_states(teacher()), perturbed(teacher(), 0.3)
-    of = objective(power=power, equal=0.25)
-    loss = of.loss(student, None, states, step=0, generator=generator()).loss
+    of = objective(power=power, pairs=WithDiagonal(share=0.25))
+    loss = loss_of(of, student, None, states, step=0, generator=generator()).loss
     s = Uniform().sample_below(states.t, generator())
     wanted, mutant = (gradient(written_out(student, states, s, 16, power, 0.01, graph), student) for graph in (0, 1))
     close(loss, written_out(student, states, s, 16, power, 0.01))
@@ -173,7 +187,9 @@ class _Directed(GeneratingVelocity):
         self.tangent = tangent
 
     def derivative(self, student, x, t, s, condition, *, dx=None, dt=0.0, ds=0.0, step=0):
-        return Jvp().derivative(student, x, t, s, condition, dx=self.tangent(student, x, t, s, dx), dt=dt, ds=ds)
+        return bound(Jvp(), student).derivative(
+            Jump(x, t, s, condition), dx=self.tangent(student, x, t, s, dx), dt=dt, ds=ds
+        )
 
 
 TANGENTS = {
@@ -212,7 +228,7 @@ def test_evaluations_a_row(velocity, students, teachers):
     states = data_states(LABELLED)
     states = attrs.evolve(states, condition=Condition(torch.zeros(64, dtype=torch.long)))
     of, student = GaussianTeacher(LABELLED.mean, LABELLED.variances, LABELLED.class_means), GaussianFlowMap(LABELLED)
-    objective(velocity=velocity).loss(student, of, states, step=0, generator=generator())
+    loss_of(objective(target=velocity), student, of, states, step=0, generator=generator())
     assert student.evaluations == students * 64
     assert of.evaluations == teachers * 64
 

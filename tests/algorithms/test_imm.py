@@ -5,7 +5,7 @@ import itertools
 import attrs
 import pytest
 import torch
-from exact import gradient, perturbed
+from exact import below, gradient, loss_of, perturbed
 
 from flowdistill import ConfigError, States
 from flowdistill.algorithms.imm import IMM
@@ -13,12 +13,13 @@ from flowdistill.data import ExactSamples
 from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.interfaces import Condition
 from flowdistill.networks import MLP
+from flowdistill.pairs import Below, Grouped
 from flowdistill.paths import interpolate
 from flowdistill.states import NoisedData
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.testing import check_objective
-from flowdistill.times import Always, Grouped, Uniform
-from flowdistill.velocities.targets import TeacherVelocity
+from flowdistill.times import Always, Uniform
+from flowdistill.velocities import TeacherVelocity
 
 T, S, R = 0.8, 0.2, 0.75
 WHOLE = IMM(data_std=1.0)  # the kernel's width is then the length of the jump in one dimension
@@ -145,7 +146,7 @@ def noised(teacher, n=64, size=4, seed=0, low=0.0):
     g = generator(seed)
     clean, noise = teacher.sample_data(n, g), teacher.sample_prior(n, g)
     t = Grouped(law=Uniform(low=low, high=0.994), size=size).sample(n, g).double()
-    return States(x=interpolate(clean, noise, t), t=t, condition=Condition(), clean=clean, noise=noise)
+    return States(x=interpolate(clean, noise, t), t=t, s=below(t), condition=Condition(), clean=clean, noise=noise)
 
 
 class _WithoutRepulsion(IMM):
@@ -160,12 +161,12 @@ def test_training_recovers_the_spread_and_without_repulsion_loses_it(objective, 
     """A map whose variance starts too small, from data: r is the end of every jump, so the targets are data."""
     teacher = line()
     student = GaussianFlowMap(line(0.12))
-    objective = objective(data_std=0.5, decrement=1e6, group_size=32, ends=Always(value=0.0))
+    objective = objective(data_std=0.5, decrement=1e6, group_size=32, pairs=Below(ends=Always(value=0.0)))
     optimizer = torch.optim.Adam([student.log_variances], lr=0.05)
     for step in range(150):
         states = noised(teacher, n=512, size=32, seed=step)
         optimizer.zero_grad()
-        objective.loss(student, None, states, step=step, generator=generator(step)).loss.backward()
+        loss_of(objective, student, None, states, step=step, generator=generator(step)).loss.backward()
         optimizer.step()
     variance = float(student.log_variances.detach().exp())
     if collapses:
@@ -177,14 +178,14 @@ def test_training_recovers_the_spread_and_without_repulsion_loses_it(objective, 
 def test_mean_gradient_from_data_is_small_at_the_exact_map():
     """What the diagonal leaves for short ways from t to r is far below the gradient at another map."""
     teacher = GaussianTeacher(torch.tensor([1.0, -0.5]).double(), torch.tensor([0.3, 2.5]).double())
-    objective = IMM(decrement=0.5, group_size=16, data_std=1.0, ends=Always(value=0.0))
+    objective = IMM(decrement=0.5, group_size=16, data_std=1.0, pairs=Below(ends=Always(value=0.0)))
     means = []
     for student in (GaussianFlowMap(teacher), perturbed(teacher, 0.4)):
         rows = []
         for seed in range(24):
             states = noised(teacher, n=256, size=16, seed=seed)
             rows.append(
-                gradient(objective.loss(student, None, states, step=0, generator=generator(seed)).loss, student)
+                gradient(loss_of(objective, student, None, states, step=0, generator=generator(seed)).loss, student)
             )
         means.append(float(torch.stack(rows).mean(0).norm()))
     assert means[0] < 0.3 * means[1]
@@ -196,9 +197,11 @@ def test_with_a_teacher_the_loss_at_the_exact_map_is_of_second_order_in_the_gap(
     states = noised(teacher, n=512, low=0.3)
     exact, away = [], []
     for decrement in (0.04, 0.02, 0.01):
-        objective = IMM(decrement=decrement, data_std=1.0, ends=Always(value=0.0), velocity=TeacherVelocity())
+        objective = IMM(
+            decrement=decrement, data_std=1.0, target=TeacherVelocity(), pairs=Below(ends=Always(value=0.0))
+        )
         for student, errors in ((GaussianFlowMap(teacher), exact), (perturbed(teacher), away)):
-            output = objective.loss(student, teacher, states, step=0, generator=generator())
+            output = loss_of(objective, student, teacher, states, step=0, generator=generator())
             errors.append(float(output.metrics["error"]))
     for long, short in itertools.pairwise(exact):
         assert long / short == pytest.approx(4, abs=0.4)
@@ -229,8 +232,8 @@ def test_with_a_teacher_the_kernel_has_its_kink_beside_the_exact_map():
 def test_gradient_is_that_of_a_detached_target():
     teacher = line()
     student, states = perturbed(teacher), noised(teacher, low=0.2)
-    objective = IMM(ends=Always(value=0.1), data_std=0.7)
-    output = objective.loss(student, None, states, step=0, generator=generator())
+    objective = IMM(data_std=0.7, pairs=Below(ends=Always(value=0.1)))
+    output = loss_of(objective, student, None, states, step=0, generator=generator())
     s = states.t.clamp(max=0.1)
     r = objective.before(states.t, s)
     y = student(states.x, states.t, s).reshape(-1, 4, 1)
@@ -310,9 +313,9 @@ def test_times_points_and_evaluations(velocity):
     """One s and one r for each group; the point at r is that of the same data and noise, or an Euler step."""
     teacher = line()
     student, states = _Spy(teacher), noised(teacher)
-    objective = IMM() if velocity == "data" else IMM(velocity=TeacherVelocity())
+    objective = IMM() if velocity == "data" else IMM(target=TeacherVelocity())
     assert objective.needs_data == (velocity == "data")
-    objective.loss(student, teacher, states, step=0, generator=generator())
+    loss_of(objective, student, teacher, states, step=0, generator=generator())
     (x_r, r, s), (x_t, t, end) = student.seen
     assert torch.equal(t, states.t)
     assert torch.equal(x_t, states.x)
@@ -335,11 +338,11 @@ def test_groups_of_different_times_are_refused():
     teacher = line()
     states = noised(teacher, size=2)
     with pytest.raises(ConfigError, match=r"@grouped\(\) with grouped.size = 4"):
-        IMM().loss(GaussianFlowMap(teacher), None, states, step=0, generator=generator())
-    IMM().loss(GaussianFlowMap(teacher), None, states, step=1, generator=generator())
-    IMM(group_size=2).loss(GaussianFlowMap(teacher), None, states, step=0, generator=generator())
+        loss_of(IMM(), GaussianFlowMap(teacher), None, states, step=0, generator=generator())
+    loss_of(IMM(), GaussianFlowMap(teacher), None, states, step=1, generator=generator())
+    loss_of(IMM(group_size=2), GaussianFlowMap(teacher), None, states, step=0, generator=generator())
     with pytest.raises(ConfigError, match="does not divide"):
-        IMM(group_size=3).loss(GaussianFlowMap(teacher), None, states, step=0, generator=generator())
+        loss_of(IMM(group_size=3), GaussianFlowMap(teacher), None, states, step=0, generator=generator())
 
 
 def test_labels_within_a_group_are_told_apart_by_the_diagonal_alone():
@@ -364,7 +367,7 @@ def test_conformance(velocity):
     for parameter in student.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     source = NoisedData(dataset=ExactSamples(teacher), times=Grouped())
-    objective = IMM() if velocity == "data" else IMM(velocity=TeacherVelocity())
+    objective = IMM() if velocity == "data" else IMM(target=TeacherVelocity())
     check_objective(objective, student, teacher if velocity == "teacher" else None, source)
 
 

@@ -3,7 +3,7 @@
 import attrs
 import pytest
 import torch
-from exact import gradient, judge
+from exact import below, gradient, judge, loss_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,10 +11,11 @@ from flowdistill import NULL_LABEL, Condition, ConfigError, States
 from flowdistill.algorithms.meanflow import MeanFlow
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import TargetVelocity
+from flowdistill.pairs import Below, WithDiagonal
 from flowdistill.paths import interpolate
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.times import Uniform
-from flowdistill.velocities.targets import ConditionalVelocity
+from flowdistill.velocities import ConditionalVelocity
 
 
 def teacher():
@@ -41,7 +42,7 @@ def expected_states(n=96, seed=0, guidance=None) -> States:
         scales = low + (high - low) * torch.rand(n, generator=g, dtype=torch.float64)
     condition = Condition(labels, scales)
     u = teacher().velocity(x, t, condition)
-    return States(x=x, t=t, condition=condition, clean=x - t[:, None] * u, noise=x + (1 - t)[:, None] * u)
+    return States(x=x, t=t, s=below(t), condition=condition, clean=x - t[:, None] * u, noise=x + (1 - t)[:, None] * u)
 
 
 def guided(scale, interval=(0.0, 1.0)) -> GaussianFlowMap:
@@ -49,7 +50,7 @@ def guided(scale, interval=(0.0, 1.0)) -> GaussianFlowMap:
 
 
 def meanflow(velocity) -> MeanFlow:
-    return MeanFlow(velocity=velocity, ends=Uniform(), equal=0.25, power=0.0)
+    return MeanFlow(target=velocity, power=0.0, pairs=WithDiagonal(pairs=Below(ends=Uniform()), share=0.25))
 
 
 def assert_fixed_point(velocity, student, others, states):
@@ -175,9 +176,9 @@ def test_from_data_the_guided_map_has_no_mean_gradient():
         clean = teacher().sample_data(512, g, condition)
         noise = torch.randn(512, 2, generator=g, dtype=torch.float64)
         t = torch.rand(512, generator=g, dtype=torch.float64)
-        states = States(x=interpolate(clean, noise, t), t=t, condition=condition, clean=clean, noise=noise)
+        states = States(x=interpolate(clean, noise, t), t=t, s=below(t), condition=condition, clean=clean, noise=noise)
         for model, found in gradients.items():
-            found.append(gradient(objective.loss(model, None, states, step=0, generator=g).loss, model))
+            found.append(gradient(loss_of(objective, model, None, states, step=0, generator=g).loss, model))
     mean, error = {}, {}
     for model, found in gradients.items():
         stacked = torch.stack(found)

@@ -5,7 +5,7 @@ import contextlib
 import attrs
 import pytest
 import torch
-from exact import gradient
+from exact import below, gradient, loss_of
 from exact_policy import WRONG_POLICIES, ExactPolicyMap, generator, judge, mixture, prior
 
 import flowdistill
@@ -135,12 +135,12 @@ def test_gradient_reaches_the_policy_at_fixed_states(dropout, monkeypatch):
     teacher = mixture()
     objective, student, states = PiFlow(dropout=dropout), moved_student(teacher), prior(teacher)
     wanted = wanted_gradient(objective, student, teacher, states)
-    output = objective.loss(student, teacher, states, step=0, generator=generator(1))
+    output = loss_of(objective, student, teacher, states, step=0, generator=generator(1))
     torch.testing.assert_close(output.loss, output.metrics["error"] / 2)
     torch.testing.assert_close(gradient(output.loss, student), wanted, rtol=1e-9, atol=1e-12)
     with monkeypatch.context() as patched:
         patched.setattr(module.torch, "no_grad", contextlib.nullcontext)
-        mutant = objective.loss(student, teacher, states, step=0, generator=generator(1))
+        mutant = loss_of(objective, student, teacher, states, step=0, generator=generator(1))
     assert float((gradient(mutant.loss, student) - wanted).norm()) > 0.05 * float(wanted.norm())
     if not dropout:
         return
@@ -149,7 +149,7 @@ def test_gradient_reaches_the_policy_at_fixed_states(dropout, monkeypatch):
         generator(1),
     )  # the same leader and times, but for the trained policy
     monkeypatch.setattr(student, "policy", lambda *_: policy.dropout(dropout, g))
-    mutant = PiFlow(dropout=0.0).loss(student, teacher, states, step=0, generator=g)
+    mutant = loss_of(PiFlow(dropout=0.0), student, teacher, states, step=0, generator=g)
     assert float((gradient(mutant.loss, student) - wanted).norm()) > 0.05 * float(wanted.norm())
 
 
@@ -159,7 +159,7 @@ def test_segments_follow_each_other():
     student = moved_student(teacher)
     student.segments = 3
     states = prior(teacher)
-    output = PiFlow(dropout=0.0).loss(student, teacher, states, step=0, generator=generator(1))
+    output = loss_of(PiFlow(dropout=0.0), student, teacher, states, step=0, generator=generator(1))
     (x0, t0), (x1, t1), (x2, t2) = student.calls
     assert x0 is states.x
     for t, wanted in ((t0, 1.0), (t1, 2 / 3), (t2, 1 / 3)):
@@ -171,8 +171,8 @@ def test_segments_follow_each_other():
     single, losses = moved_student(teacher), []
     single.segments, g = 3, generator(1)
     for x, t in ((x0, t0), (x1, t1), (x2, t2)):
-        part = States(x=x, t=t, condition=Condition())
-        losses.append(PiFlow(dropout=0.0, sequence=False).loss(single, teacher, part, step=0, generator=g).loss)
+        part = States(x=x, t=t, s=below(t), condition=Condition())
+        losses.append(loss_of(PiFlow(dropout=0.0, sequence=False), single, teacher, part, step=0, generator=g).loss)
     torch.testing.assert_close(output.loss, sum(losses) / 3)
 
 
@@ -180,8 +180,14 @@ def test_a_sequence_starts_at_the_noise_of_its_states():
     teacher = mixture()
     student = ExactPolicyMap(teacher)
     noise, x = prior(teacher).x, prior(teacher, seed=2).x
-    states = States(x=x, t=torch.full((64,), 0.5).double(), condition=Condition(), noise=noise)
-    PiFlow().loss(student, teacher, states, step=0, generator=generator())
+    states = States(
+        x=x,
+        t=torch.full((64,), 0.5).double(),
+        s=below(torch.full((64,), 0.5).double()),
+        condition=Condition(),
+        noise=noise,
+    )
+    loss_of(PiFlow(), student, teacher, states, step=0, generator=generator())
     assert student.calls[0][0] is noise
     assert (student.calls[0][1] == 1).all()
 
@@ -195,7 +201,7 @@ def test_times_are_positions_in_the_segment(position, monkeypatch):
     monkeypatch.setattr(teacher, "velocity", lambda x, t, condition: seen.append((x, t)) or right(x, t))
     states = prior(teacher)
     objective = PiFlow(times=Always(value=position), dropout=0.0, states_per_segment=3)
-    objective.loss(student, teacher, states, step=0, generator=generator())
+    loss_of(objective, student, teacher, states, step=0, generator=generator())
     assert len(seen) == 6
     for (x, t), raw in zip(seen, [0.5 + position / 2] * 3 + [position / 2] * 3, strict=True):
         torch.testing.assert_close(t, torch.full_like(t, float(shifted(torch.tensor(raw), 3.0))))
@@ -208,7 +214,7 @@ def test_network_evaluations(segments):
     """Of each sample and segment: one of the student, one of the teacher for each state."""
     teacher = mixture(dim=2).float()
     student = PolicyFlowMap(NetworkFlowMap(MLP(), "instantaneous"), segments=segments, substeps=3)
-    PiFlow().loss(student, teacher, prior(teacher, n=8), step=0, generator=generator())
+    loss_of(PiFlow(), student, teacher, prior(teacher, n=8), step=0, generator=generator())
     assert student.evaluations == 8 * segments
     assert teacher.evaluations == 8 * segments * 2
 

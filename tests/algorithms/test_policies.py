@@ -5,6 +5,7 @@ import math
 import attrs
 import pytest
 import torch
+from exact import loss_of
 from exact_policy import WRONG_POLICIES, ExactPolicyMap, exact_policy, generator, mixture, prior, random_states
 from torch import nn
 
@@ -19,11 +20,12 @@ from flowdistill.algorithms.piflow import (
 )
 from flowdistill.algorithms.piflow import policy as build
 from flowdistill.algorithms.piflow.policies import shifted
-from flowdistill.flow_maps import NetworkFlowMap, NetworkTeacher, from_teacher
+from flowdistill.flow_maps import NetworkFlowMap, from_teacher
 from flowdistill.networks import EDM2, MLP, SiT, VelocityNetwork
 from flowdistill.paths import expand_time
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianMixtureTeacher, GaussianTeacher
 from flowdistill.testing import check_flow_map
+from flowdistill.wrapped_teachers import NetworkTeacher
 
 # The mixture policy
 
@@ -303,7 +305,7 @@ def test_without_the_draw_all_components_stay_equal(fresh):
         if not draw:
             nn.init.zeros_(student.head.offset)
         states = prior(mixture(dim=2).float())
-        PiFlow().loss(student, teacher, states, step=0, generator=generator()).loss.backward()
+        loss_of(PiFlow(), student, teacher, states, step=0, generator=generator()).loss.backward()
         rows = student.wide.network.output.weight.grad[:8].reshape(4, 2, -1)
         moved.append(float((rows - rows.mean(0)).abs().max() / rows.abs().max()))
     assert moved[0] > 1e-2

@@ -3,7 +3,7 @@
 import attrs
 import pytest
 import torch
-from exact import gradient, perturbed, prior_states
+from exact import below, gradient, loss_of, perturbed, prior_states
 
 import flowdistill
 from flowdistill import Condition, ConfigError, FlowMap, States
@@ -13,7 +13,7 @@ from flowdistill.networks import MLP
 from flowdistill.states import Prior
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.times import Uniform
-from flowdistill.velocities.estimators import Exact, Jvp, PseudoVelocity
+from flowdistill.velocities import Exact, Jvp, PseudoVelocity
 
 
 def generator(seed=0):
@@ -44,8 +44,8 @@ def objective_of(student, teacher, **kwargs):
     return objective
 
 
-def loss_of(objective, student, teacher, states, step=0, seed=1):
-    return objective.loss(student, teacher, states, step=step, generator=generator(seed))
+def loss_at(objective, student, teacher, states, step=0, seed=1):
+    return loss_of(objective, student, teacher, states, step=step, generator=generator(seed))
 
 
 def test_a_consistent_student_is_corrected_as_by_its_exact_velocity():
@@ -57,7 +57,7 @@ def test_a_consistent_student_is_corrected_as_by_its_exact_velocity():
     for noising in (PseudoVelocity(), Exact(distribution=own)):
         objective = FreeFlowCorrection(noising=noising)
         objective.setup(student, teacher)
-        gradients.append(gradient(loss_of(objective, student, teacher, states).loss, student))
+        gradients.append(gradient(loss_at(objective, student, teacher, states).loss, student))
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
     assert gradients[0].norm() > 1e-2
 
@@ -68,7 +68,7 @@ def test_a_diagonal_of_the_teacher_corrects_nothing():
     student = TwoParts(gaussian([0.0, 0.0]), teacher)
     objective = FreeFlowCorrection(noising=PseudoVelocity())
     objective.setup(student, teacher)
-    output = loss_of(objective, student, teacher, prior_states(teacher))
+    output = loss_at(objective, student, teacher, prior_states(teacher))
     assert output.metrics["error"] < 1e-24
     assert gradient(output.loss, student).norm() < 1e-12
 
@@ -79,7 +79,7 @@ def mean_gradient(jumps, diagonal, teacher, n=60):
     objective = objective_of(student, teacher)
     gradients = []
     for seed in range(n):
-        output = loss_of(objective, student, teacher, prior_states(teacher, 256, seed), seed=n + seed)
+        output = loss_at(objective, student, teacher, prior_states(teacher, 256, seed), seed=n + seed)
         gradients.append(gradient(output.loss, student))
     stacked = torch.stack(gradients)
     return stacked.mean(0), stacked.std(0) / n**0.5
@@ -99,7 +99,7 @@ def tracking_of(objective, student, teacher, states):
     """What the tracking adds to the gradient of FreeFlow, from the same draws."""
     plain = FreeFlow(**{a.name: getattr(objective, a.name) for a in attrs.fields(FreeFlow)})
     shared = generator(1)
-    without = plain.loss(student, teacher, states, step=0, generator=shared)
+    without = loss_at(plain, student, teacher, states, step=0, generator=shared)
     rows = round(objective.correction_fraction * len(states))
     z = states.x[:rows]
     r = objective.tracking_times.sample(rows, shared).double()
@@ -115,7 +115,7 @@ def test_tracking_is_flow_matching_on_detached_samples():
     student = TwoParts(gaussian([0.5, 0.0]), gaussian([0.0, 0.2]))
     objective = objective_of(student, teacher, tracking=0.7)
     states = prior_states(teacher)
-    output = loss_of(objective, student, teacher, states)
+    output = loss_at(objective, student, teacher, states)
     total, tracked = tracking_of(objective, student, teacher, states)
     torch.testing.assert_close(output.loss, total, rtol=1e-12, atol=0)
     torch.testing.assert_close(gradient(output.loss, student), gradient(total, student), rtol=1e-10, atol=1e-12)
@@ -125,7 +125,7 @@ def test_tracking_is_flow_matching_on_detached_samples():
 
 
 def diagonal_gradient(objective, student, teacher, states):
-    return gradient(loss_of(objective, student, teacher, states).loss, student.diagonal)
+    return gradient(loss_at(objective, student, teacher, states).loss, student.diagonal)
 
 
 def test_prediction_leaves_the_diagonal_alone():
@@ -133,7 +133,7 @@ def test_prediction_leaves_the_diagonal_alone():
     teacher = gaussian([1.0, -1.0])
     student = TwoParts(gaussian([0.5, 0.0]), gaussian([0.0, 0.2]))
     prior = prior_states(teacher)
-    within = States(x=0.5 * prior.x, t=0.5 * prior.t, condition=Condition(), noise=prior.x)
+    within = States(x=0.5 * prior.x, t=0.5 * prior.t, s=below(0.5 * prior.t), condition=Condition(), noise=prior.x)
     still = FreeFlowPrediction(durations=flowdistill.TIME_SAMPLERS.build("always", value=0.0))
     pulled = diagonal_gradient(still, student, teacher, within)
     assert pulled.norm() > 0.1
@@ -157,7 +157,7 @@ def test_training_in_one_dimension(tracked):
     objective.prediction = Silent()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     for step in range(300):
-        loss = loss_of(objective, student, teacher, source.sample(128, generator(step)), seed=1000 + step).loss
+        loss = loss_at(objective, student, teacher, source.sample(128, generator(step)), seed=1000 + step).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -180,7 +180,7 @@ def test_tracking_starts_with_the_warm_up():
     teacher = gaussian([1.0, -1.0])
     student, states = perturbed(teacher), prior_states(teacher)
     objective = objective_of(student, teacher, correction_start=10, online_warmup=4)
-    metrics = {step: set(loss_of(objective, student, teacher, states, step).metrics) for step in (5, 6, 10)}
+    metrics = {step: set(loss_at(objective, student, teacher, states, step).metrics) for step in (5, 6, 10)}
     assert metrics[5] == {"error"}
     assert metrics[6] == {"error", "tracking_error"}
     assert metrics[10] == {"error", "correction_error", "lambda", "tracking_error"}
@@ -196,7 +196,7 @@ def test_evaluations_per_sample():
     assert not objective.modules()
     states = source.sample(64, generator())
     before = teacher.evaluations
-    loss_of(objective, student, teacher, states)
+    loss_at(objective, student, teacher, states)
     assert student.evaluations == 64 * (0.75 * 2 + 0.25 * 2 + 0.25 * 2)
     assert teacher.evaluations - before == 64
 

@@ -4,22 +4,37 @@ import attrs
 import numpy
 import pytest
 import torch
-from exact import data_states, gaussian_teachers, gradient, path_states, perturbed, prior_states
+from exact import (
+    below,
+    data_states,
+    gaussian_teachers,
+    gradient,
+    loss_of,
+    path_states,
+    perturbed,
+    prior_states,
+    residual_of,
+)
 from hypothesis import given, settings
 
-from flowdistill import Condition, ConfigError, States
+from flowdistill import OBJECTIVES, Condition, ConfigError, States
 from flowdistill.algorithms import identities
-from flowdistill.algorithms.secant import SDEE, SDEI, STEE, STEI
+from flowdistill.algorithms.secant import SDEE, SDEI
 from flowdistill.algorithms.secant import objective as secant
 from flowdistill.data import ExactSamples
 from flowdistill.flow_maps import NetworkFlowMap
-from flowdistill.interfaces import FlowMap
+from flowdistill.interfaces import FlowMap, Jump
 from flowdistill.networks import MLP
+from flowdistill.pairs import Below, WithDiagonal
 from flowdistill.states import NoisedData, TeacherTrajectories
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.testing import check_objective
 from flowdistill.times import Always, Grid, Uniform, WithPointMass
-from flowdistill.velocities.targets import ConditionalVelocity, TeacherVelocity
+from flowdistill.velocities import ConditionalVelocity, TeacherVelocity
+
+STEE = OBJECTIVES.get("stee")
+
+STEI = OBJECTIVES.get("stei")
 
 NODES, WEIGHTS = (torch.from_numpy(a) / 2 for a in numpy.polynomial.legendre.leggauss(64))
 NODES = NODES + 0.5  # in (0, 1), where the weights add up to 1
@@ -50,21 +65,23 @@ def interior(objective, student, teacher, states, monkeypatch, end=0.3):
     states, nodes, weights = over_nodes(states)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "rand", lambda n, **_: nodes)
-        parts = objective.residual(student, teacher, states, end * states.t, step=0, generator=generator())
+        states = attrs.evolve(states, s=end * states.t)
+        parts = residual_of(objective, student, teacher, states, step=0, generator=generator())
     return *expectation(*parts, weights, student), float(parts[1].square().mean().sqrt())
 
 
-def end_point(student, teacher, starts, t, s, residual=identities.end_point_residual):
+def end_point(student, teacher, starts, t, s, residual=identities.end_point):
     """The expectation of the end-point residual for states whose images at t are ``starts``, for all r."""
     states, nodes, weights = over_nodes(starts)
     t, s = torch.full_like(nodes, t), torch.full_like(nodes, s)
     r = s + nodes * (t - s)
     x = GaussianFlowMap(teacher)(states.x, t, r).detach()
-    parts = residual(student, teacher.velocity(x, r), x, r, t, s, states.condition)
-    return *expectation(*parts, weights, student), float(parts[1].square().mean().sqrt())
+    found = residual(student, teacher.velocity(x, r), Jump(x, r, r, states.condition), t, s)
+    spread = float(found.value.square().mean().sqrt())
+    return *expectation(found.average, found.value, weights, student), spread
 
 
-@pytest.mark.parametrize("objective", [SDEI(), STEI(equal=0.0)], ids=["sdei", "stei"])
+@pytest.mark.parametrize("objective", [SDEI(), STEI(pairs=WithDiagonal(share=0.0))], ids=["sdei", "stei"])
 @pytest.mark.parametrize("draw", [prior_states, path_states])
 @given(teacher=gaussian_teachers(max_dim=8))
 @settings(max_examples=8)
@@ -161,9 +178,9 @@ def test_interior_times_are_uniform(end, monkeypatch):
 
     monkeypatch.setattr(secant, "secant_residual", residual)
     teacher = example()
-    objective = SDEI(ends=Always(value=end))
+    objective = SDEI(pairs=Below(ends=Always(value=end)))
     states = path_states(teacher, n=20_000)
-    objective.loss(GaussianFlowMap(teacher), teacher, states, step=0, generator=generator())
+    loss_of(objective, GaussianFlowMap(teacher), teacher, states, step=0, generator=generator())
     ((t, r, s),) = seen
     assert torch.equal(s, states.t.clamp(max=end))
     inside = t > s
@@ -177,7 +194,7 @@ def mean_gradient(objective, student, teacher, draw, batches=48):
     """The mean gradient in units of its standard error, largest component."""
     rows = []
     for seed in range(batches):
-        loss = objective.loss(student, teacher, draw(seed), step=seed, generator=generator(1000 + seed)).loss
+        loss = loss_of(objective, student, teacher, draw(seed), step=seed, generator=generator(1000 + seed)).loss
         rows.append(gradient(loss, student))
     stacked = torch.stack(rows)
     return float((stacked.mean(0) / (stacked.std(0) / batches**0.5)).abs().max())
@@ -185,10 +202,10 @@ def mean_gradient(objective, student, teacher, draw, batches=48):
 
 OBJECTIVES = {
     "sdei": SDEI(),
-    "sdei with a diagonal": SDEI(equal=0.25),
+    "sdei with a diagonal": SDEI(pairs=WithDiagonal(share=0.25)),
     "stei": STEI(),
-    "stei with a teacher": STEI(velocity=TeacherVelocity()),
-    "sdei from data": SDEI(velocity=ConditionalVelocity(), equal=0.5),
+    "stei with a teacher": STEI(target=TeacherVelocity()),
+    "sdei from data": SDEI(target=ConditionalVelocity(), pairs=WithDiagonal(share=0.5)),
     "sdee": SDEE(),
     "stee": STEE(),
     "stee on a grid": STEE(cuts=Grid(steps=3)),
@@ -320,7 +337,7 @@ def test_gradient_off_the_optimum_is_that_of_a_detached_target(name, monkeypatch
     def loss_gradient(graph):
         for function in (identities.secant_residual, identities.end_point_residual):
             monkeypatch.setattr(secant, function.__name__, keep(function, graph))
-        return gradient(objective.loss(student, teacher, states, step=0, generator=generator()).loss, student)
+        return gradient(loss_of(objective, student, teacher, states, step=0, generator=generator()).loss, student)
 
     right = loss_gradient(graph=False)
     average, residual = kept[0]
@@ -338,12 +355,14 @@ def test_a_fraction_of_rows_is_a_weight_of_flow_matching(equal):
     """The mean over all rows is (1 - e) (secant + lambda diagonal) with lambda = e/(1 - e)."""
     teacher = example()
     student, states = perturbed(teacher), data_states(teacher, n=512)
-    whole = STEI(equal=equal).loss(student, None, states, step=0, generator=generator())
+    whole = loss_of(STEI(pairs=WithDiagonal(share=equal)), student, None, states, step=0, generator=generator())
     rows = round(equal * 512)
-    diagonal = STEI(equal=1.0).loss(student, None, states[:rows], step=0, generator=generator()).loss
+    diagonal = loss_of(
+        STEI(pairs=WithDiagonal(share=1.0)), student, None, states[:rows], step=0, generator=generator()
+    ).loss
     g = generator()
     s = Uniform().sample_below(states.t, g)[rows:]
-    rest = identities.pull(*STEI().residual(student, None, states[rows:], s, step=0, generator=g)).loss
+    rest = identities.pull(*residual_of(STEI(), student, None, states[rows:], s, step=0, generator=g)).loss
     torch.testing.assert_close(whole.loss, (1 - equal) * (rest + equal / (1 - equal) * diagonal))
 
 
@@ -355,12 +374,12 @@ def test_evaluations(name):
     """Three for each secant row, two where the velocity is the data's; STEI adds one for a row of flow matching."""
     teacher, objective = example(), OBJECTIVES[name]
     student, states = GaussianFlowMap(teacher), data_states(teacher, n=64)
-    objective.loss(student, teacher, states, step=0, generator=generator())
+    loss_of(objective, student, teacher, states, step=0, generator=generator())
     assert (student.evaluations / 64, teacher.evaluations / 64) == COUNTS[name]
     if name == "stei":
         before = student.evaluations
-        attrs.evolve(objective, equal=0.0).loss(student, None, states, step=0, generator=generator())
-        attrs.evolve(objective, equal=1.0).loss(student, None, states, step=0, generator=generator())
+        loss_of(attrs.evolve(objective, equal=0.0), student, None, states, step=0, generator=generator())
+        loss_of(attrs.evolve(objective, equal=1.0), student, None, states, step=0, generator=generator())
         assert student.evaluations - before == (3 + 1) * 64
 
 
@@ -407,10 +426,11 @@ def test_interior_points_need_no_data():
     assert not SDEI().needs_data
     teacher = example()
     states = prior_states(teacher)
-    output = SDEI().loss(
+    output = loss_of(
+        SDEI(),
         perturbed(teacher),
         teacher,
-        States(x=states.x, t=states.t, condition=Condition()),
+        States(x=states.x, t=states.t, s=below(states.t), condition=Condition()),
         step=0,
         generator=generator(),
     )
@@ -422,8 +442,8 @@ def test_end_points_refuse_states_at_one_time(objective):
     teacher = example()
     states = attrs.evolve(data_states(teacher), t=torch.ones(64, dtype=torch.float64))
     with pytest.raises(ConfigError, match="uniform times"):
-        objective.loss(GaussianFlowMap(teacher), teacher, states, step=0, generator=generator())
-    objective.loss(GaussianFlowMap(teacher), teacher, states, step=1, generator=generator())
+        loss_of(objective, GaussianFlowMap(teacher), teacher, states, step=0, generator=generator())
+    loss_of(objective, GaussianFlowMap(teacher), teacher, states, step=1, generator=generator())
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

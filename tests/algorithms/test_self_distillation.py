@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from exact import assert_exact, bent, data_states, gradient, judge, path_states, perturbed, prior_states
+from exact import assert_exact, bent, data_states, gradient, judge, loss_of, path_states, perturbed, prior_states
 
 from flowdistill import OBJECTIVES
 from flowdistill.algorithms.freeflow import FreeFlowPrediction
-from flowdistill.algorithms.meanflow import MeanFlowDistillation
 from flowdistill.algorithms.self_distillation import ESD, LSD, Semigroup
 from flowdistill.algorithms.self_distillation import objective as module
 from flowdistill.algorithms.shortcut import Shortcut
@@ -14,6 +13,7 @@ from flowdistill.data import ExactSamples
 from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.interfaces import Teacher
 from flowdistill.networks import MLP
+from flowdistill.pairs import Below, Dyadic, WithDiagonal
 from flowdistill.states import NoisedData
 from flowdistill.teachers.gaussian import (
     GaussianFlowMap,
@@ -22,9 +22,10 @@ from flowdistill.teachers.gaussian import (
     ProductMixtureTeacher,
 )
 from flowdistill.testing import check_objective
-from flowdistill.times import Always, Dyadic
-from flowdistill.velocities.estimators import FiniteDifference, Jvp
-from flowdistill.velocities.targets import TeacherVelocity
+from flowdistill.times import Always
+from flowdistill.velocities import FiniteDifference, Jvp, TeacherVelocity
+
+MeanFlowDistillation = OBJECTIVES.get("meanflow_distillation")
 
 NAMES = ("semigroup", "lsd", "esd")
 
@@ -38,7 +39,7 @@ def gaussian() -> GaussianTeacher:
 
 
 def distillation(name, **fields):
-    return OBJECTIVES.build(name, **{"velocity": TeacherVelocity(), "equal": 0.25, **fields})
+    return OBJECTIVES.build(name, **{"target": TeacherVelocity(), "equal": 0.25, **fields})
 
 
 VARIANTS = [
@@ -81,7 +82,7 @@ def test_exact_map_of_a_mixture(name):
     for moved in (0.0, 0.1):
         with torch.no_grad():
             student.shift += moved
-        output = objective.loss(student, teacher, path_states(teacher, n=32), step=0, generator=generator(1))
+        output = loss_of(objective, student, teacher, path_states(teacher, n=32), step=0, generator=generator(1))
         slope = gradient(output.loss, student).norm()
         assert (float(output.metrics["error"].sqrt()) > 1e-3, float(slope) > 1e-3) == (moved > 0, moved > 0)
         assert moved or float(slope) < 1e-6
@@ -99,7 +100,7 @@ def test_no_mean_gradient_from_data_at_the_exact_map(name):
     for seed in range(64):
         states = data_states(teacher, n=256, seed=seed)
         for model, into in ((student, exact), (moved, wrong)):
-            loss = objective.loss(model, None, states, step=0, generator=generator(seed)).loss
+            loss = loss_of(objective, model, None, states, step=0, generator=generator(seed)).loss
             into.append(gradient(loss, model))
     gradients = torch.stack(exact)
     error = gradients.std(0) / len(gradients) ** 0.5
@@ -143,11 +144,11 @@ def test_gradients_flow_through_the_derivative_where_it_has_a_graph(name, graph)
     wanted = gradient(residual.square().mean(), student)
     assert wanted.norm() > 1e-2
     objective = distillation(name, equal=0.0, ends=Always(value=0.04), estimator=Jvp(graph=graph))
-    output = objective.loss(student, teacher, states, step=0, generator=generator())
+    output = loss_of(objective, student, teacher, states, step=0, generator=generator())
     torch.testing.assert_close(output.metrics["error"], residual.detach().square().mean())
     torch.testing.assert_close(gradient(output.loss, student), wanted, rtol=1e-9, atol=1e-12)
     other = distillation(name, equal=0.0, ends=Always(value=0.04), estimator=Jvp(graph=not graph))
-    differs = gradient(other.loss(student, teacher, states, step=0, generator=generator()).loss, student) - wanted
+    differs = gradient(loss_of(other, student, teacher, states, step=0, generator=generator()).loss, student) - wanted
     assert differs.norm() > 0.05 * wanted.norm()
 
 
@@ -159,7 +160,7 @@ def test_semigroup_detaches_both_jumps(middle, monkeypatch):
     inner = module.semigroup_residual
     monkeypatch.setattr(module, "semigroup_residual", lambda *a: kept.append(a[5]) or inner(*a))
     objective = distillation("semigroup", equal=0.0, ends=Always(value=0.04), middle=middle)
-    output = objective.loss(student, teacher, states, step=0, generator=generator())
+    output = loss_of(objective, student, teacher, states, step=0, generator=generator())
     (r,) = kept
     part = (r - s) / (states.t - s)
     if middle == "midpoint":
@@ -186,7 +187,7 @@ def test_rows_on_the_diagonal_are_trained_beside_residuals_with_a_graph(name):
 
     def slope(equal, rows):
         objective = distillation(name, equal=equal, ends=Always(value=0.04))
-        return gradient(objective.loss(student, teacher, rows, step=0, generator=generator()).loss, student)
+        return gradient(loss_of(objective, student, teacher, rows, step=0, generator=generator()).loss, student)
 
     on, off = slope(1.0, states[:32]), slope(0.0, states[32:])
     assert min(on.norm(), off.norm()) > 1e-2
@@ -229,7 +230,7 @@ class _SecondJumpFromTheStart(Semigroup):
 def test_mistakes_leave_a_residual_at_the_exact_map(wrong):
     teacher = gaussian()
     with pytest.raises(AssertionError):
-        assert_exact(wrong(velocity=TeacherVelocity(), equal=0.0), teacher, path_states(teacher))
+        assert_exact(wrong(target=TeacherVelocity(), equal=0.0), teacher, path_states(teacher))
 
 
 # What each equals, and what it costs.
@@ -247,7 +248,7 @@ class _Diagonal(Teacher):
 
 
 def same(objective, other, student, teacher, states):
-    losses = [o.loss(student, teacher, states, step=0, generator=generator(3)).loss for o in (objective, other)]
+    losses = [loss_of(o, student, teacher, states, step=0, generator=generator(3)).loss for o in (objective, other)]
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*(gradient(loss, student) for loss in losses))
     assert gradient(losses[0], student).norm() > 1e-3
@@ -256,7 +257,7 @@ def same(objective, other, student, teacher, states):
 def test_esd_with_a_detached_derivative_is_meanflow_towards_its_own_diagonal():
     student = bent(gaussian())
     own = distillation("esd", estimator=Jvp(), equal=0.0, ends=Always())
-    other = MeanFlowDistillation(equal=0.0, ends=Always(), power=0.0, reduction="mean")
+    other = MeanFlowDistillation(power=0.0, reduction="mean", pairs=WithDiagonal(pairs=Below(ends=Always()), share=0.0))
     same(own, other, student, _Diagonal(student), path_states(gaussian()))
 
 
@@ -273,7 +274,7 @@ def test_semigroup_on_dyadic_jumps_is_shortcut_above_its_finest_level():
     law = Dyadic(levels=20)
     same(
         distillation("semigroup", ends=law),
-        Shortcut(velocity=TeacherVelocity(), ends=law, equal=0.25, target_decay=0.0),
+        Shortcut(target=TeacherVelocity(), target_decay=0.0, pairs=WithDiagonal(pairs=Below(ends=law), share=0.25)),
         student,
         teacher,
         states,
@@ -287,10 +288,10 @@ def test_evaluations_of_a_step(name, taught):
     teacher = gaussian()
     for decay in (0.0, 0.9):
         student = GaussianFlowMap(teacher)
-        objective = OBJECTIVES.build(name, target_decay=decay, **({"velocity": TeacherVelocity()} if taught else {}))
+        objective = OBJECTIVES.build(name, target_decay=decay, **({"target": TeacherVelocity()} if taught else {}))
         objective.setup(student, teacher)
         before = teacher.evaluations
-        objective.loss(student, teacher if taught else None, data_states(teacher), step=0, generator=generator())
+        loss_of(objective, student, teacher if taught else None, data_states(teacher), step=0, generator=generator())
         extra = 32 if name == "semigroup" else 16
         assert student.evaluations == 64 + (0 if decay else extra)
         if decay:
@@ -301,7 +302,7 @@ def test_evaluations_of_a_step(name, taught):
 def test_a_detached_derivative_costs_an_evaluation_more():
     teacher = gaussian()
     student = GaussianFlowMap(teacher)
-    LSD(estimator=Jvp()).loss(student, None, data_states(teacher), step=0, generator=generator())
+    loss_of(LSD(estimator=Jvp()), student, None, data_states(teacher), step=0, generator=generator())
     assert student.evaluations == 64 + 16 + 16
 
 

@@ -5,7 +5,7 @@ import itertools
 import attrs
 import pytest
 import torch
-from exact import bent, gradient, path_states, perturbed
+from exact import below, bent, gradient, loss_of, path_states, perturbed, residual_of
 from runs import write
 
 import flowdistill
@@ -14,12 +14,12 @@ from flowdistill.algorithms.shortcut import Shortcut
 from flowdistill.data import ExactSamples
 from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.networks import MLP
+from flowdistill.pairs import Below, Dyadic, WithDiagonal
 from flowdistill.paths import interpolate
 from flowdistill.states import NoisedData
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.testing import check_objective
-from flowdistill.times import Dyadic
-from flowdistill.velocities.targets import TeacherVelocity
+from flowdistill.velocities import TeacherVelocity
 
 
 def generator(seed=0) -> torch.Generator:
@@ -36,7 +36,7 @@ def classes() -> GaussianTeacher:
 
 
 def distillation(**fields) -> Shortcut:
-    return Shortcut(velocity=TeacherVelocity(), **{"target_decay": 0.0, **fields})
+    return Shortcut(target=TeacherVelocity(), **{"target_decay": 0.0, **fields})
 
 
 def noised(teacher, t, seed=0) -> States:
@@ -44,7 +44,7 @@ def noised(teacher, t, seed=0) -> States:
     g = generator(seed)
     clean = teacher.sample_data(len(t), g)
     noise = torch.randn(clean.shape, generator=g, dtype=clean.dtype)
-    return States(x=interpolate(clean, noise, t), t=t, condition=Condition(), clean=clean, noise=noise)
+    return States(x=interpolate(clean, noise, t), t=t, s=below(t), condition=Condition(), clean=clean, noise=noise)
 
 
 def at_level(teacher, level, n=64) -> tuple[States, torch.Tensor]:
@@ -54,7 +54,7 @@ def at_level(teacher, level, n=64) -> tuple[States, torch.Tensor]:
 
 
 def residual(objective, student, teacher, states, s) -> torch.Tensor:
-    return objective.residual(student, teacher, states, s, step=0, generator=generator())[1]
+    return residual_of(objective, student, teacher, states, s, step=0, generator=generator())[1]
 
 
 def size(values) -> float:
@@ -115,12 +115,12 @@ def test_gradient_is_zero_at_the_exact_map_and_of_a_detached_target_elsewhere():
     # far finer than the starts, so that no jump is of the finest level
     objective = distillation(equal=0.25, ends=Dyadic(levels=20))
     student = GaussianFlowMap(teacher)
-    output = objective.loss(student, teacher, states, step=0, generator=generator(1))
+    output = loss_of(objective, student, teacher, states, step=0, generator=generator(1))
     assert float(output.metrics["error"]) < 1e-24
     assert gradient(output.loss, student).norm() < 1e-12
 
     student = bent(teacher)
-    output = objective.loss(student, teacher, states, step=0, generator=generator(1))
+    output = loss_of(objective, student, teacher, states, step=0, generator=generator(1))
     assert float(output.metrics["error"]) > 1e-3
     s = Dyadic(levels=20).sample_below(t, generator(1))
     s[:64] = t[:64]
@@ -139,8 +139,13 @@ def test_flow_matching_loss_is_the_conditional_variance():
     """E |F(x, t, t) - (n - x_0)|^2 at the exact map is the mean of sigma^2 / S_t, S_t = (1 - t)^2 sigma^2 + t^2."""
     teacher = gaussian()
     t = Dyadic(levels=8).sample(200_000, generator()).double()
-    output = Shortcut(equal=1.0).loss(
-        GaussianFlowMap(teacher), None, noised(teacher, t), step=0, generator=generator(1)
+    output = loss_of(
+        Shortcut(pairs=WithDiagonal(share=1.0)),
+        GaussianFlowMap(teacher),
+        None,
+        noised(teacher, t),
+        step=0,
+        generator=generator(1),
     )
     variance = (1 - t).square()[:, None] * teacher.variances + t.square()[:, None]
     assert float(output.loss.detach()) == pytest.approx(float((teacher.variances / variance).mean()), rel=0.02)
@@ -149,7 +154,7 @@ def test_flow_matching_loss_is_the_conditional_variance():
 def test_no_mean_gradient_from_data_at_the_exact_map():
     """Over 64 batches, within 4 standard errors with a shortest jump of 2^-11; elsewhere far outside."""
     teacher = gaussian()
-    objective = Shortcut(target_decay=0.0, equal=0.5, ends=Dyadic(levels=12))
+    objective = Shortcut(target_decay=0.0, pairs=WithDiagonal(pairs=Below(ends=Dyadic(levels=12)), share=0.5))
     student, moved = bent(teacher, 0.0), bent(teacher)
     with torch.no_grad():
         moved.mean += 0.3
@@ -157,7 +162,7 @@ def test_no_mean_gradient_from_data_at_the_exact_map():
     for seed in range(64):
         states = noised(teacher, Dyadic(levels=12).sample(512, generator(seed)).double(), seed)
         for model, into in ((student, exact), (moved, wrong)):
-            loss = objective.loss(model, None, states, step=0, generator=generator(seed)).loss
+            loss = loss_of(objective, model, None, states, step=0, generator=generator(seed)).loss
             into.append(gradient(loss, model))
     gradients = torch.stack(exact)
     error = gradients.std(0) / len(gradients) ** 0.5
@@ -248,10 +253,10 @@ def test_evaluations_of_a_step(taught):
     """
     teacher = classes()
     student = GaussianFlowMap(teacher)
-    objective = Shortcut(velocity=TeacherVelocity()) if taught else Shortcut(guidance=1.5)
+    objective = Shortcut(target=TeacherVelocity()) if taught else Shortcut(guidance=1.5)
     objective.setup(student, teacher)
     t = torch.full((64,), 1 / 128).double()  # no start of a longer jump, so all jumps are of the finest level
-    objective.loss(student, teacher if taught else None, labelled(teacher, t), step=0, generator=generator())
+    loss_of(objective, student, teacher if taught else None, labelled(teacher, t), step=0, generator=generator())
     assert student.evaluations == 64
     assert objective.target(student).evaluations == (16 if taught else 32)
     assert teacher.evaluations == (56 + 16 if taught else 0)
@@ -265,7 +270,7 @@ def test_it_passes_the_kit_with_data_and_with_a_teacher():
     teacher = GaussianTeacher([0.0, 0.0], 0.5, class_means=[[1.0, 0.0], [-1.0, 0.0]])
     check_objective(distillation(target_decay=0.9, equal=0.5), student, teacher)
     source = NoisedData(dataset=ExactSamples(teacher), times=Dyadic(levels=8))
-    check_objective(Shortcut(equal=0.5, guidance=1.5), student, None, source)
+    check_objective(Shortcut(guidance=1.5, pairs=WithDiagonal(share=0.5)), student, None, source)
 
 
 # The average of the student, which several objectives share.

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from exact import assert_exact, bent, data_states, gradient, judge, path_states, perturbed, prior_states
+from exact import assert_exact, bent, bound, data_states, gradient, judge, loss_of, path_states, perturbed, prior_states
 
 from flowdistill import Condition, differentiation
 from flowdistill.algorithms.freeflow import FreeFlowPrediction
@@ -12,14 +12,15 @@ from flowdistill.algorithms.tvm import objective as module
 from flowdistill.data import ExactSamples
 from flowdistill.differentiation import jvp
 from flowdistill.flow_maps import NetworkFlowMap
+from flowdistill.interfaces import Jump
 from flowdistill.networks import EDM2, MLP, SiT
+from flowdistill.pairs import Below, WithDiagonal
 from flowdistill.paths import interpolate
 from flowdistill.states import NoisedData
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.testing import check_objective
 from flowdistill.times import Always, Uniform
-from flowdistill.velocities.estimators import FiniteDifference, Jvp
-from flowdistill.velocities.targets import TeacherVelocity
+from flowdistill.velocities import FiniteDifference, Jvp, TeacherVelocity
 
 
 def generator(seed=0) -> torch.Generator:
@@ -31,7 +32,7 @@ def gaussian() -> GaussianTeacher:
 
 
 def distillation(**fields) -> TerminalVelocityMatching:
-    return TerminalVelocityMatching(**{"velocity": TeacherVelocity(), "equal": 0.25, "ends": Uniform(), **fields})
+    return TerminalVelocityMatching(**{"target": TeacherVelocity(), "equal": 0.25, "ends": Uniform(), **fields})
 
 
 @pytest.mark.parametrize("fields", [{}, {"power": 1.0}, {"estimator": Jvp()}, {"equal": 0.0}])
@@ -45,7 +46,7 @@ def test_an_exact_map_of_another_distribution_is_caught_by_the_teacher_alone():
     """Without one its end moves with its own velocity: only flow matching tells it from the data's."""
     teacher = gaussian()
     states = data_states(teacher)
-    alone = TerminalVelocityMatching(equal=0.0, target_decay=0.0)
+    alone = TerminalVelocityMatching(target_decay=0.0, pairs=WithDiagonal(share=0.0))
     assert judge(alone, perturbed(teacher), None, states)[0] < 1e-12
     assert judge(alone, bent(teacher), None, states)[0] > 0.1
     assert judge(distillation(equal=0.0), perturbed(teacher), teacher, states)[0] > 1e-2
@@ -62,7 +63,7 @@ def test_no_mean_gradient_from_data_at_the_exact_map():
     for seed in range(64):
         states = data_states(teacher, n=256, seed=seed)
         for model, into in ((student, exact), (moved, wrong)):
-            loss = objective.loss(model, None, states, step=0, generator=generator(seed)).loss
+            loss = loss_of(objective, model, None, states, step=0, generator=generator(seed)).loss
             into.append(gradient(loss, model))
     gradients = torch.stack(exact)
     error = gradients.std(0) / len(gradients) ** 0.5
@@ -79,7 +80,7 @@ def both(student, teacher, **fields):
     """The outputs of matching, and of FreeFlow's prediction at the same durations."""
     states = prior_states(teacher)
     return tuple(
-        objective.loss(student, teacher, states, step=0, generator=generator())
+        loss_of(objective, student, teacher, states, step=0, generator=generator())
         for objective in (
             distillation(equal=0.0, ends=Always(value=0.3), **fields),
             FreeFlowPrediction(durations=Always(value=0.7), estimator=Jvp(), power=0.0),
@@ -127,7 +128,7 @@ def test_gradient_is_that_of_both_terms(taught):
     teacher, student = gaussian(), bent(gaussian())
     states = data_states(teacher)
     s = torch.full((32,), 0.04).double()
-    objective = TerminalVelocityMatching(ends=Always(value=0.04))
+    objective = TerminalVelocityMatching(pairs=Below(ends=Always(value=0.04)))
     if taught:
         objective = distillation(ends=Always(value=0.04), equal=0.5)
     objective.setup(student, teacher)
@@ -140,7 +141,7 @@ def test_gradient_is_that_of_both_terms(taught):
     wanted = teacher.velocity(x, s) if taught else states.noise[:32] - states.clean[:32]
     second = (student.velocity(x, s) - wanted).square().mean()
     first = first_term(student, field, states[32:], s)
-    output = objective.loss(student, teacher, states, step=0, generator=generator())
+    output = loss_of(objective, student, teacher, states, step=0, generator=generator())
     torch.testing.assert_close(output.loss, (first + second) / 2)
     got, terms = gradient(output.loss, student), [gradient(term, student) for term in (first, second)]
     assert min(term.norm() for term in terms) > 1e-3
@@ -156,7 +157,7 @@ def test_without_data_the_second_term_is_where_the_student_lands():
         student.mean += 0.2
     x = student(states.x, states.t, s).detach()
     wanted = (student.velocity(x, s) - teacher.velocity(x, s)).square().mean()
-    output = objective.loss(student, teacher, states, step=0, generator=generator())
+    output = loss_of(objective, student, teacher, states, step=0, generator=generator())
     torch.testing.assert_close(output.loss, wanted)
     torch.testing.assert_close(gradient(output.loss, student), gradient(wanted, student))
     assert gradient(wanted, student).norm() > 1e-2
@@ -167,14 +168,14 @@ def test_the_second_term_is_not_at_the_start():
     teacher, student = gaussian(), perturbed(gaussian())
     states = data_states(teacher, low=0.7)
     objective = distillation(ends=Always(value=0.04), equal=1.0)
-    right = objective.loss(student, teacher, states, step=0, generator=generator()).loss
+    right = loss_of(objective, student, teacher, states, step=0, generator=generator()).loss
     wrong = (student.velocity(states.x, states.t) - teacher.velocity(states.x, states.t)).square().mean()
     assert (right - wrong).abs() > 0.1 * right
 
 
 def _derivative_of(change):
     def residual(student, field, estimator, x, t, s, condition, *, step=0):
-        average, slope = estimator.derivative(student, x, t, s, condition, ds=1.0, step=step)
+        average, slope = bound(estimator, student).derivative(Jump(x, t, s, condition), ds=1.0, step=step)
         gap = (t - s)[:, None]
         return average, change(average, gap, slope) - field((x - gap * average).detach(), s, condition).detach()
 
@@ -208,10 +209,10 @@ def test_evaluations_of_a_step(draw, taught, student_rows, target_rows, teacher_
     """Of 64 rows half are for each term: F once in both, one velocity of the end, and landings without data."""
     teacher = gaussian()
     student = GaussianFlowMap(teacher)
-    objective = TerminalVelocityMatching(velocity=TeacherVelocity()) if taught else TerminalVelocityMatching()
+    objective = TerminalVelocityMatching(target=TeacherVelocity()) if taught else TerminalVelocityMatching()
     objective.setup(student, teacher)
     states = draw(teacher)
-    objective.loss(student, teacher if taught else None, states, step=0, generator=generator())
+    loss_of(objective, student, teacher if taught else None, states, step=0, generator=generator())
     assert student.evaluations == student_rows
     assert teacher.evaluations == teacher_rows
     if target_rows:
@@ -308,7 +309,7 @@ def test_gradients_through_a_derivative(case, direction):
 def test_gradients_through_a_derivative_are_those_of_double_backward(case, direction):
     student, x, t, s, v, w, condition = case
     a, dt, ds = DIRECTIONS[direction]
-    average, slope = jvp(student, x, t, s, condition, dx=a * v, dt=dt, ds=ds, graph=True)
+    average, slope = jvp(student, Jump(x, t, s, condition), dx=a * v, dt=dt, ds=ds, graph=True)
     inputs = [value.clone().requires_grad_() for value in (x, t, s)]
     plain = student.average_velocity(*inputs, condition)
     dummy = torch.zeros_like(plain, requires_grad=True)
@@ -347,10 +348,10 @@ def test_layers_that_replace_their_weights_do_so_before_a_derivative_with_a_grap
         for parameter in student.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     x, t, s = torch.randn(2, 1, 8, 8), torch.ones(2), torch.full((2,), 0.25)
-    average, slope = jvp(student, x, t, s, ds=1.0, graph=True)
+    average, slope = jvp(student, Jump(x, t, s), ds=1.0, graph=True)
     (average + slope).square().mean().backward()
     assert all(p.grad.isfinite().all() for p in student.parameters() if p.grad is not None)
-    plain, wanted = jvp(student, x, t, s, ds=1.0)
+    plain, wanted = jvp(student, Jump(x, t, s), ds=1.0)
     torch.testing.assert_close(average, plain)
     torch.testing.assert_close(slope, wanted)
 

@@ -5,10 +5,11 @@ import copy
 import attrs
 import pytest
 import torch
-from exact import gradient, perturbed, prior_states
+from exact import auxiliary_loss_of, below, gradient, loss_of, perturbed, prior_states, residual_of
 
 import flowdistill
 from flowdistill import Condition, ConfigError, States
+from flowdistill.algorithms.identities import Residual
 from flowdistill.algorithms.vsd import DMD2, VSD
 from flowdistill.interfaces import NoisingVelocity
 from flowdistill.networks import MLP
@@ -17,9 +18,8 @@ from flowdistill.states import NoisedData, Prior
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.testing import check_objective
 from flowdistill.times import Always
-from flowdistill.training import Schedule
-from flowdistill.training.loop import Loop, LoopSettings
-from flowdistill.velocities.estimators import Exact, OnlineNetwork
+from flowdistill.training import Loop, Training
+from flowdistill.velocities import Exact, OnlineNetwork
 
 NAMES = ["vsd", "dmd2"]
 
@@ -46,7 +46,7 @@ def test_vanishes_at_the_flow_map_alone(name):
     teacher = teacher_of()
     states = prior_states(teacher)
     for student, exact in [(GaussianFlowMap(teacher), True), (perturbed(teacher), False)]:
-        output = build(name, student).loss(student, teacher, states, step=0, generator=generator())
+        output = loss_of(build(name, student), student, teacher, states, step=0, generator=generator())
         size = float(gradient(output.loss, student).norm())
         assert (size < 1e-12) if exact else (size > 1e-2)
         assert (output.metrics["error"] < 1e-24) if exact else (output.metrics["error"] > 1e-3)
@@ -71,7 +71,7 @@ def formula_error(objective):
     teacher = teacher_of()
     student, states = perturbed(teacher, 0.2), prior_states(teacher)
     objective = attrs.evolve(objective, noising=Exact(distribution=distribution_of(student)))
-    _, residual = objective.residual(student, teacher, states, generator=generator(5))
+    _, residual = residual_of(objective, student, teacher, states, generator=generator(5))
     return float((residual - denoised_gradient(objective, student, teacher, states)).abs().max())
 
 
@@ -83,16 +83,16 @@ def test_weight_is_that_of_dmd(objective):
 class _BatchWeight(VSD):
     """W over the whole batch."""
 
-    def residual(self, student, teacher, start, *, generator):
+    def residual(self, start, step):
         self.weighting = "none"
-        average, plain = VSD.residual(self, student, teacher, start, generator=generator)
-        return average, plain / plain.abs().mean()
+        plain = VSD.residual(self, start, step)
+        return Residual(plain.average, plain.value / plain.value.abs().mean())
 
 
 class _WrongSign(VSD):
-    def residual(self, student, teacher, start, *, generator):
-        average, residual = VSD.residual(self, student, teacher, start, generator=generator)
-        return average, -residual
+    def residual(self, start, step):
+        right = VSD.residual(self, start, step)
+        return Residual(right.average, -right.value)
 
 
 @pytest.mark.parametrize("wrong", [VSD(weighting="none"), _BatchWeight(), _WrongSign()])
@@ -105,7 +105,7 @@ def test_loss_has_the_residual_as_its_gradient():
     teacher = teacher_of()
     student, states = perturbed(teacher, 0.2), prior_states(teacher)
     objective = build("vsd", student)
-    loss = objective.loss(student, teacher, states, step=0, generator=generator(5)).loss
+    loss = loss_of(objective, student, teacher, states, step=0, generator=generator(5)).loss
     average = student.average_velocity(states.x, states.t, 0 * states.t)
     held = denoised_gradient(objective, student, teacher, states)
     torch.testing.assert_close(
@@ -121,7 +121,7 @@ def test_unweighted_update_is_the_gradient_of_the_divergence(time):
     student = GaussianFlowMap(GaussianTeacher(torch.tensor([mu]).double(), torch.tensor([rho**2]).double()))
     objective = build("vsd", student, times=Always(value=time), weighting="none")
     states = prior_states(teacher, 2**20)
-    loss = objective.loss(student, teacher, states, step=0, generator=generator(1)).loss
+    loss = loss_of(objective, student, teacher, states, step=0, generator=generator(1)).loss
     by_mean, by_log_variance = torch.autograd.grad(loss, [student.mean, student.log_variances])
     factor = (1 - time) ** 2 / time / 2  # the loss is |R|^2, without a half
     truth, own = ((1 - time) ** 2 * v**2 + time**2 for v in (sigma, rho))
@@ -134,8 +134,8 @@ def test_states_start_from_their_noise():
     teacher = teacher_of(2)
     student = perturbed(teacher)
     objective, prior = build("vsd", student), prior_states(teacher)
-    elsewhere = States(x=prior.x + 1, t=0.3 * prior.t, condition=Condition(), noise=prior.x)
-    losses = [objective.loss(student, teacher, s, step=0, generator=generator()).loss for s in (prior, elsewhere)]
+    elsewhere = States(x=prior.x + 1, t=0.3 * prior.t, s=below(0.3 * prior.t), condition=Condition(), noise=prior.x)
+    losses = [loss_of(objective, student, teacher, s, step=0, generator=generator()).loss for s in (prior, elsewhere)]
     assert torch.equal(*losses)
 
 
@@ -147,18 +147,19 @@ class OnlineGaussian(NoisingVelocity):
     """The velocity of a Gaussian whose mean and variance are trained by flow matching."""
 
     def setup(self, student, teacher):
+        super().setup(student, teacher)
         self.model = GaussianFlowMap(teacher)
 
     def modules(self):
         return {"online": self.model}
 
-    def module_loss(self, name, samples, condition, *, generator):
+    def module_loss(self, name, samples, condition, generator):
         r = 0.02 + 0.96 * torch.rand(len(samples), generator=generator, dtype=samples.dtype)
         noise = torch.randn(samples.shape, generator=generator, dtype=samples.dtype)
         return (self.model.velocity(interpolate(samples, noise, r), r) - (noise - samples)).square().mean(1)
 
     @torch.no_grad()
-    def velocity(self, x, r, condition=None, *, samples=None):
+    def estimate(self, x, r, condition, *, samples):
         return self.model.velocity(x, r)
 
 
@@ -169,21 +170,18 @@ def trained(objective, tmp_path, steps=250, online_rate=1.0):
     source.setup(student, teacher)
     objective.setup(student, teacher)
     objective.noising.model.load_state_dict(student.state_dict())
-    settings = LoopSettings(
-        steps=steps, batch_size=256, accumulation=1, gradient_clip=None, precision="float32", seed=0
-    )
-    loop = Loop(
-        student=student,
-        teacher=teacher,
+    training = Training(
         objective=objective,
-        source=source,
+        flow_map=student,
+        teacher=teacher,
+        steps=steps,
+        batch_size=256,
         optimizer=lambda p: torch.optim.Adam(p, lr=0.02, betas=(0.0, 0.99)),
         auxiliary_optimizer=lambda p: torch.optim.Adam(p, lr=0.02 * online_rate, betas=(0.0, 0.99)),
-        schedule=Schedule(),
-        averaging=None,
-        settings=settings,
-        workdir=tmp_path,
+        gradient_clip=None,
+        ema=None,
     )
+    loop = Loop(training, student, teacher, source, tmp_path)
     path = []
     for _ in range(steps):
         loop.train_step()
@@ -296,9 +294,9 @@ def test_adversarial_terms():
         noise = torch.randn(x.shape, generator=shared)
         return judge(interpolate(x, noise, r), r, Condition())
 
-    output = objective.loss(student, teacher, states, step=0, generator=generator(3))
+    output = loss_of(objective, student, teacher, states, step=0, generator=generator(3))
     shared = generator(3)
-    plain = VSD(noising=objective.noising).loss(student, teacher, states, step=0, generator=shared)
+    plain = loss_of(VSD(noising=objective.noising), student, teacher, states, step=0, generator=shared)
     adversarial = (1 + (-logits(student(start.x, start.t, 0 * start.t), shared)).exp()).log().mean()
     total = plain.loss + 0.7 * adversarial
     torch.testing.assert_close(output.loss, total)
@@ -309,7 +307,7 @@ def test_adversarial_terms():
     output.loss.backward()
     assert all(p.grad is None for p in judge.parameters())
 
-    own = objective.auxiliary_loss("discriminator", student, teacher, states, step=0, generator=generator(4)).loss
+    own = auxiliary_loss_of(objective, "discriminator", student, teacher, states, step=0, generator=generator(4)).loss
     shared = generator(4)
     fake = logits(student(start.x, start.t, 0 * start.t).detach(), shared)
     wanted = (1 + fake.exp()).log().mean() + (1 + (-logits(states.clean, shared)).exp()).log().mean()

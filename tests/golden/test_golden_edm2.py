@@ -8,11 +8,11 @@ import torch
 from golden_files import error, golden, outputs, recorded
 
 from flowdistill import NETWORKS, Condition
-from flowdistill.flow_maps import NetworkTeacher
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.networks import edm2
 from flowdistill.networks.edm2 import MPConv
 from flowdistill.solvers import Edm
+from flowdistill.wrapped_teachers import NetworkTeacher
 
 FILE, SAMPLES = "edm2_tiny", "edm2_tiny_samples"
 

@@ -8,9 +8,9 @@ import torch
 from golden_files import error, golden, outputs, recorded
 
 from flowdistill import NETWORKS, Condition
-from flowdistill.flow_maps import NetworkTeacher
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.solvers import Dopri5, Euler, EulerMaruyama, Heun, RungeKutta4
+from flowdistill.wrapped_teachers import NetworkTeacher
 
 ARGUMENTS = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "mlp_ratio", "num_classes")
 

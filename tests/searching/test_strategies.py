@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 
 from flowdistill import Condition, ConfigError, DataError, Verifier
-from flowdistill.flow_maps import NetworkFlowMap, NetworkTeacher
+from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.networks import MLP
 from flowdistill.plumbing.flops import Flops
@@ -19,6 +19,7 @@ from flowdistill.searching.noises import find
 from flowdistill.searching.trials import evaluation_flops
 from flowdistill.searching.verifiers import FunctionVerifier
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
+from flowdistill.wrapped_teachers import NetworkTeacher
 
 LARGEST_OF_TEN = 1.53875  # E max of 10 standard normals, whose deviation is 0.587
 
