@@ -95,7 +95,7 @@ class Combined(Objective):
 
     def warmed_up(self, progress: float) -> bool:
         """Whether the warm-up of the correction's own modules has begun."""
-        return progress >= self.correction_start - self.online_warmup
+        return progress >= self.correction_start - self.online_warmup - 1e-9  # a difference of two decimals
 
     def loss(self, states: States, step: Step) -> ObjectiveOutput:
         """Prediction loss + lambda times correction loss."""

@@ -64,9 +64,9 @@ class CorrectionObjective(Objective):
 
     def setup(self, student: FlowMap, teacher: Teacher | None) -> None:
         """Take the models; ConfigError for a guidance interval without guidance."""
-        super().setup(student, teacher)
-        if self.guidance_interval is not None and not self.teacher.takes_guidance:
+        if self.guidance_interval is not None and (teacher is None or not teacher.takes_guidance):
             raise ConfigError("guidance_interval needs a guided teacher: train.teacher = @guided()")
+        super().setup(student, teacher)
 
     def field(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The teacher's velocity, guided in ``guidance_interval``."""

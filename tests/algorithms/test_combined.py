@@ -7,10 +7,11 @@ from exact import below, gradient, loss_of, perturbed, prior_states
 from runs import RING
 
 import flowdistill
-from flowdistill import Condition, ConfigError, Objective, States
+from flowdistill import OBJECTIVES, Condition, ConfigError, Objective, States, Step
 from flowdistill.algorithms.combined import Combined
 from flowdistill.algorithms.freeflow import FreeFlow, FreeFlowCorrection, FreeFlowPrediction
 from flowdistill.interfaces import ObjectiveOutput
+from flowdistill.pairs import WithDiagonal
 from flowdistill.plumbing.records import read_records
 from flowdistill.teachers.gaussian import GaussianTeacher
 from flowdistill.velocities import Exact
@@ -45,7 +46,7 @@ def test_freeflow_is_its_parts_combined(kwargs):
     assert outputs[0].metrics == outputs[1].metrics
 
 
-@pytest.mark.parametrize("changes", ["", "{}.balance = 'fixed'", "{}.correction_start = 4\n{}.online_warmup = 2"])
+@pytest.mark.parametrize("changes", ["", "{}.balance = 'fixed'", "{}.correction_start = 0.3\n{}.online_warmup = 0.2"])
 def test_training_freeflow_is_training_its_parts_combined(changes, tmp_path):
     """Twelve steps with an online network: weights, averages, optimisers and metrics to the last bit."""
     results = {}
@@ -110,15 +111,15 @@ class Recorder(Objective):
     def setup(self, student, teacher):
         self.calls.append("setup")
 
-    def after_step(self, student, step):
-        self.calls.append(("after", step))
+    def after_step(self, number):
+        self.calls.append(("after", number))
 
-    def loss(self, student, teacher, states, *, step, generator):
+    def loss(self, states, step):
         self.calls.append(states.x[:, 0].tolist())
         norm = None if self.norm is None else torch.tensor(self.norm)
         return ObjectiveOutput(self.module(states.x).mean(), {"error": torch.tensor(0.0)}, norm)
 
-    def auxiliary_loss(self, name, student, teacher, states, *, step, generator):
+    def auxiliary_loss(self, name, states, step):
         assert name == self.name
         self.calls.append(states.x[:, 0].tolist())
         return ObjectiveOutput(self.module(states.x).mean())
@@ -139,12 +140,12 @@ def called(objective, function, step, *arguments):
     """The rows that each part was given."""
     objective.prediction.calls.clear()
     objective.correction.calls.clear()
-    output = function(*arguments, None, None, STATES, step=step, generator=None)
+    output = function(*arguments, STATES, Step(generator(), step, step / 10))
     return output, objective.prediction.calls, objective.correction.calls
 
 
 def test_rows_are_shared_out():
-    objective = recorders(correction_start=2)
+    objective = recorders(correction_start=0.2)
     whole, first, rest = [*range(8)], [0, 1], [*range(2, 8)]
     output, *rows = called(objective, objective.loss, 1)
     assert rows == [[whole], []]
@@ -161,14 +162,14 @@ def test_neither_part_is_left_without_rows(fraction, rows):
     assert [*first, *rest] == [[*range(rows)], [*range(rows, 8)]]
 
 
-@pytest.mark.parametrize("start", [0, 1000])
+@pytest.mark.parametrize("start", [0.0, 1.0])
 def test_a_single_state_cannot_be_shared(start):
     with pytest.raises(ConfigError, match=r"at least 2 states: a larger train\.batch_size"):
-        loss_of(recorders(correction_start=start), None, None, STATES[:1], step=0, generator=None)
+        recorders(correction_start=start).loss(STATES[:1], Step(generator()))
 
 
 def test_modules_learn_from_the_rows_of_their_part():
-    objective = recorders(correction_start=4, online_warmup=2)
+    objective = recorders(correction_start=0.4, online_warmup=0.2)
     whole, first, rest = [*range(8)], [0, 1], [*range(2, 8)]
 
     def rows(name, step):
@@ -182,10 +183,31 @@ def test_modules_learn_from_the_rows_of_their_part():
     assert rows("target", 4) == (False, [rest], [])
 
 
+def teacher_student():
+    return perturbed(teacher_of())
+
+
+def test_each_part_has_its_own_law_of_times():
+    """From the start of the correction on its rows jump from noise to data; before it all rows are the prediction's."""
+    objective = Combined(
+        prediction=OBJECTIVES.build("meanflow", pairs=WithDiagonal(share=0.5)),
+        correction=FreeFlowCorrection(),
+        correction_fraction=0.25,
+        correction_start=0.5,
+    )
+    before, after = objective.law(0.4), objective.law(0.5)
+    t, s = before.sample(16, generator())
+    assert (t == s).tolist() == [True] * 8 + [False] * 8
+    t, s = after.sample(16, generator())
+    assert t[:4].tolist() == [1.0] * 4
+    assert s[:4].tolist() == [0.0] * 4
+    assert (t == s)[4:].tolist() == [True] * 6 + [False] * 6
+
+
 def test_what_the_parts_declare():
     objective = recorders({"updates": 2}, {"updates": 5, "data": True})
-    objective.setup(None, None)
-    objective.after_step(None, 7)
+    objective.setup(teacher_student(), None)
+    objective.after_step(7)
     for part in (objective.prediction, objective.correction):
         assert part.calls == ["setup", ("after", 7)]
     assert list(objective.modules()) == ["target", "online"]
@@ -200,7 +222,7 @@ def test_what_the_parts_declare():
 def test_modules_of_one_name():
     objective = Combined(prediction=Recorder(name="online"), correction=Recorder(name="online"))
     with pytest.raises(ConfigError, match="module named online"):
-        objective.setup(None, None)
+        objective.modules()
 
 
 def test_adaptive_balance():

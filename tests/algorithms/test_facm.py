@@ -26,6 +26,7 @@ from flowdistill.flow_maps import NetworkFlowMap, from_teacher
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import FlowMap
 from flowdistill.networks import EDM2, MLP, SiT, VelocityNetwork
+from flowdistill.pairs import ToData
 from flowdistill.plumbing import config
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.testing import check_flow_map, check_objective
@@ -139,8 +140,8 @@ def test_switches(name, arguments):
 def test_relaxation_acts_near_the_data_only(t, factor, monkeypatch):
     """The size of the gradient for a residual of 0.1: the weight normalises the relaxation away elsewhere."""
     average = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
-    constant = (average, torch.full_like(average, 0.1).detach())
-    monkeypatch.setattr(facm, "eulerian_residual", lambda *args, **kwargs: constant)
+    constant = identities.Residual(average, torch.full_like(average, 0.1).detach())
+    monkeypatch.setattr(facm, "eulerian", lambda *args, **kwargs: constant)
     states = States(
         x=torch.ones(1, 2).double(),
         t=torch.tensor([t]).double(),
@@ -286,12 +287,14 @@ def test_each_loss_reaches_its_half_alone():
 def test_the_derivative_runs_through_the_change_of_time(monkeypatch):
     """A derivative that takes the network's time for t, with d(-t)/dt = 1, leaves a residual."""
 
-    def residual(student, velocity, estimator, x, t, s, condition, *, step):
-        average = student.average_velocity(x, t, s)
-        _, slope = torch.func.jvp(student.network.velocity, (x, -t), (velocity, torch.ones_like(t)))
-        return average, average.detach() - velocity + identities.expand_time(t, x) * slope.detach()
+    def residual(estimator, velocity, jump, progress):
+        x, t, s, _ = jump
+        average = estimator.student.average_velocity(x, t, s)
+        _, slope = torch.func.jvp(estimator.student.network.velocity, (x, -t), (velocity, torch.ones_like(t)))
+        value = average.detach() - velocity + identities.expand_time(t, x) * slope.detach()
+        return identities.Residual(average, value)
 
-    monkeypatch.setattr(facm, "eulerian_residual", residual)
+    monkeypatch.setattr(facm, "eulerian", residual)
     assert judge(FACM(), halves(), teacher(), path_states(teacher()))[0] > 0.1
 
 
@@ -340,6 +343,6 @@ def test_times_follow_the_published_law():
 
 
 def test_recipes_guide_away_from_the_prior_only():
-    with config.parsed(["facm/digits.gin"], []):
+    with config.parsed(config.composed("facm", "digits"), []):
         assert config.value("train.teacher").interval == (0.0, 0.875)
-        assert config.value("train.states").times == ArctanLogNormal(mean=-0.8, std=1.6)
+        assert config.value("train.objective").pairs == ToData(starts=ArctanLogNormal(mean=-0.8, std=1.6))

@@ -3,7 +3,7 @@
 import attrs
 import pytest
 import torch
-from exact import auxiliary_loss_of, below, gradient, loss_of, perturbed, prior_states
+from exact import STEPS, auxiliary_loss_of, below, gradient, loss_of, perturbed, prior_states
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,9 +13,10 @@ from flowdistill.algorithms.freeflow import FreeFlow, FreeFlowCorrection, FreeFl
 from flowdistill.flow_maps import from_teacher
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.networks import MLP
+from flowdistill.pairs import Durations
 from flowdistill.plumbing.registry import DATASETS
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
-from flowdistill.times import Uniform
+from flowdistill.times import Always, Uniform
 from flowdistill.velocities import Exact, FiniteDifference, Jvp, Minibatch, OnlineNetwork
 
 
@@ -86,7 +87,7 @@ def test_online_network_learns_the_students_velocity():
     x = x * (0.3 * (1 - r) ** 2 + r**2).sqrt()[:, None] + (1 - r)[:, None] * truth.mean
 
     def error():
-        return (noising.velocity(x, r) - truth.velocity(x, r)).square().mean().sqrt()
+        return (noising.estimate(x, r, Condition(), samples=x) - truth.velocity(x, r)).square().mean().sqrt()
 
     before = error()
     for step in range(600):
@@ -101,7 +102,7 @@ def test_online_network_learns_the_students_velocity():
 
 def joint(**kwargs):
     return FreeFlow(
-        prediction=FreeFlowPrediction(durations=Uniform(), estimator=Jvp(), power=1.0),
+        prediction=FreeFlowPrediction(estimator=Jvp(), power=1.0),
         correction=FreeFlowCorrection(noising=Exact(distribution=gaussian([0.3, 0.3])), times=Uniform(low=0.1)),
         **kwargs,
     )
@@ -146,7 +147,7 @@ def test_lambda_is_not_differentiated():
 def test_prediction_alone_until_the_correction_starts():
     teacher = gaussian([1.0, 0.0])
     student, states = perturbed(teacher, 0.3), prior_states(teacher)
-    objective = joint(correction_start=10)
+    objective = joint(correction_start=10 / STEPS)
     early = loss_of(objective, student, teacher, states, step=9, generator=generator())
     alone = loss_of(objective.prediction, student, teacher, states, step=9, generator=generator())
     assert torch.equal(early.loss, alone.loss)
@@ -157,7 +158,7 @@ def test_online_network_is_trained_from_its_warm_up_on():
     teacher = GaussianTeacher([0.0, 0.0], 0.5)
     student = from_teacher(teacher, "anchored", network=MLP(dim=2, hidden_size=16))
     correction = FreeFlowCorrection(noising=OnlineNetwork(network=lambda: MLP(dim=2, hidden_size=16)))
-    objective = FreeFlow(correction=correction, correction_start=10, online_warmup=4)
+    objective = FreeFlow(correction=correction, correction_start=10 / STEPS, online_warmup=4 / STEPS)
     objective.setup(student, teacher)
     states = States(x=torch.randn(8, 2), t=torch.ones(8), s=below(torch.ones(8)), condition=Condition())
 
@@ -194,13 +195,14 @@ def test_correction_has_a_guidance_interval_of_its_own():
 
 
 def test_durations_scale_the_way_from_any_start():
-    """For states at t < 1 the end time is t (1 - delta): at delta = 0 the residual is F - u at the state itself."""
+    """From states at t < 1 the end time is t (1 - delta): at delta = 0 the residual is F - u at the state itself."""
+    t, s = Durations(law=Always(value=0.25), starts=Always(value=0.8)).sample(3, generator())
+    torch.testing.assert_close(torch.stack([t, s]), torch.tensor([[0.8], [0.6]]).expand(2, 3))
     teacher = gaussian([1.0, 0.0])
     student = perturbed(teacher, 0.3)
-    objective = FreeFlowPrediction(
-        durations=flowdistill.TIME_SAMPLERS.build("with_point_mass", value=0.0, fraction=1.0)
-    )
-    states = attrs.evolve(prior_states(teacher), t=torch.full((64,), 0.6).double())
+    objective = FreeFlowPrediction()
+    t = torch.full((64,), 0.6).double()
+    states = attrs.evolve(prior_states(teacher), t=t, s=t)
     error = loss_of(objective, student, teacher, states, step=0, generator=generator()).metrics["error"]
     plain = student.velocity(states.x, states.t) - teacher.velocity(states.x, states.t)
     torch.testing.assert_close(error, plain.square().mean().detach())
@@ -231,7 +233,7 @@ def test_a_data_free_run_touches_no_data(tmp_path, monkeypatch):
         DATASETS.build("digits")
     bindings = [
         "train.steps = 3",
-        "freeflow.correction_start = 1",
+        "freeflow.correction_start = 0.3",
         "evaluation.num_samples = 20",
         "train.batch_size = 8",
     ]
@@ -244,4 +246,5 @@ def test_a_data_free_run_touches_no_data(tmp_path, monkeypatch):
 
 
 def test_finite_difference_is_the_default():
-    assert FreeFlowPrediction().estimator == FiniteDifference(scheme="backward", h=0.1)
+    estimator = FreeFlowPrediction().estimator
+    assert (type(estimator), estimator.scheme, estimator.h) == (FiniteDifference, "backward", 0.1)

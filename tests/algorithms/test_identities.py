@@ -11,15 +11,14 @@ from flowdistill.algorithms import identities
 from flowdistill.algorithms.freeflow import FreeFlowPrediction
 from flowdistill.algorithms.freeflow import objective as freeflow
 from flowdistill.algorithms.meanflow import objective as meanflow
-from flowdistill.interfaces import GeneratingVelocity, Jump
-from flowdistill.pairs import Below, WithDiagonal
+from flowdistill.interfaces import GeneratingVelocity
+from flowdistill.pairs import WithDiagonal
 from flowdistill.teachers.gaussian import (
     GaussianFlowMap,
     GaussianTeacher,
     ProductMixtureFlowMap,
     ProductMixtureTeacher,
 )
-from flowdistill.times import Uniform
 from flowdistill.velocities import FiniteDifference, Jvp
 
 MeanFlowDistillation = OBJECTIVES.get("meanflow_distillation")
@@ -28,11 +27,11 @@ POWERS = (0.0, 0.5, 1.0)
 
 
 def prediction(power=0.0) -> FreeFlowPrediction:
-    return FreeFlowPrediction(durations=Uniform(), estimator=Jvp(), power=power, eps=1e-3)
+    return FreeFlowPrediction(estimator=Jvp(), power=power, eps=1e-3)
 
 
 def distillation(power=0.0) -> object:
-    return MeanFlowDistillation(power=power, eps=1e-3, pairs=WithDiagonal(pairs=Below(ends=Uniform()), share=0.25))
+    return MeanFlowDistillation(power=power, eps=1e-3, pairs=WithDiagonal(share=0.25))
 
 
 CASES = {"freeflow": (prediction, prior_states), "meanflow": (distillation, path_states)}
@@ -80,11 +79,12 @@ def test_exact_map_of_a_mixture(case, seed):
 def _lagrangian(change):
     """The Lagrangian residual with something changed in F - (t - s) dF/ds - u(X, s)."""
 
-    def residual(student, field, estimator, x, t, s, condition, *, step=0):
-        average, slope = bound(estimator, student).derivative(Jump(x, t, s, condition), ds=1.0, step=step)
-        gap = identities.expand_time(t - s, x)
+    def residual(estimator, field, jump, progress=0.0):
+        average, slope = estimator.derivative(jump, ds=1.0)
+        gap = identities.expand_time(jump.t - jump.s, jump.x)
         with torch.no_grad():
-            return average, change(average.detach(), gap, slope, field, x, s, condition)
+            value = change(average.detach(), gap, slope, field, jump.x, jump.s, jump.condition)
+        return identities.Residual(average, value)
 
     return residual
 
@@ -107,7 +107,7 @@ LAGRANGIAN = {
 @pytest.mark.parametrize("name", LAGRANGIAN)
 def test_mutants_of_the_lagrangian_identity(name, monkeypatch):
     change, wrong = LAGRANGIAN[name]
-    monkeypatch.setattr(freeflow, "lagrangian_residual", _lagrangian(change))
+    monkeypatch.setattr(freeflow, "lagrangian", _lagrangian(change))
     teacher = GaussianTeacher(torch.tensor([1.0, -0.5]).double(), torch.tensor([0.3, 2.5]).double())
     residual, slope = judge(prediction(), GaussianFlowMap(teacher), teacher, prior_states(teacher, n=512))
     assert (residual > 0.1) == wrong
@@ -120,9 +120,9 @@ class _Directed(GeneratingVelocity):
     def __init__(self, change):
         self.change = change
 
-    def derivative(self, student, x, t, s, condition, *, dx=None, dt=0.0, ds=0.0, step=0):
+    def derivative(self, jump, *, dx=None, dt=0.0, ds=0.0, progress=0.0):
         dx, dt, ds = self.change(dx, dt, ds)
-        return bound(Jvp(), student).derivative(Jump(x, t, s, condition), dx=dx, dt=dt, ds=ds)
+        return bound(Jvp(), self.student).derivative(jump, dx=dx, dt=dt, ds=ds)
 
 
 DIRECTIONS = {
@@ -159,11 +159,12 @@ EULERIAN = {
 def test_mutants_of_the_eulerian_identity(name, monkeypatch):
     change, wrong = EULERIAN[name]
 
-    def residual(student, velocity, estimator, x, t, s, condition, *, step=0):
-        average, slope = bound(estimator, student).derivative(Jump(x, t, s, condition), dx=velocity, dt=1.0, step=step)
-        return average, change(average.detach(), velocity, identities.expand_time(t - s, x), slope)
+    def residual(estimator, velocity, jump, progress=0.0):
+        average, slope = estimator.derivative(jump, dx=velocity, dt=1.0)
+        gap = identities.expand_time(jump.t - jump.s, jump.x)
+        return identities.Residual(average, change(average.detach(), velocity, gap, slope))
 
-    monkeypatch.setattr(meanflow, "eulerian_residual", residual)
+    monkeypatch.setattr(meanflow, "eulerian", residual)
     teacher = GaussianTeacher(torch.tensor([1.0, -0.5]).double(), torch.tensor([0.3, 2.5]).double())
     residual_size, slope = judge(distillation(), GaussianFlowMap(teacher), teacher, path_states(teacher, n=512))
     assert (residual_size > 0.1) == wrong
@@ -175,7 +176,7 @@ def test_a_conditional_velocity_is_seen_in_the_loss(monkeypatch):
     teacher = GaussianTeacher(torch.tensor([1.0, -0.5]).double(), torch.tensor([0.3, 2.5]).double())
     states = path_states(teacher, n=512)
     noise = torch.randn(512, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    objective = MeanFlowDistillation(power=0.0, pairs=WithDiagonal(pairs=Below(ends=Uniform()), share=0.0))
+    objective = MeanFlowDistillation(power=0.0, pairs=WithDiagonal(share=0.0))
     objective.estimator = _Directed(lambda v, dt, ds: (v + noise, dt, ds))
     residual, _ = judge(objective, GaussianFlowMap(teacher), teacher, states)
     assert residual > 0.1
@@ -194,22 +195,14 @@ def expected_gradient(student, average, residual, weight):
 @settings(max_examples=10)
 def test_gradient_off_the_optimum_is_that_of_a_detached_target(teacher, power):
     student, states = perturbed(teacher), path_states(teacher)
-    s = states.t * 0.3
-    for average, residual in (
-        identities.lagrangian_residual(student, teacher.velocity, Jvp(), states.x, states.t, s, states.condition),
-        identities.eulerian_residual(
-            student,
-            teacher.velocity(states.x, states.t),
-            Jvp(),
-            states.x,
-            states.t,
-            s,
-            states.condition,
-        ),
+    estimator = bound(Jvp(), student)
+    for residual in (
+        identities.lagrangian(estimator, teacher.velocity, states),
+        identities.eulerian(estimator, teacher.velocity(states.x, states.t), states),
     ):
-        weight = (residual.square().mean(1) + 1e-3) ** -power
-        wanted = expected_gradient(student, average, residual, weight)
-        output = identities.pull(average, residual, power=power, eps=1e-3)
+        weight = (residual.value.square().mean(1) + 1e-3) ** -power
+        wanted = expected_gradient(student, residual.average, residual.value, weight)
+        output = identities.pull(residual, power=power, eps=1e-3)
         torch.testing.assert_close(gradient(output.loss, student), wanted, rtol=1e-9, atol=1e-12)
 
 
@@ -220,15 +213,15 @@ def test_an_undetached_target_or_weight_is_seen(power, monkeypatch):
     student, states = perturbed(teacher), prior_states(teacher)
     objective = prediction(power)
 
-    def with_graph(student, field, estimator, x, t, s, condition, *, step=0):
+    def with_graph(estimator, field, jump, progress=0.0):
         def average(time):
-            return student.average_velocity(x, t, time)
+            return student.average_velocity(jump.x, jump.t, time)
 
-        value, slope = torch.func.jvp(average, (s,), (torch.ones_like(s),))
-        gap = identities.expand_time(t - s, x)
-        residual = value - gap * slope - teacher.velocity(x - gap * value, s, condition)
+        value, slope = torch.func.jvp(average, (jump.s,), (torch.ones_like(jump.s),))
+        gap = identities.expand_time(jump.t - jump.s, jump.x)
+        residual = value - gap * slope - teacher.velocity(jump.x - gap * value, jump.s)
         kept.append((value, residual))
-        return value, residual
+        return identities.Residual(value, residual)
 
     def loss_gradient():
         generator = torch.Generator().manual_seed(1)
@@ -236,7 +229,7 @@ def test_an_undetached_target_or_weight_is_seen(power, monkeypatch):
 
     kept: list = []
     right = loss_gradient()
-    monkeypatch.setattr(freeflow, "lagrangian_residual", with_graph)
+    monkeypatch.setattr(freeflow, "lagrangian", with_graph)
     mutant = loss_gradient()
     value, residual = kept[0]
     weight = (residual.detach().square().mean(1) + 1e-3) ** -power
@@ -252,7 +245,7 @@ def test_pull_weights(power, reduction):
     g = torch.Generator().manual_seed(0)
     average = torch.randn(5, 3, 2, generator=g, dtype=torch.float64, requires_grad=True)
     residual = torch.randn(5, 3, 2, generator=g, dtype=torch.float64)
-    output = identities.pull(average, residual, power=power, eps=0.01, reduction=reduction)
+    output = identities.pull(identities.Residual(average, residual), power=power, eps=0.01, reduction=reduction)
     squares = residual.square().flatten(1).sum(1) / (6 if reduction == "mean" else 1)
     weight = 1 / (squares + 0.01) ** power
     torch.testing.assert_close(output.loss, (weight * squares).mean())
@@ -266,25 +259,22 @@ def test_pull_weights(power, reduction):
 def test_residuals_are_detached_and_values_are_not():
     teacher = GaussianTeacher(torch.zeros(2).double(), torch.ones(2).double())
     student, states = perturbed(teacher), path_states(teacher)
-    s = 0.5 * states.t
     for estimator in (Jvp(), FiniteDifference(), FiniteDifference(scheme="central")):
-        average, residual = identities.lagrangian_residual(
-            student, teacher.velocity, estimator, states.x, states.t, s, states.condition
-        )
-        assert average.requires_grad
-        assert not residual.requires_grad
-        average, residual = identities.eulerian_residual(
-            student, states.x, estimator, states.x, states.t, s, states.condition
-        )
-        assert average.requires_grad
-        assert not residual.requires_grad
+        bound(estimator, student)
+        for residual in (
+            identities.lagrangian(estimator, teacher.velocity, states),
+            identities.eulerian(estimator, states.x, states),
+        ):
+            assert residual.average.requires_grad
+            assert not residual.value.requires_grad
+            assert residual.attached.requires_grad
 
 
 def test_meanflow_from_data_has_no_mean_gradient_at_the_exact_map():
     """Only on average: over 64 batches the mean gradient is within 4 standard errors of zero, in every component."""
     teacher = GaussianTeacher(torch.tensor([0.5, -1.0]).double(), torch.tensor([0.4, 1.5]).double())
     student = GaussianFlowMap(teacher)
-    objective = meanflow.MeanFlow(power=0.0, pairs=WithDiagonal(pairs=Below(ends=Uniform()), share=0.25))
+    objective = meanflow.MeanFlow(power=0.0, pairs=WithDiagonal(share=0.25))
     gradients = []
     for seed in range(64):
         g = torch.Generator().manual_seed(seed)

@@ -5,7 +5,7 @@ import itertools
 import attrs
 import pytest
 import torch
-from exact import below, gradient, loss_of, perturbed
+from exact import gradient, loss_of, perturbed
 
 from flowdistill import ConfigError, States
 from flowdistill.algorithms.imm import IMM
@@ -142,11 +142,14 @@ def test_the_rest_of_the_gradient_vanishes_on_average():
 # The objective.
 
 
-def noised(teacher, n=64, size=4, seed=0, low=0.0):
+def noised(teacher, n=64, size=4, seed=0, low=0.0, end=0.0):
+    """Data at times in groups, and jumps from there to a time ``end`` that all share, or to uniform times."""
     g = generator(seed)
     clean, noise = teacher.sample_data(n, g), teacher.sample_prior(n, g)
-    t = Grouped(law=Uniform(low=low, high=0.994), size=size).sample(n, g).double()
-    return States(x=interpolate(clean, noise, t), t=t, s=below(t), condition=Condition(), clean=clean, noise=noise)
+    ends = Uniform() if end is None else Always(value=end)
+    pairs = Below(starts=Uniform(low=low, high=0.994), ends=ends)
+    t, s = (time.double() for time in Grouped(pairs=pairs, size=size).sample(n, g))
+    return States(x=interpolate(clean, noise, t), t=t, s=s, condition=Condition(), clean=clean, noise=noise)
 
 
 class _WithoutRepulsion(IMM):
@@ -161,7 +164,7 @@ def test_training_recovers_the_spread_and_without_repulsion_loses_it(objective, 
     """A map whose variance starts too small, from data: r is the end of every jump, so the targets are data."""
     teacher = line()
     student = GaussianFlowMap(line(0.12))
-    objective = objective(data_std=0.5, decrement=1e6, group_size=32, pairs=Below(ends=Always(value=0.0)))
+    objective = objective(data_std=0.5, decrement=1e6, group_size=32)
     optimizer = torch.optim.Adam([student.log_variances], lr=0.05)
     for step in range(150):
         states = noised(teacher, n=512, size=32, seed=step)
@@ -178,7 +181,7 @@ def test_training_recovers_the_spread_and_without_repulsion_loses_it(objective, 
 def test_mean_gradient_from_data_is_small_at_the_exact_map():
     """What the diagonal leaves for short ways from t to r is far below the gradient at another map."""
     teacher = GaussianTeacher(torch.tensor([1.0, -0.5]).double(), torch.tensor([0.3, 2.5]).double())
-    objective = IMM(decrement=0.5, group_size=16, data_std=1.0, pairs=Below(ends=Always(value=0.0)))
+    objective = IMM(decrement=0.5, group_size=16, data_std=1.0)
     means = []
     for student in (GaussianFlowMap(teacher), perturbed(teacher, 0.4)):
         rows = []
@@ -197,9 +200,7 @@ def test_with_a_teacher_the_loss_at_the_exact_map_is_of_second_order_in_the_gap(
     states = noised(teacher, n=512, low=0.3)
     exact, away = [], []
     for decrement in (0.04, 0.02, 0.01):
-        objective = IMM(
-            decrement=decrement, data_std=1.0, target=TeacherVelocity(), pairs=Below(ends=Always(value=0.0))
-        )
+        objective = IMM(decrement=decrement, data_std=1.0, target=TeacherVelocity())
         for student, errors in ((GaussianFlowMap(teacher), exact), (perturbed(teacher), away)):
             output = loss_of(objective, student, teacher, states, step=0, generator=generator())
             errors.append(float(output.metrics["error"]))
@@ -231,8 +232,8 @@ def test_with_a_teacher_the_kernel_has_its_kink_beside_the_exact_map():
 
 def test_gradient_is_that_of_a_detached_target():
     teacher = line()
-    student, states = perturbed(teacher), noised(teacher, low=0.2)
-    objective = IMM(data_std=0.7, pairs=Below(ends=Always(value=0.1)))
+    student, states = perturbed(teacher), noised(teacher, low=0.2, end=0.1)
+    objective = IMM(data_std=0.7)
     output = loss_of(objective, student, None, states, step=0, generator=generator())
     s = states.t.clamp(max=0.1)
     r = objective.before(states.t, s)
@@ -312,7 +313,7 @@ class _Spy(GaussianFlowMap):
 def test_times_points_and_evaluations(velocity):
     """One s and one r for each group; the point at r is that of the same data and noise, or an Euler step."""
     teacher = line()
-    student, states = _Spy(teacher), noised(teacher)
+    student, states = _Spy(teacher), noised(teacher, end=None)
     objective = IMM() if velocity == "data" else IMM(target=TeacherVelocity())
     assert objective.needs_data == (velocity == "data")
     loss_of(objective, student, teacher, states, step=0, generator=generator())
@@ -334,15 +335,18 @@ def test_times_points_and_evaluations(velocity):
     assert teacher_evaluations == (64 if velocity == "teacher" else 0)
 
 
-def test_groups_of_different_times_are_refused():
-    teacher = line()
-    states = noised(teacher, size=2)
-    with pytest.raises(ConfigError, match=r"@grouped\(\) with grouped.size = 4"):
-        loss_of(IMM(), GaussianFlowMap(teacher), None, states, step=0, generator=generator())
-    loss_of(IMM(), GaussianFlowMap(teacher), None, states, step=1, generator=generator())
-    loss_of(IMM(group_size=2), GaussianFlowMap(teacher), None, states, step=0, generator=generator())
+def test_its_law_has_one_pair_for_each_group():
+    """The objective owns the groups: no state source can give it states of other times."""
+    objective = IMM(group_size=4, pairs=Below(starts=Uniform(low=0.2)))
+    t, s = objective.law(0.0).sample(16, generator())
+    for time in (t, s):
+        groups = time.reshape(4, 4)
+        assert (groups == groups[:, :1]).all()
+        assert len(groups[:, 0].unique()) == 4
+    assert (t >= 0.2).all()
+    states = noised(line(), n=64)
     with pytest.raises(ConfigError, match="does not divide"):
-        loss_of(IMM(group_size=3), GaussianFlowMap(teacher), None, states, step=0, generator=generator())
+        loss_of(IMM(group_size=3), GaussianFlowMap(line()), None, states, step=0, generator=generator())
 
 
 def test_labels_within_a_group_are_told_apart_by_the_diagonal_alone():
@@ -366,7 +370,7 @@ def test_conformance(velocity):
     student = NetworkFlowMap(MLP(dim=2, hidden_size=16, num_classes=2))
     for parameter in student.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    source = NoisedData(dataset=ExactSamples(teacher), times=Grouped())
+    source = NoisedData(dataset=ExactSamples(teacher))
     objective = IMM() if velocity == "data" else IMM(target=TeacherVelocity())
     check_objective(objective, student, teacher if velocity == "teacher" else None, source)
 

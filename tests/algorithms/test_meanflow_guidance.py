@@ -3,7 +3,7 @@
 import attrs
 import pytest
 import torch
-from exact import below, gradient, judge, loss_of
+from exact import below, bound, gradient, judge, loss_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,10 +11,9 @@ from flowdistill import NULL_LABEL, Condition, ConfigError, States
 from flowdistill.algorithms.meanflow import MeanFlow
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import TargetVelocity
-from flowdistill.pairs import Below, WithDiagonal
+from flowdistill.pairs import WithDiagonal
 from flowdistill.paths import interpolate
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
-from flowdistill.times import Uniform
 from flowdistill.velocities import ConditionalVelocity
 
 
@@ -50,7 +49,7 @@ def guided(scale, interval=(0.0, 1.0)) -> GaussianFlowMap:
 
 
 def meanflow(velocity) -> MeanFlow:
-    return MeanFlow(target=velocity, power=0.0, pairs=WithDiagonal(pairs=Below(ends=Uniform()), share=0.25))
+    return MeanFlow(target=velocity, power=0.0, pairs=WithDiagonal(share=0.25))
 
 
 def assert_fixed_point(velocity, student, others, states):
@@ -82,13 +81,10 @@ class _ModelGuidance(TargetVelocity):
     needs_data = True
 
     @torch.no_grad()
-    def velocity(self, student, teacher, states):
-        labelled = student.velocity(states.x, states.t, states.condition)
-        return (
-            states.noise
-            - states.clean
-            + 0.6 * (labelled - student.velocity(states.x, states.t, states.condition.drop()))
-        )
+    def __call__(self, states):
+        labelled = self.student.velocity(states.x, states.t, states.condition)
+        unlabelled = self.student.velocity(states.x, states.t, states.condition.drop())
+        return states.noise - states.clean + 0.6 * (labelled - unlabelled)
 
 
 def test_model_guidance_is_a_mixture_with_omega_one():
@@ -96,7 +92,7 @@ def test_model_guidance_is_a_mixture_with_omega_one():
     states, mixed = expected_states(), ConditionalVelocity(omega=1.0, kappa=0.6)
     assert_fixed_point(mixed, guided(2.5), [guided(1.6)], states)
     student = guided(1.3)
-    ours, theirs = (v.velocity(student, None, states) for v in (mixed, _ModelGuidance()))
+    ours, theirs = (bound(v, student)(states) for v in (mixed, _ModelGuidance()))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
@@ -104,9 +100,9 @@ def test_without_kappa_every_row_is_guided_by_its_own_scale():
     states = expected_states(guidance=(1.0, 8.0))
     student = GaussianFlowMap(teacher())  # takes the scales of the condition
     assert_fixed_point(ConditionalVelocity(kappa=None), student, [], states)
-    told_wrong = attrs.evolve(states, condition=attrs.evolve(states.condition, guidance=states.condition.guidance + 1))
-    right = ConditionalVelocity(kappa=None).velocity(student, None, states)
-    assert (ConditionalVelocity(kappa=None).velocity(student, None, told_wrong) - right).abs().max() > 0.1
+    told_wrong = attrs.evolve(states, condition=states.condition.guided(scale=states.condition.scale + 1))
+    target = bound(ConditionalVelocity(kappa=None), student)
+    assert (target(told_wrong) - target(states)).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("interval", [(0.0, 0.75), (0.3, 0.8)])
@@ -122,13 +118,13 @@ def test_the_mixture_by_its_formula_away_from_the_fixed_point():
         student.class_means += 0.3
     x, t, labels = states.x, states.t, states.condition.labels
     plain = states.noise - states.clean
-    scales = states.condition.guidance
+    scales = states.condition.scale
     labelled = student.velocity(x, t, states.condition)
     unlabelled = student.velocity(x, t, Condition(torch.full_like(labels, NULL_LABEL), scales))
     inside = (t >= 0.2) & (t <= 0.7) & (labels != NULL_LABEL)
     assert 0 < inside.sum() < (labels != NULL_LABEL).sum() < len(labels)
     for kappa, weight in ((0.4, torch.full_like(t, 0.4)), (None, 1 - 1 / scales)):
-        got = ConditionalVelocity(omega=0.7, kappa=kappa, interval=(0.2, 0.7)).velocity(student, None, states)
+        got = bound(ConditionalVelocity(omega=0.7, kappa=kappa, interval=(0.2, 0.7)), student)(states)
         weight = weight[:, None]
         wanted = 0.7 * plain + weight * labelled + (0.3 - weight) * unlabelled
         torch.testing.assert_close(got[inside], wanted[inside], rtol=1e-12, atol=1e-12)
@@ -153,9 +149,9 @@ def test_mutants_of_the_mixture(name):
         needs_data = True
 
         @torch.no_grad()
-        def velocity(self, student, teacher, states):
-            labelled = student.velocity(states.x, states.t, states.condition)
-            unlabelled = student.velocity(states.x, states.t, states.condition.drop())
+        def __call__(self, states):
+            labelled = self.student.velocity(states.x, states.t, states.condition)
+            unlabelled = self.student.velocity(states.x, states.t, states.condition.drop())
             plain = states.noise - states.clean
             labels = states.condition.labels[:, None]
             return torch.where(labels == NULL_LABEL, plain, mix(plain, labelled, unlabelled))
@@ -193,14 +189,14 @@ def test_from_data_the_guided_map_has_no_mean_gradient():
 )
 def test_mixing_costs_two_evaluations_a_row(velocity, evaluations):
     student, states = guided(2.0), expected_states(guidance=(1.0, 2.0))
-    velocity.velocity(student, None, states)
+    bound(velocity, student)(states)
     assert student.evaluations == evaluations * len(states)
 
 
 def test_what_mixing_needs():
     states = expected_states()
     with pytest.raises(ConfigError, match="guidance scales"):
-        ConditionalVelocity(kappa=None).velocity(guided(2.0), None, states)
+        bound(ConditionalVelocity(kappa=None), guided(2.0))(states)
     unlabelled = attrs.evolve(states, condition=Condition())
     with pytest.raises(ConfigError, match="labels"):
-        ConditionalVelocity(omega=2.0).velocity(guided(2.0), None, unlabelled)
+        bound(ConditionalVelocity(omega=2.0), guided(2.0))(unlabelled)

@@ -21,7 +21,9 @@ from flowdistill.algorithms.piflow import objective as module
 from flowdistill.algorithms.piflow.policies import shifted
 from flowdistill.data import ExactSamples
 from flowdistill.flow_maps import NetworkFlowMap
+from flowdistill.interfaces import OneStep
 from flowdistill.networks import MLP
+from flowdistill.pairs import ToData
 from flowdistill.states import NoisedData, Prior
 from flowdistill.teachers.gaussian import GaussianTeacher
 from flowdistill.testing import check_objective
@@ -52,9 +54,9 @@ def test_exact_policy_has_no_residual_and_no_gradient(count, segments, dropout):
 
 def test_exact_policy_from_noised_data():
     teacher = mixture()
-    source = NoisedData(dataset=ExactSamples(teacher), times=Grid(steps=2))
+    source = NoisedData(dataset=ExactSamples(teacher))
     source.setup(ExactPolicyMap(teacher), teacher)
-    states = source.sample(64, generator())
+    states = source.sample(64, ToData(starts=Grid(steps=2)), generator())
     student = ExactPolicyMap(teacher, segments=2)
     residual, slope = judge(PiFlow(sequence=False), student, teacher, states)
     assert residual < 1e-11
@@ -225,13 +227,17 @@ def test_objective_conforms(head, sequence):
     teacher = GaussianTeacher([0.0, 0.0], 0.5, class_means=[[1.0, 0.0], [-1.0, 0.0]])
     torch.manual_seed(0)
     field = NetworkFlowMap(MLP(dim=2, hidden_size=16, num_classes=2), "instantaneous")
-    states = Prior() if sequence else NoisedData(dataset=ExactSamples(teacher), times=Grid(steps=2))
-    check_objective(PiFlow(sequence=sequence), PolicyFlowMap(field, head, substeps=3, segments=2), teacher, states)
+    states = Prior() if sequence else NoisedData(dataset=ExactSamples(teacher))
+    pairs = OneStep() if sequence else ToData(starts=Grid(steps=2))
+    check_objective(
+        PiFlow(sequence=sequence, pairs=pairs), PolicyFlowMap(field, head, substeps=3, segments=2), teacher, states
+    )
 
 
 def test_a_run_loads_again(tmp_path):
     result = flowdistill.train(
-        gin_file="piflow/plane.gin",
+        "piflow",
+        on="plane",
         gin_bindings=[
             "train.steps = 2",
             "train.batch_size = 8",

@@ -3,16 +3,14 @@
 import attrs
 import pytest
 import torch
-from exact import below, gradient, loss_of, perturbed, prior_states
+from exact import STEPS, below, bound, gradient, loss_of, perturbed, prior_states
 
-import flowdistill
 from flowdistill import Condition, ConfigError, FlowMap, States
 from flowdistill.algorithms.freeflow import FreeFlow, FreeFlowCorrection, FreeFlowPrediction, FreeFlowPseudo
 from flowdistill.flow_maps import from_teacher
 from flowdistill.networks import MLP
 from flowdistill.states import Prior
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
-from flowdistill.times import Uniform
 from flowdistill.velocities import Exact, Jvp, PseudoVelocity
 
 
@@ -29,16 +27,16 @@ class TwoParts(FlowMap):
 
     def __init__(self, jumps, diagonal):
         super().__init__()
-        self.jumps, self.diagonal = GaussianFlowMap(jumps), GaussianFlowMap(diagonal)
-        self.sample_shape = self.jumps.sample_shape
+        self.off, self.diagonal = GaussianFlowMap(jumps), GaussianFlowMap(diagonal)
+        self.sample_shape = self.off.sample_shape
 
     def average_velocity(self, x, t, s, condition=None):
         on = (t == s)[:, None]
-        return torch.where(on, self.diagonal.average_velocity(x, t, t), self.jumps.average_velocity(x, t, s))
+        return torch.where(on, self.diagonal.average_velocity(x, t, t), self.off.average_velocity(x, t, s))
 
 
 def objective_of(student, teacher, **kwargs):
-    kwargs.setdefault("prediction", FreeFlowPrediction(estimator=Jvp(), durations=Uniform(low=0.1)))
+    kwargs.setdefault("prediction", FreeFlowPrediction(estimator=Jvp()))
     objective = FreeFlowPseudo(**kwargs)
     objective.setup(student, teacher)
     return objective
@@ -99,7 +97,7 @@ def tracking_of(objective, student, teacher, states):
     """What the tracking adds to the gradient of FreeFlow, from the same draws."""
     plain = FreeFlow(**{a.name: getattr(objective, a.name) for a in attrs.fields(FreeFlow)})
     shared = generator(1)
-    without = loss_at(plain, student, teacher, states, step=0, generator=shared)
+    without = loss_of(plain, student, teacher, states, generator=shared)
     rows = round(objective.correction_fraction * len(states))
     z = states.x[:rows]
     r = objective.tracking_times.sample(rows, shared).double()
@@ -120,7 +118,7 @@ def test_tracking_is_flow_matching_on_detached_samples():
     torch.testing.assert_close(output.loss, total, rtol=1e-12, atol=0)
     torch.testing.assert_close(gradient(output.loss, student), gradient(total, student), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(output.metrics["tracking_error"], tracked.detach() / 0.7)
-    assert gradient(tracked, student.jumps).norm() == 0
+    assert gradient(tracked, student.off).norm() == 0
     assert gradient(tracked, student.diagonal).norm() > 0.1
 
 
@@ -134,8 +132,7 @@ def test_prediction_leaves_the_diagonal_alone():
     student = TwoParts(gaussian([0.5, 0.0]), gaussian([0.0, 0.2]))
     prior = prior_states(teacher)
     within = States(x=0.5 * prior.x, t=0.5 * prior.t, s=below(0.5 * prior.t), condition=Condition(), noise=prior.x)
-    still = FreeFlowPrediction(durations=flowdistill.TIME_SAMPLERS.build("always", value=0.0))
-    pulled = diagonal_gradient(still, student, teacher, within)
+    pulled = diagonal_gradient(FreeFlowPrediction(), student, teacher, attrs.evolve(within, s=within.t))
     assert pulled.norm() > 0.1
     objective = objective_of(student, teacher)
     _, tracked = tracking_of(objective, student, teacher, prior)
@@ -154,14 +151,16 @@ def test_training_in_one_dimension(tracked):
     objective = objective_of(
         student, teacher, tracking=1.0 if tracked else 1e-12, balance="fixed", correction_fraction=0.9
     )
-    objective.prediction = Silent()
+    objective.prediction = bound(Silent(), student, teacher)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     for step in range(300):
-        loss = loss_at(objective, student, teacher, source.sample(128, generator(step)), seed=1000 + step).loss
+        loss = loss_at(
+            objective, student, teacher, source.sample(128, objective.law(1.0), generator(step)), seed=1000 + step
+        ).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    found = torch.stack([student.jumps.mean, student.jumps.log_variances.exp().sqrt()]).detach().flatten()
+    found = torch.stack([student.off.mean, student.off.log_variances.exp().sqrt()]).detach().flatten()
     if tracked:
         torch.testing.assert_close(found, torch.tensor([1.0, 0.5]).double(), atol=0.06, rtol=0)
     else:
@@ -179,7 +178,7 @@ class Silent(FreeFlowPrediction):
 def test_tracking_starts_with_the_warm_up():
     teacher = gaussian([1.0, -1.0])
     student, states = perturbed(teacher), prior_states(teacher)
-    objective = objective_of(student, teacher, correction_start=10, online_warmup=4)
+    objective = objective_of(student, teacher, correction_start=10 / STEPS, online_warmup=4 / STEPS)
     metrics = {step: set(loss_at(objective, student, teacher, states, step).metrics) for step in (5, 6, 10)}
     assert metrics[5] == {"error"}
     assert metrics[6] == {"error", "tracking_error"}
@@ -194,7 +193,7 @@ def test_evaluations_per_sample():
     source.setup(student, teacher)
     objective.setup(student, teacher)
     assert not objective.modules()
-    states = source.sample(64, generator())
+    states = source.sample(64, objective.law(1.0), generator())
     before = teacher.evaluations
     loss_at(objective, student, teacher, states)
     assert student.evaluations == 64 * (0.75 * 2 + 0.25 * 2 + 0.25 * 2)

@@ -8,11 +8,12 @@ import torch
 from exact import auxiliary_loss_of, below, gradient, loss_of, perturbed, prior_states, residual_of
 
 import flowdistill
-from flowdistill import Condition, ConfigError, States
+from flowdistill import Condition, ConfigError, States, Step
 from flowdistill.algorithms.identities import Residual
 from flowdistill.algorithms.vsd import DMD2, VSD
 from flowdistill.interfaces import NoisingVelocity
 from flowdistill.networks import MLP
+from flowdistill.pairs import Diagonal
 from flowdistill.paths import interpolate
 from flowdistill.states import NoisedData, Prior
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
@@ -212,13 +213,13 @@ def test_the_loop_updates_auxiliary_networks_several_times(tmp_path):
     seen = []
 
     class Recording(DMD2):
-        def loss(self, student, teacher, states, **kwargs):
+        def loss(self, states, step):
             seen.append(("student", states.x, copy.deepcopy(self.noising.model.state_dict())))
-            return super().loss(student, teacher, states, **kwargs)
+            return super().loss(states, step)
 
-        def auxiliary_loss(self, name, student, teacher, states, **kwargs):
+        def auxiliary_loss(self, name, states, step):
             seen.append((name, states.x, copy.deepcopy(self.noising.model.state_dict())))
-            return super().auxiliary_loss(name, student, teacher, states, **kwargs)
+            return super().auxiliary_loss(name, states, step)
 
     trained(Recording(noising=OnlineGaussian()), tmp_path, steps=2)
     assert [name for name, _, _ in seen] == (["student"] + ["online"] * 5) * 2
@@ -241,12 +242,17 @@ def setup_of(objective, teacher):
     return student
 
 
+def drawn(source, student, teacher, n):
+    source.setup(student, teacher)
+    return source.sample(n, Diagonal(), generator())
+
+
 def test_evaluations_per_sample():
     teacher = GaussianTeacher([0.5, 0.0], 0.5)
     data = NoisedData(dataset=flowdistill.DATASETS.build("exact_samples", teacher=teacher))
     objective = DMD2(noising=OnlineNetwork(network=network), discriminator=network)
     student = setup_of(objective, teacher)
-    states = data.sample(16, generator())
+    states = drawn(data, student, teacher, 16)
     modules = objective.modules()
 
     def spent(call):
@@ -255,13 +261,12 @@ def test_evaluations_per_sample():
         call()
         return {name: (model.evaluations - before[name]) / 16 for name, model in models.items()}
 
-    arguments = (student, teacher, states)
-    keywords = {"step": 0, "generator": generator()}
-    loss = spent(lambda: objective.loss(*arguments, **keywords))
+    step = Step(generator())
+    loss = spent(lambda: objective.loss(states, step))
     assert loss == {"student": 1, "teacher": 1, "online": 1, "discriminator": 1}
-    online = spent(lambda: objective.auxiliary_loss("online", *arguments, **keywords))
+    online = spent(lambda: objective.auxiliary_loss("online", states, step))
     assert online == {"student": 1, "teacher": 0, "online": 1, "discriminator": 0}
-    discriminator = spent(lambda: objective.auxiliary_loss("discriminator", *arguments, **keywords))
+    discriminator = spent(lambda: objective.auxiliary_loss("discriminator", states, step))
     assert discriminator == {"student": 1, "teacher": 0, "online": 0, "discriminator": 2}
 
 
@@ -286,7 +291,7 @@ def test_adversarial_terms():
     objective = DMD2(noising=OnlineNetwork(network=network), discriminator=network, discriminator_weight=0.7)
     student = setup_of(objective, teacher)
     data = NoisedData(dataset=flowdistill.DATASETS.build("exact_samples", teacher=teacher))
-    states = data.sample(32, generator())
+    states = drawn(data, student, teacher, 32)
     start, judge = states.at_prior(), objective.modules()["discriminator"]
 
     def logits(x, shared):
@@ -296,7 +301,9 @@ def test_adversarial_terms():
 
     output = loss_of(objective, student, teacher, states, step=0, generator=generator(3))
     shared = generator(3)
-    plain = loss_of(VSD(noising=objective.noising), student, teacher, states, step=0, generator=shared)
+    alone = VSD(noising=objective.noising)
+    alone._student, alone._teacher = student, teacher  # without a new online network
+    plain = loss_of(alone, student, teacher, states, step=0, generator=shared)
     adversarial = (1 + (-logits(student(start.x, start.t, 0 * start.t), shared)).exp()).log().mean()
     total = plain.loss + 0.7 * adversarial
     torch.testing.assert_close(output.loss, total)
@@ -323,7 +330,6 @@ def test_a_discriminator_of_another_shape():
 def test_a_run_with_a_discriminator(tmp_path):
     """From a gin file: both networks are trained, counted and saved."""
     bindings = [
-        "include 'settings/plane_data.gin'",
         "dmd2.discriminator = @mlp",
         "mlp.hidden_size = 8",
         "train.steps = 2",
@@ -331,7 +337,7 @@ def test_a_run_with_a_discriminator(tmp_path):
         "evaluation.num_samples = 20",
         "evaluation.teacher_steps = (1,)",
     ]
-    result = flowdistill.train(gin_file="vsd/dmd2_plane.gin", gin_bindings=bindings, workdir=tmp_path / "run")
+    result = flowdistill.train("dmd2", on="plane", gin_bindings=bindings, workdir=tmp_path / "run")
     assert result.metrics["discriminator_evaluations"] == 2 * 8 * (1 + 5 * 2)
     assert result.metrics["student_evaluations"] == 2 * 8 * (1 + 5 + 5)
     assert result.metrics["online_evaluations"] == 2 * 8 * (1 + 5)
