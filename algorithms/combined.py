@@ -15,7 +15,7 @@ from flowdistill.plumbing.registry import register_objective
 
 
 @register_objective("combined")
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class Combined(Objective):
     """An objective that follows trajectories, and a correction of the distribution that they lead to.
 

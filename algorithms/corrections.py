@@ -37,7 +37,7 @@ def one_step_samples(student: FlowMap, start: Jump) -> Tensor:
     return samples
 
 
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class CorrectionObjective(Objective):
     """The noising velocity of the student's distribution is the teacher's velocity.
 

@@ -26,7 +26,7 @@ from flowdistill.pairs import Below, WithDiagonal
 from flowdistill.velocities import TeacherVelocity
 
 
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class VelocityObjective(Objective):
     """An objective that takes a velocity at its states: a teacher's, which it distils, or that of data."""
 
@@ -44,7 +44,7 @@ class VelocityObjective(Objective):
         return self.target.needs_teacher
 
 
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class TrajectoryObjective(VelocityObjective):
     """An identity on the rows that jump from t to s < t, and F(x, t, t) = u(x, t) on those that the law puts there."""
 
@@ -71,7 +71,7 @@ class TrajectoryObjective(VelocityObjective):
         return pull(Residual.join(parts), power=self.power, eps=self.eps, reduction=self.reduction)
 
 
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class SelfTaughtObjective(TrajectoryObjective):
     """A trajectory objective whose targets are jumps of the student itself, or of an average of its weights."""
 

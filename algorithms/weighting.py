@@ -15,7 +15,7 @@ from flowdistill.networks import Linear, ScalarEmbedding
 
 
 @gin.register("learned_weighting", module="weightings")
-@attrs.define(kw_only=True, eq=False)
+@attrs.define(kw_only=True, eq=False, slots=False)
 class LearnedWeighting(Part):
     """A weight e^w(t) that brings the mean error of every time to 1, by a small network w.
 

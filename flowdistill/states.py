@@ -30,7 +30,7 @@ def _guidance_range(value: GuidanceRange) -> tuple[float, float] | None:
     return float(low), float(high)
 
 
-@attrs.define(kw_only=True, eq=False)
+@attrs.define(kw_only=True, eq=False, slots=False)
 class _Guided(StateSource):
     """A source that draws guidance scales with its states."""
 
@@ -53,7 +53,7 @@ class _Guided(StateSource):
         return low + (high - low) * torch.rand(n, generator=generator, device=generator.device)
 
 
-@attrs.define(kw_only=True, eq=False)
+@attrs.define(kw_only=True, eq=False, slots=False)
 class _FromPrior(_Guided):
     """States that start from noise: what all data-free sources share."""
 
@@ -75,7 +75,7 @@ class _FromPrior(_Guided):
 
 
 @register_state_source("prior")
-@attrs.define(kw_only=True, eq=False)
+@attrs.define(kw_only=True, eq=False, slots=False)
 class Prior(_FromPrior):
     """Noise at t = 1 with uniform labels: the only states that FreeFlow needs.
 
@@ -102,7 +102,7 @@ class Prior(_FromPrior):
 
 
 @register_state_source("teacher_trajectories")
-@attrs.define(kw_only=True, eq=False)
+@attrs.define(kw_only=True, eq=False, slots=False)
 class TeacherTrajectories(_FromPrior):
     """States on the teacher's own trajectories: Euler steps carry noise to the times of the law."""
 
@@ -119,7 +119,7 @@ class TeacherTrajectories(_FromPrior):
 
 
 @register_state_source("student_rollouts")
-@attrs.define(kw_only=True, eq=False)
+@attrs.define(kw_only=True, eq=False, slots=False)
 class StudentRollouts(_FromPrior):
     """States that the student reaches itself, X(z, 1, t) at the times t of the law.
 
@@ -140,7 +140,7 @@ class StudentRollouts(_FromPrior):
 
 
 @register_state_source("noised_data")
-@attrs.define(kw_only=True, eq=False)
+@attrs.define(kw_only=True, eq=False, slots=False)
 class NoisedData(_Guided):
     """Data noised along the linear path to the times of the law, x_t = (1 - t) x_0 + t n."""
 

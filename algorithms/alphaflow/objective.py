@@ -22,7 +22,7 @@ from flowdistill.velocities import ConditionalVelocity, Jvp
 
 
 @register_objective("alphaflow")
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class AlphaFlow(TrajectoryObjective):
     """The semigroup identity whose first jump, a fraction alpha of the way, is one step along the velocity v.
 

@@ -17,7 +17,7 @@ from flowdistill.times import LogitNormal
 from flowdistill.velocities import Jvp
 
 
-@attrs.define(kw_only=True, slots=False)  # beside a second base class
+@attrs.define(kw_only=True, slots=False)
 class AlignYourFlow(Objective):
     """What both objectives share: the residual R of an identity, normalised to R / (|R| + c), moves F.
 
@@ -49,7 +49,7 @@ class AlignYourFlow(Objective):
 
 
 @register_objective("ayf_emd")
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class AyfEmd(AlignYourFlow, VelocityObjective):
     """Eulerian map distillation: where a jump lands must not depend on where on a trajectory it starts.
 
@@ -74,7 +74,7 @@ class AyfEmd(AlignYourFlow, VelocityObjective):
 
 
 @register_objective("ayf_lmd")
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class AyfLmd(AlignYourFlow):
     """Lagrangian map distillation: the end of a jump must move with the teacher's velocity there.
 

@@ -31,7 +31,7 @@ from flowdistill.velocities import ConditionalVelocity, Jvp, OnlineNetwork, Teac
 
 
 @register_objective("sct", presets={"scd": {"target": attrs.Factory(TeacherVelocity)}})
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class SCT(VelocityObjective):
     """Simplified continuous-time consistency training: samples X(x, t, 0) do not move along trajectories.
 
@@ -105,7 +105,7 @@ def _vsd() -> Objective:
 
 
 @register_objective("scd_vsd")
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class SCDWithVSD(Combined):
     """Continuous-time consistency distillation with variational score distillation added, loss by loss.
 

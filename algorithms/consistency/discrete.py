@@ -20,7 +20,7 @@ from flowdistill.velocities import ConditionalVelocity
 
 
 @register_objective("consistency")
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class Consistency(VelocityObjective):
     """The student's samples X(x, t, 0) and X(x_r, r, 0) agree at neighbouring times r < t of one trajectory.
 

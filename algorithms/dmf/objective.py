@@ -23,7 +23,7 @@ def _pairs() -> Pairs:
 
 
 @register_objective("dmf")
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class DecoupledMeanFlow(TrajectoryObjective):
     """Flow matching on one half of the batch and the Eulerian identity on the other, each at times of its own.
 

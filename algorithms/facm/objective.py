@@ -21,7 +21,7 @@ from flowdistill.velocities import Jvp
 
 
 @register_objective("facm")
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class FACM(VelocityObjective):
     """Continuous-time consistency, F(x, t, 0), anchored by flow matching, F(x, t, t), at the same states.
 

@@ -13,7 +13,7 @@ from flowdistill.plumbing.registry import register_objective
 
 
 @register_objective("flow_matching")
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class FlowMatching(Objective):
     """Regression of the velocity onto the conditional one, |F(x_t, t, t) - (n - x_0)|^2.
 

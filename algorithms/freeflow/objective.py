@@ -26,7 +26,7 @@ from flowdistill.velocities import FiniteDifference
 
 
 @register_objective("freeflow_prediction")
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class FreeFlowPrediction(Objective):
     """The student's generating velocity is the teacher's velocity along the student's own path.
 
@@ -56,7 +56,7 @@ class FreeFlowPrediction(Objective):
 
 
 @register_objective("freeflow_correction")
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class FreeFlowCorrection(CorrectionObjective):
     """The noising velocity of the student's distribution is the teacher's velocity: `CorrectionObjective`.
 
@@ -69,7 +69,7 @@ class FreeFlowCorrection(CorrectionObjective):
 
 
 @register_objective("freeflow")
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class FreeFlow(Combined):
     """Prediction and correction together, balanced by lambda = alpha E|v_G - u| / E|v_N - u|.
 

@@ -16,7 +16,7 @@ from flowdistill.velocities import PseudoVelocity
 
 
 @register_objective("freeflow_pseudo")
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class FreeFlowPseudo(FreeFlow):
     """FreeFlow with the student's own diagonal as its noising velocity: v_N(x_r, r) = F(x_r, r, r).
 

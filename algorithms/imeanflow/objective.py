@@ -19,7 +19,7 @@ from flowdistill.velocities import ConditionalVelocity, Jvp
 
 
 @register_objective("imeanflow")
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class ImprovedMeanFlow(TrajectoryObjective):
     """The Eulerian identity as a regression of velocities: the derivative is taken along the student's own velocity.
 

@@ -22,7 +22,7 @@ SHORTEST = 1e-6
 
 
 @register_objective("imm")
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class IMM(VelocityObjective):
     """Jumps from t and jumps from r just below t must land on one distribution at s.
 

@@ -18,7 +18,7 @@ from flowdistill.velocities import ConditionalVelocity, Jvp, TeacherVelocity
 
 
 @register_objective("meanflow", presets={"meanflow_distillation": {"target": attrs.Factory(TeacherVelocity)}})
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class MeanFlow(TrajectoryObjective):
     """The Eulerian identity: F is regressed onto v - (t - s) D_t F, with D_t F = (d_x F) v + d_t F.
 

@@ -28,7 +28,7 @@ from flowdistill.times import Uniform
 
 
 @register_objective("piflow")
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class PiFlow(Objective):
     """The policy's velocity is the teacher's at states that the policy itself reaches.
 

@@ -26,7 +26,7 @@ from flowdistill.velocities import ConditionalVelocity
         }
     },
 )
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class SDEI(TrajectoryObjective):
     """Secant distillation by estimated interior points: F(x_t, t, s) is regressed onto u(x_r, r) with r ~ U(s, t).
 
@@ -54,7 +54,7 @@ class SDEI(TrajectoryObjective):
 
 
 @register_objective("sdee", presets={"stee": {"target": attrs.Factory(ConditionalVelocity)}})
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class SDEE(VelocityObjective):
     """Secant distillation by estimated end points: F(x_t, t, s) is regressed onto u(x_r, r) at the state x_r.
 

@@ -18,7 +18,7 @@ from flowdistill.plumbing.registry import register_objective
 from flowdistill.velocities import ConditionalVelocity, Jvp
 
 
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class SelfDistillation(SelfTaughtObjective):
     """Flow matching on the diagonal, and off it an identity with the student's own diagonal for the velocity."""
 
@@ -30,7 +30,7 @@ class SelfDistillation(SelfTaughtObjective):
 
 
 @register_objective("semigroup")
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class Semigroup(SelfDistillation):
     """Progressive self-distillation (PSD): one jump lands where two detached jumps land.
 
@@ -55,7 +55,7 @@ class Semigroup(SelfDistillation):
 
 
 @register_objective("lsd")
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class LSD(SelfDistillation):
     """Lagrangian self-distillation: the end of a jump moves with the velocity there.
 
@@ -75,7 +75,7 @@ class LSD(SelfDistillation):
 
 
 @register_objective("esd")
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class ESD(SelfDistillation):
     """Eulerian self-distillation: the end of a jump does not depend on where on a trajectory it starts.
 

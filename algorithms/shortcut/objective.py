@@ -19,7 +19,7 @@ from flowdistill.velocities import ConditionalVelocity
 
 
 @register_objective("shortcut")
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class Shortcut(SelfTaughtObjective):
     """Flow matching, and jumps that must land where two jumps of half their length land.
 

@@ -16,7 +16,7 @@ from flowdistill.velocities import ConditionalVelocity, Jvp
 
 
 @register_objective("tvm")
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class TerminalVelocityMatching(SelfTaughtObjective):
     """The end of a jump moves with the velocity there, which flow matching teaches at the ends' times.
 

@@ -24,7 +24,7 @@ from flowdistill.times import Uniform
 
 
 @register_objective("vsd")
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class VSD(CorrectionObjective):
     """The fake score minus the teacher's, by denoised samples, as in distribution matching distillation.
 
@@ -62,7 +62,7 @@ class _Discriminator(nn.Module):
 
 
 @register_objective("dmd2")
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class DMD2(VSD):
     """VSD with several updates of the fake score for each of the student and, if asked for, a discriminator D.
 

@@ -15,7 +15,7 @@ from flowdistill.plumbing.registry import register_velocity_estimator
 
 
 @register_velocity_estimator("jvp")
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class Jvp(GeneratingVelocity):
     """The exact derivative, by a Jacobian-vector product."""
 
@@ -30,7 +30,7 @@ class Jvp(GeneratingVelocity):
 
 
 @register_velocity_estimator("finite_difference")
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class FiniteDifference(GeneratingVelocity):
     """The derivative by a finite difference, whose step may shrink during training.
 

@@ -19,7 +19,7 @@ from flowdistill.times import Uniform
 
 
 @register_velocity_estimator("online_network")
-@attrs.define(kw_only=True, eq=False)
+@attrs.define(kw_only=True, eq=False, slots=False)
 class OnlineNetwork(NoisingVelocity):
     """A velocity network g trained by flow matching on the student's own samples while the student trains.
 
@@ -62,7 +62,7 @@ class OnlineNetwork(NoisingVelocity):
 
 
 @register_velocity_estimator("pseudo_velocity")
-@attrs.define(kw_only=True, eq=False)
+@attrs.define(kw_only=True, eq=False, slots=False)
 class PseudoVelocity(NoisingVelocity):
     """The student's own diagonal F(x, r, r): no further network, and nothing of its own to train.
 
@@ -83,7 +83,7 @@ class PseudoVelocity(NoisingVelocity):
 
 
 @register_velocity_estimator("minibatch")
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class Minibatch(NoisingVelocity):
     """The exact noising velocity of the batch of student samples itself, for small problems and tests.
 
@@ -108,7 +108,7 @@ class Minibatch(NoisingVelocity):
 
 
 @register_velocity_estimator("exact")
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class Exact(NoisingVelocity):
     """The velocity of a teacher that describes the student's distribution: for analytic students in tests."""
 

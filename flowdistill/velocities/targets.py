@@ -15,7 +15,7 @@ from flowdistill.plumbing.registry import register_target_velocity
 
 
 @register_target_velocity("teacher_velocity")
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class TeacherVelocity(TargetVelocity):
     """The teacher's u(x, t), guided if the teacher is: a function of the state alone."""
 
@@ -28,7 +28,7 @@ class TeacherVelocity(TargetVelocity):
 
 
 @register_target_velocity("conditional_velocity")
-@attrs.define(kw_only=True)
+@attrs.define(kw_only=True, slots=False)
 class ConditionalVelocity(TargetVelocity):
     """The conditional velocity v = n - x_0 of the data, whose mean at a state is u(x, t).
 

@@ -42,10 +42,17 @@ def below(t, seed=11) -> torch.Tensor:
 
 
 def bound(part, student, teacher=None):
-    """A part that is set up for the models."""
-    if part._student is not student or part._teacher is not teacher:
+    """A part that is set up for the student; another teacher takes the place of the one that it has."""
+    if part._student is not student:
         part.setup(student, teacher)
+    _teach(part, teacher)
     return part
+
+
+def _teach(part, teacher):
+    part._teacher = teacher
+    for inner in part.parts():
+        _teach(inner, teacher)
 
 
 def loss_of(objective, student, teacher, states, *, step=0, generator=None):

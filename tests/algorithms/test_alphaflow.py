@@ -7,6 +7,7 @@ import attrs
 import pytest
 import torch
 from exact import (
+    STEPS,
     assert_exact,
     below,
     data_states,
@@ -25,11 +26,11 @@ from flowdistill import OBJECTIVES, Condition, States
 from flowdistill.algorithms.alphaflow import AlphaFlow
 from flowdistill.algorithms.alphaflow import objective as alphaflow
 from flowdistill.flow_maps import NetworkFlowMap
-from flowdistill.interfaces import TargetVelocity
+from flowdistill.interfaces import Jump, TargetVelocity
 from flowdistill.networks import MLP
-from flowdistill.pairs import Below
+from flowdistill.pairs import SortedPair, ToData, WithDiagonal
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
-from flowdistill.times import Always, LogitNormal, Uniform
+from flowdistill.times import LogitNormal
 from flowdistill.velocities import ConditionalVelocity, TeacherVelocity
 
 
@@ -47,22 +48,22 @@ class Constant(AlphaFlow):
 
     value: float
 
-    def alpha(self, step):
+    def alpha(self, progress):
         return self.value
 
 
 def at(value, **kwargs) -> Constant:
-    return Constant(**{"value": value, "velocity": TeacherVelocity(), "ends": Uniform(), **kwargs})
+    return Constant(**{"value": value, "target": TeacherVelocity(), **kwargs})
 
 
 def meanflow(of: AlphaFlow):
     """MeanFlow with the settings that it shares with another objective."""
-    names = ("velocity", "ends", "equal", "power", "eps", "reduction")
+    names = ("target", "pairs", "power", "eps", "reduction")
     return OBJECTIVES.build("meanflow", **{name: getattr(of, name) for name in names})
 
 
 def residual(of, student, states, s):
-    return residual_of(of, student, teacher(), states, s, step=0, generator=generator())
+    return residual_of(of, student, teacher(), attrs.evolve(states, s=s), step=0, generator=generator())
 
 
 def close(a, b, rtol=1e-9):
@@ -73,30 +74,31 @@ def close(a, b, rtol=1e-9):
 
 
 def test_alpha_falls_from_1_to_0_by_a_sigmoid():
-    of = AlphaFlow(anneal=(1000, 3000))
+    of = AlphaFlow(anneal=(0.1, 0.3))
     for step in range(0, 4000, 10):
         alpha = 1 - 1 / (1 + math.exp(-25 * (step - 2000) / 2000))
         alpha = 0.0 if alpha < 5e-3 else 1.0 if alpha > 1 - 5e-3 else alpha
         alpha = 1.0 if step < 1000 else 0.0 if step >= 3000 else alpha
-        assert of.alpha(step) == pytest.approx(alpha, abs=1e-12)
-    assert of.alpha(2000) == 0.5
-    values = [of.alpha(step) for step in range(4000)]
+        assert of.alpha(step / STEPS) == pytest.approx(alpha, abs=1e-12)
+    assert of.alpha(0.2) == pytest.approx(0.5)
+    values = [of.alpha(step / STEPS) for step in range(4000)]
     assert values == sorted(values, reverse=True)
     assert 0 < min(v for v in values if v) == pytest.approx(5e-3, rel=0.02)
     assert 1 > max(v for v in values if v < 1) == pytest.approx(1 - 5e-3, rel=0.02)
 
 
 def test_a_curriculum_of_no_length_is_a_step():
-    of = AlphaFlow(anneal=(10, 10))
-    assert [of.alpha(step) for step in (9, 10)] == [1.0, 0.0]
+    of = AlphaFlow(anneal=(0.1, 0.1))
+    assert [of.alpha(progress) for progress in (0.09, 0.1)] == [1.0, 0.0]
 
 
 def test_published_settings():
     """Those of the XL/2 with guidance."""
     of = AlphaFlow()
-    assert (of.anneal, of.sharpness, of.switch) == ((600_000, 1_000_000), 25.0, 5e-3)
-    assert (of.equal, of.power, of.eps, of.reduction) == (0.5, 1.0, 1e-3, "mean")
-    assert of.ends == LogitNormal(mean=-0.4, std=1.0)
+    assert of.anneal == (600_000 / 1_200_000, 1_000_000 / 1_200_000)
+    assert (of.sharpness, of.switch) == (25.0, 5e-3)
+    assert (of.power, of.eps, of.reduction) == (1.0, 1e-3, "mean")
+    assert of.pairs == WithDiagonal(pairs=SortedPair(first=LogitNormal(mean=-0.4, std=1.0)), share=0.5)
 
 
 # alpha = 0: MeanFlow.
@@ -105,7 +107,7 @@ def test_published_settings():
 @pytest.mark.parametrize("step", [700, 1000])
 @pytest.mark.parametrize("velocity", [TeacherVelocity(), ConditionalVelocity()])
 def test_below_the_switch_it_is_meanflow_bit_for_bit(step, velocity):
-    of = AlphaFlow(target=velocity, anneal=(0, 900))
+    of = AlphaFlow(target=velocity, anneal=(0.0, 900 / STEPS))
     assert 1 / (1 + math.exp(25 * (700 / 900 - 0.5))) < of.switch
     states, student = data_states(teacher()), perturbed(teacher())
     ours, theirs = (
@@ -119,7 +121,7 @@ def test_below_the_switch_it_is_meanflow_bit_for_bit(step, velocity):
 @given(of=gaussian_teachers(), power=st.sampled_from((0.0, 1.0)))
 @settings(max_examples=10)
 def test_after_the_curriculum_the_exact_map_has_no_residual_and_no_gradient(of, power):
-    objective = AlphaFlow(target=TeacherVelocity(), anneal=(0, 10), power=power, pairs=Below(ends=Uniform()))
+    objective = AlphaFlow(target=TeacherVelocity(), anneal=(0.0, 10 / STEPS), power=power)
     assert_exact(objective, of, path_states(of), step=10)
 
 
@@ -170,10 +172,11 @@ def test_its_gradient_becomes_meanflows():
 
 def _changed(change):
     """The semigroup residual with its arguments changed."""
-    right = alphaflow.semigroup_residual
+    right = alphaflow.semigroup
 
-    def mutant(student, target, first, x, t, r, s, condition):
-        return right(student, target, *change(first, x, t, r, s), s, condition)
+    def mutant(student, second, first, jump, r):
+        first, x, t, r = change(first, jump.x, jump.t, r, jump.s)
+        return right(student, second, first, Jump(x, t, jump.s, jump.condition), r)
 
     return mutant
 
@@ -189,7 +192,7 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_of_the_limit(name, monkeypatch):
     change, wrong = MUTANTS[name]
-    monkeypatch.setattr(alphaflow, "semigroup_residual", _changed(change))
+    monkeypatch.setattr(alphaflow, "semigroup", _changed(change))
     states, student = path_states(teacher(), n=512), GaussianFlowMap(teacher())
     error, slope = judge(at(0.01, power=0.0), student, teacher(), states)
     assert (error > 0.1) == wrong
@@ -227,7 +230,8 @@ def published(student, states, alpha, s):
 def test_the_gradient_is_that_of_the_published_loss(alpha):
     """The loss itself is the published one over alpha: MeanFlow's in scale."""
     states, student = path_states(teacher()), perturbed(teacher(), 0.3)
-    of = at(alpha, ends=Always(value=0.0), equal=0.0, power=0.0)
+    of = at(alpha, pairs=ToData(), power=0.0)
+    states = attrs.evolve(states, s=0 * states.t)
     loss = loss_of(of, student, teacher(), states, step=0, generator=generator()).loss
     wanted = published(student, states, alpha, torch.zeros_like(states.t)).mean() / alpha
     close(gradient(loss, student), gradient(wanted, student))
@@ -238,7 +242,8 @@ def test_the_gradient_is_that_of_the_published_loss(alpha):
 def test_the_adaptive_weight_is_the_published_one_with_a_scaled_constant(alpha):
     """alpha / (e + c) there, with e = |F - target|^2, and alpha / (e + alpha^2 c) here."""
     states, student = path_states(teacher()), perturbed(teacher(), 0.3)
-    of = at(alpha, ends=Always(value=0.0), equal=0.0, eps=0.1)
+    of = at(alpha, pairs=ToData(), eps=0.1)
+    states = attrs.evolve(states, s=0 * states.t)
     loss = loss_of(of, student, teacher(), states, step=0, generator=generator()).loss
     e = published(student, states, alpha, torch.zeros_like(states.t))
     close(gradient(loss, student), gradient((alpha / (e.detach() + alpha**2 * 0.1) * e).mean(), student))
@@ -256,8 +261,8 @@ class _FirstJump(TargetVelocity):
     """The student's own average velocity over the first half of the way to 0."""
 
     @torch.no_grad()
-    def velocity(self, student, teacher, states):
-        return student.average_velocity(states.x, states.t, states.t / 2, states.condition)
+    def __call__(self, states):
+        return self.student.average_velocity(states.x, states.t, states.t / 2, states.condition)
 
 
 def test_at_one_half_it_is_the_two_step_consistency_of_shortcut_models():
@@ -267,7 +272,7 @@ def test_at_one_half_it_is_the_two_step_consistency_of_shortcut_models():
     with torch.no_grad():
         first = student.average_velocity(x, t, t / 2)
         second = student.average_velocity(x - (t / 2)[:, None] * first, t / 2, 0 * t)
-    average, found = residual(at(0.5, velocity=_FirstJump()), student, states, 0 * t)
+    average, found = residual(at(0.5, target=_FirstJump()), student, states, 0 * t)
     close(found / 2, (average - (first + second) / 2).detach())
     # with the velocity at the state as first step, the target is the same formula with v for F_1
     velocity = teacher().velocity(x, t)
@@ -278,8 +283,9 @@ def test_at_one_half_it_is_the_two_step_consistency_of_shortcut_models():
 
 
 def test_with_shortcuts_first_jump_the_exact_map_has_no_residual():
-    of = at(0.5, velocity=_FirstJump(), ends=Always(value=0.0), equal=0.0)
-    error, slope = judge(of, GaussianFlowMap(teacher()), teacher(), path_states(teacher()))
+    of, states = at(0.5, target=_FirstJump(), pairs=ToData()), path_states(teacher())
+    states = attrs.evolve(states, s=0 * states.t)
+    error, slope = judge(of, GaussianFlowMap(teacher()), teacher(), states)
     assert error < 1e-12
     assert slope < 1e-9
 
@@ -300,7 +306,7 @@ def test_the_mean_residual_from_data_is_that_of_the_teacher(alpha):
 
 def test_after_the_curriculum_there_is_no_mean_gradient_from_data():
     """Over 48 batches within 4 standard errors of zero, in every component."""
-    of = AlphaFlow(anneal=(0, 10), power=0.0, pairs=Below(ends=Uniform()))
+    of = AlphaFlow(anneal=(0.0, 10 / STEPS), power=0.0)
     student, moved = GaussianFlowMap(teacher()), perturbed(teacher())
     found = {student: [], moved: []}
     for seed in range(48):
@@ -319,7 +325,7 @@ def test_after_the_curriculum_there_is_no_mean_gradient_from_data():
 def test_evaluations_a_row(alpha, evaluations):
     """Of the student off the diagonal; the derivative costs as many as the second jump. The teacher's is one a row."""
     student, of = GaussianFlowMap(teacher()), teacher()
-    loss_of(at(alpha, equal=0.25), student, of, path_states(of), step=0, generator=generator())
+    loss_of(at(alpha, pairs=WithDiagonal(share=0.25)), student, of, path_states(of), step=0, generator=generator())
     assert student.evaluations == 16 + 48 * evaluations
     assert of.evaluations == 64
 
@@ -341,14 +347,12 @@ def test_half_precision_is_kept_out_of_a_difference_that_is_divided_by_alpha():
 
     def found(autocast):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return residual_of(at(0.01), student, teacher(), states, 0.3 * states.t, step=0, generator=generator())
+            return residual(at(0.01), student, states, 0.3 * states.t)
 
     for full, half in zip(found(False), found(True), strict=True):
         assert torch.equal(full, half)
     with torch.autocast("cpu", torch.bfloat16):
         r = 0.01 * 0.3 * states.t + 0.99 * states.t
         velocity = teacher().velocity(states.x, states.t)
-        mutant = alphaflow.semigroup_residual(
-            student, student, velocity, states.x, states.t, r, 0.3 * states.t, Condition()
-        )[1]
+        mutant = alphaflow.semigroup(student, student, velocity, states.to(0.3 * states.t), r).value
     assert (mutant / 0.01 - found(False)[1]).abs().max() > 0.1

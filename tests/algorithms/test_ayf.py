@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from exact import (
+    STEPS,
     assert_exact,
     bound,
     data_states,
@@ -26,10 +27,8 @@ from flowdistill.algorithms.ayf import AyfEmd, AyfLmd
 from flowdistill.algorithms.ayf import objective as ayf
 from flowdistill.algorithms.freeflow import FreeFlowPrediction
 from flowdistill.guidance import GuidedTeacher
-from flowdistill.interfaces import Jump
 from flowdistill.pairs import WithDiagonal
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
-from flowdistill.times import Always, Uniform
 from flowdistill.velocities import ConditionalVelocity, Jvp
 
 MeanFlowDistillation = OBJECTIVES.get("meanflow_distillation")
@@ -42,11 +41,11 @@ def teacher():
 
 
 def emd(**kwargs):
-    return AyfEmd(**{"ends": Uniform(), "warmup": 0, "final": 1.0, **kwargs})
+    return AyfEmd(**{"warmup": 0.0, "final": 1.0, **kwargs})
 
 
 def lmd(**kwargs):
-    return AyfLmd(**{"ends": Uniform(), **kwargs})
+    return AyfLmd(**kwargs)
 
 
 def evaluate(objective, student, states, step=0, of=None):
@@ -82,11 +81,12 @@ MUTANTS = {
 def test_mutants_of_emd_leave_a_residual_at_the_exact_map(name, monkeypatch):
     change, wrong = MUTANTS[name]
 
-    def residual(student, velocity, estimator, x, t, s, condition, *, warmup, step):
-        average, slope = bound(estimator, student).derivative(Jump(x, t, s, condition), dx=velocity, dt=1.0, step=step)
-        return average, change(average.detach(), velocity, identities.expand_time(t - s, x), slope)
+    def residual(estimator, velocity, jump, progress, *, warmup):
+        average, slope = estimator.derivative(jump, dx=velocity, dt=1.0)
+        gap = identities.expand_time(jump.t - jump.s, jump.x)
+        return identities.Residual(average, change(average.detach(), velocity, gap, slope))
 
-    monkeypatch.setattr(ayf, "eulerian_residual", residual)
+    monkeypatch.setattr(ayf, "eulerian", residual)
     error, slope = judge(emd(), GaussianFlowMap(teacher()), teacher(), path_states(teacher(), n=512))
     assert (error > 0.1) == wrong
     assert (slope > 0.02) == wrong
@@ -101,19 +101,25 @@ def formula(student, average, residual, c):
     return gradient((2 * normalized.detach() * average).mean(1).mean(), student)
 
 
-def raw_residual(name, student, states, s):
+def raw_residual(name, student, states):
+    estimator = bound(Jvp(), student)
     if name == "emd":
-        u = teacher().velocity(states.x, states.t)
-        return identities.eulerian_residual(student, u, Jvp(), states.x, states.t, s, Condition())
-    return identities.lagrangian_residual(student, teacher().velocity, Jvp(), states.x, states.t, s, Condition())
+        found = identities.eulerian(estimator, teacher().velocity(states.x, states.t), states)
+    else:
+        found = identities.lagrangian(estimator, teacher().velocity, states)
+    return found.average, found.value
+
+
+def ending(states, s):
+    """The states with jumps to a time, or to t if that is earlier."""
+    return attrs.evolve(states, s=states.t.clamp(max=s))
 
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_gradient_is_that_of_the_normalised_residual_and_metrics_are_of_the_raw_one(name):
-    student, states = perturbed(teacher(), 0.3), path_states(teacher())
-    s = states.t.clamp(max=0.2)
-    output = evaluate(BUILDERS[name](ends=Always(value=0.2)), student, states)
-    average, residual = raw_residual(name, student, states, s)
+    student, states = perturbed(teacher(), 0.3), ending(path_states(teacher()), 0.2)
+    output = evaluate(BUILDERS[name](), student, states)
+    average, residual = raw_residual(name, student, states)
     close(gradient(output.loss, student), formula(student, average, residual, 0.1))
     close(output.metrics["error"], residual.square().mean())
     close(output.residual_norm, residual.norm(dim=1).mean())
@@ -129,10 +135,10 @@ WRONG_NORMS = {
 
 @pytest.mark.parametrize("wrong", WRONG_NORMS)
 def test_another_normalisation_is_seen(wrong, monkeypatch):
-    student, states = perturbed(teacher(), 0.3), path_states(teacher())
-    average, residual = raw_residual("emd", student, states, states.t.clamp(max=0.2))
+    student, states = perturbed(teacher(), 0.3), ending(path_states(teacher()), 0.2)
+    average, residual = raw_residual("emd", student, states)
     monkeypatch.setattr(ayf, "normalize", WRONG_NORMS[wrong])
-    output = evaluate(emd(ends=Always(value=0.2)), student, states)
+    output = evaluate(emd(), student, states)
     wanted = formula(student, average, residual, 0.1)
     assert (gradient(output.loss, student) - wanted).norm() > 0.02 * wanted.norm()
 
@@ -143,9 +149,8 @@ def test_another_normalisation_is_seen(wrong, monkeypatch):
 def test_without_warmup_factor_the_loss_is_the_distance_to_the_velocity():
     """At step 0, at all s."""
     student, states = perturbed(teacher()), path_states(teacher())
-    output = evaluate(emd(warmup=100, normalization=None), student, states)
-    s = Uniform().sample_below(states.t, torch.Generator().manual_seed(1))
-    average = student.average_velocity(states.x, states.t, s)
+    output = evaluate(emd(warmup=0.01, normalization=None), student, states)
+    average = student.average_velocity(states.x, states.t, states.s)
     wanted = (average - teacher().velocity(states.x, states.t)).square().mean()
     close(output.loss, wanted)
     close(gradient(output.loss, student), gradient(wanted, student))
@@ -156,12 +161,12 @@ def test_warmup_goes_from_0_to_its_final_value(monkeypatch):
 
     def spy(*args, warmup, **kwargs):
         seen.append(warmup)
-        return identities.eulerian_residual(*args, warmup=warmup, **kwargs)
+        return identities.eulerian(*args, warmup=warmup, **kwargs)
 
-    monkeypatch.setattr(ayf, "eulerian_residual", spy)
-    for step in (0, 2500, 5000, 9800, 10_000, 50_000):
-        evaluate(AyfEmd(), GaussianFlowMap(teacher()), path_states(teacher(), n=2), step)
-    assert seen == [0.0, 0.25, 0.5, 0.98, 0.99, 0.99]
+    monkeypatch.setattr(ayf, "eulerian", spy)
+    for step in (0, 500, 1000, 1960, 2000, STEPS):
+        evaluate(AyfEmd(warmup=0.2), GaussianFlowMap(teacher()), path_states(teacher(), n=2), step)
+    assert seen == pytest.approx([0.0, 0.25, 0.5, 0.98, 0.99, 0.99])
 
 
 class Weighted(GaussianFlowMap):
@@ -214,8 +219,8 @@ def test_full_warmup_is_meanflow_distillation():
 
 def test_to_s_0_it_is_continuous_consistency():
     """The gradient of <X(x, t, 0), sg dX/dt> / t, with dX/dt along the trajectory by another derivation."""
-    student, states = perturbed(teacher()), path_states(teacher())
-    output = evaluate(emd(ends=Always(value=0.0), normalization=None), student, states)
+    student, states = perturbed(teacher()), ending(path_states(teacher()), 0.0)
+    output = evaluate(emd(normalization=None), student, states)
     zero = torch.zeros_like(states.t)
     tangents = (teacher().velocity(states.x, states.t), torch.ones_like(states.t))
     jump, slope = torch.func.jvp(lambda x, t: student(x, t, zero), (states.x, states.t), tangents)
@@ -224,8 +229,8 @@ def test_to_s_0_it_is_continuous_consistency():
 
 
 def test_at_s_equal_t_it_is_flow_matching():
-    student, states = perturbed(teacher()), path_states(teacher())
-    output = evaluate(emd(ends=Always(value=1.0), normalization=None), student, states)
+    student, states = perturbed(teacher()), ending(path_states(teacher()), 1.0)
+    output = evaluate(emd(normalization=None), student, states)
     matching = (student.velocity(states.x, states.t) - teacher().velocity(states.x, states.t)).square().mean()
     close(gradient(output.loss, student), gradient(matching, student))
 
@@ -233,11 +238,9 @@ def test_at_s_equal_t_it_is_flow_matching():
 @pytest.mark.parametrize("normalised", [False, True])
 def test_lmd_from_the_prior_is_the_prediction_of_freeflow(normalised):
     """Unweighted they are one loss; normalised with c to 0, FreeFlow's k = 1/2 times the root of the dimension."""
-    student, states = perturbed(teacher()), prior_states(teacher())
-    ours = evaluate(lmd(ends=Always(value=0.3), normalization=1e-12 if normalised else None), student, states)
-    prediction = FreeFlowPrediction(
-        durations=Always(value=0.7), estimator=Jvp(), power=0.5 if normalised else 0.0, eps=1e-12
-    )
+    student, states = perturbed(teacher()), ending(prior_states(teacher()), 0.3)
+    ours = evaluate(lmd(normalization=1e-12 if normalised else None), student, states)
+    prediction = FreeFlowPrediction(estimator=Jvp(), power=0.5 if normalised else 0.0, eps=1e-12)
     theirs = evaluate(prediction, student, states)
     close(ours.metrics["error"], theirs.metrics["error"], rtol=1e-6)
     factor = 2**0.5 if normalised else 1.0

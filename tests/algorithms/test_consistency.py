@@ -6,7 +6,7 @@ import math
 import attrs
 import pytest
 import torch
-from exact import data_states, gradient, loss_of, path_states, perturbed
+from exact import STEPS, bound, data_states, gradient, loss_of, path_states, perturbed
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,7 +30,7 @@ def teacher():
 
 def distillation(**kwargs):
     """Levels of one ratio 1 - 2^-(1 + stage), and a stage a step."""
-    settings = {"target": TeacherVelocity(), "k": 0.0, "stage_length": 1, "huber": None}
+    settings = {"target": TeacherVelocity(), "k": 0.0, "stage_length": 1 / STEPS, "huber": None}
     return Consistency(**{**settings, **kwargs})
 
 
@@ -150,9 +150,9 @@ def test_training_has_the_fixed_point_of_distillation_on_average():
 def definition(objective, student, states, step, stop=True, back=1.0, through=None):
     """Weight (sqrt(|f - f_r|^2 + c^2) - c), or the squared distance, with both samples computed."""
     x, t, zero = states.x, states.t, torch.zeros_like(states.t)
-    sigma, lower = objective.levels(t, step)
+    sigma, lower = objective.levels(t, step / STEPS)
     r = noise_level_to_time(lower)
-    velocity = objective.velocity.velocity(student, teacher(), states)
+    velocity = bound(objective.target, student, teacher())(states)
     start = x - back * expand_time(t - r, x) * velocity if through is None else through(x, t, r, velocity)
     with torch.set_grad_enabled(not stop):
         target = student(start, r, zero)
@@ -198,10 +198,11 @@ def test_mistakes_change_the_gradient(kind, mistake):
 
 
 def _patched(change):
-    def residual(student, target, first, x, t, r, s, condition):
-        average = student.average_velocity(x, t, s)
+    def residual(student, second, first, jump, r):
+        average = student.average_velocity(*jump)
         with torch.no_grad():
-            return average, change(student, first, x, t, r, s, average.detach())
+            value = change(student, first, jump.x, jump.t, r, jump.s, average.detach())
+        return identities.Residual(average, value)
 
     return residual
 
@@ -245,7 +246,7 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_leave_a_residual_at_the_fixed_point(name, monkeypatch):
     change, wrong = MUTANTS[name]
-    monkeypatch.setattr(discrete, "semigroup_residual", _patched(change))
+    monkeypatch.setattr(discrete, "semigroup", _patched(change))
     output = evaluate(distillation(), Chain(1 - 0.5**3), states_of(), 2)
     assert (output.metrics["error"].sqrt() > 1e-3) == wrong
 
@@ -256,7 +257,7 @@ def test_to_r_0_it_is_the_regression_onto_the_data():
     student, states = perturbed(teacher(), 0.3), data_states(teacher())
     states = attrs.evolve(states, t=states.t.clamp(max=0.9))
     states = attrs.evolve(states, x=interpolate(states.clean, states.noise, states.t))
-    sigma, lower = objective.levels(states.t, 0)
+    sigma, lower = objective.levels(states.t, 0.0)
     assert not lower.any()
     average = student.average_velocity(states.x, states.t, lower)
     length = expand_time(states.t, states.x)
@@ -277,7 +278,7 @@ def test_the_data_are_a_float32_target_at_all_times():
     for weighting in ("gap", "edm"):
         for huber in (None, 1e-8):
             objective = Consistency(weighting=weighting, huber=huber)
-            loss = loss_of(objective, student, None, states, step=10**6, generator=torch.Generator()).loss
+            loss = loss_of(objective, student, None, states, step=STEPS, generator=torch.Generator()).loss
             assert loss.isfinite()
             assert gradient(loss, student).isfinite().all()
 
@@ -285,11 +286,11 @@ def test_the_data_are_a_float32_target_at_all_times():
 # Levels.
 
 
-@given(t=st.floats(1e-6, 1.0), step=st.integers(0, 10**6))
+@given(t=st.floats(1e-6, 1.0), step=st.integers(0, 10**6 - 1))
 def test_levels_come_closer_in_stages(t, step):
-    objective = Consistency(stage_length=50_000)
+    objective = Consistency(stage_length=0.05)
     time = torch.tensor([t], dtype=torch.float64)
-    (sigma,), (lower,) = objective.levels(time, step)
+    (sigma,), (lower,) = objective.levels(time, step / 10**6)
     wanted = min(t / (1 - t), 80.0) if t < 1 else 80.0
     stage = min(step // 50_000, 7)
     gap = wanted * 2.0 ** -(1 + stage) * (1 + 8 / (1 + math.exp(wanted)))
@@ -299,7 +300,7 @@ def test_levels_come_closer_in_stages(t, step):
 
 
 def test_the_ratio_of_levels_is_capped():
-    sigma, lower = Consistency(stages=20, stage_length=1, largest_ratio=0.99).levels(torch.tensor([0.5, 1.0]), 19)
+    sigma, lower = Consistency(stages=20, stage_length=0.05, largest_ratio=0.99).levels(torch.tensor([0.5, 1.0]), 0.95)
     close(lower / sigma, torch.tensor([0.99, 0.99]), 1e-6)
 
 
@@ -313,9 +314,10 @@ def test_evaluations_a_row(kind, queries):
 
 
 def test_published_settings_are_the_default():
-    assert OBJECTIVES.build("consistency") == Consistency(
-        target=ConditionalVelocity(), q=2.0, k=8.0, stages=8, largest_ratio=0.999, huber=1e-8, weighting="gap"
-    )
+    built = OBJECTIVES.build("consistency")
+    assert isinstance(built.target, ConditionalVelocity)
+    published = {"q": 2.0, "k": 8.0, "stages": 8, "largest_ratio": 0.999, "huber": 1e-8, "weighting": "gap"}
+    assert {name: getattr(built, name) for name in published} == published
 
 
 # The sampler that noises again.
@@ -362,7 +364,7 @@ def test_renoising_keeps_the_distribution_of_an_exact_map():
 
 def test_samples_of_a_run_can_be_noised_again(tmp_path):
     bindings = ["train.steps = 2", "train.batch_size = 8", "evaluation.num_samples = 20"]
-    flowdistill.train(gin_file="consistency/ect_plane.gin", gin_bindings=bindings, workdir=tmp_path / "run")
+    flowdistill.train("ect", on="plane", gin_bindings=bindings, workdir=tmp_path / "run")
     samples = flowdistill.sample(tmp_path / "run", 10, steps=3)
     assert torch.equal(samples, flowdistill.sample(tmp_path / "run", 10, steps=3, renoise=True))
     torch.testing.assert_close(samples, flowdistill.sample(tmp_path / "run", 10, steps=3, batch_size=3))
@@ -381,7 +383,8 @@ def test_pull_has_the_gradient_of_the_huber_distance():
     g = torch.Generator().manual_seed(0)
     average = torch.randn(5, 3, generator=g, dtype=torch.float64, requires_grad=True)
     residual = torch.randn(5, 3, generator=g, dtype=torch.float64)
-    output = identities.pull(average, residual, power=0.5, eps=0.04, reduction="sum", scale=torch.full((5,), 0.5))
+    half = torch.full((5,), 0.5)
+    output = identities.pull(identities.Residual(average, residual), power=0.5, eps=0.04, reduction="sum", scale=half)
     target = (average - residual).detach()
     huber = ((average - target).square().sum(1) + 0.04).sqrt().mean()
     close(*(torch.autograd.grad(value, average)[0] for value in (output.loss, huber)))
@@ -393,8 +396,9 @@ def test_half_precision_is_kept_out_of_late_stages():
     student = NetworkFlowMap(MLP(dim=2, hidden_size=32), "to_data")
     for parameter in student.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    states = flowdistill.States(x=torch.randn(64, 2), t=torch.linspace(0.2, 0.9, 64), condition=Condition())
-    objective = Consistency(target=TeacherVelocity(), stage_length=1)
+    t = torch.linspace(0.2, 0.9, 64)
+    states = flowdistill.States(x=torch.randn(64, 2), t=t, s=0 * t)
+    objective = Consistency(target=TeacherVelocity(), stage_length=1 / STEPS)
     exact_teacher = GaussianTeacher(MEAN.float(), VARIANCES.float())
 
     def gradients(autocast):

@@ -23,16 +23,15 @@ import flowdistill
 from flowdistill import OBJECTIVES, Condition, States
 from flowdistill.algorithms import trajectory
 from flowdistill.algorithms.dmf import DecoupledMeanFlow
-from flowdistill.algorithms.dmf import objective as dmf
 from flowdistill.flow_maps import from_teacher
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import GeneratingVelocity, Jump
 from flowdistill.networks import EDM2, MLP
-from flowdistill.pairs import SortedPair
+from flowdistill.pairs import SortedPair, WithDiagonal
 from flowdistill.paths import interpolate
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.testing import check_objective
-from flowdistill.times import LogitNormal, Uniform
+from flowdistill.times import LogitNormal
 from flowdistill.velocities import ConditionalVelocity, Jvp, TeacherVelocity
 from flowdistill.wrapped_teachers import NetworkTeacher
 
@@ -46,7 +45,7 @@ def generator(seed=0):
 
 
 def objective(**kwargs) -> DecoupledMeanFlow:
-    return DecoupledMeanFlow(**{"ends": Uniform(), "times": Uniform(), **kwargs})
+    return DecoupledMeanFlow(**{"pairs": WithDiagonal(share=0.5), **kwargs})
 
 
 def distilling(**kwargs) -> DecoupledMeanFlow:
@@ -148,12 +147,7 @@ def test_the_published_model_guidance_has_its_fixed_point_at_2_5():
     u = of.velocity(x, t, condition)  # n - x_0 is its own mean
     states = States(x=x, t=t, s=below(t), condition=condition, clean=x - t[:, None] * u, noise=x + (1 - t)[:, None] * u)
     velocity = ConditionalVelocity(omega=1.0, kappa=0.6, interval=(0.0, 0.7))
-
-    class _SameTimes(Uniform):
-        def sample(self, n, generator):
-            return t[:n]
-
-    guided = objective(target=velocity, times=_SameTimes())
+    guided = objective(target=velocity)
     error, slope = judge(guided, GaussianFlowMap(GuidedTeacher(of, 2.5, (0.0, 0.7))), None, states)
     assert error < 1e-9
     assert slope < 1e-9
@@ -169,9 +163,9 @@ class _Directed(GeneratingVelocity):
     def __init__(self, change):
         self.change = change
 
-    def derivative(self, student, x, t, s, condition, *, dx=None, dt=0.0, ds=0.0, step=0):
+    def derivative(self, jump, *, dx=None, dt=0.0, ds=0.0, progress=0.0):
         dx, dt, ds = self.change(dx, dt, ds)
-        return bound(Jvp(), student).derivative(Jump(x, t, s, condition), dx=dx, dt=dt, ds=ds)
+        return bound(Jvp(), self.student).derivative(jump, dx=dx, dt=dt, ds=ds)
 
 
 DIRECTIONS = {
@@ -195,55 +189,29 @@ def test_mutants_of_the_derivative(name):
 # The two halves.
 
 
-@pytest.fixture
-def halves(monkeypatch):
-    """What the two residuals of a loss are asked about: (x, t) of flow matching, (x, t, s) of MeanFlow."""
-    seen = {}
-
-    def velocity_residual(student, velocity, x, t, condition):
-        seen["flow_matching"] = (x, t, velocity)
-        return original[0](student, velocity, x, t, condition)
-
-    def eulerian_residual(student, velocity, estimator, x, t, s, condition, *, step):
-        seen["meanflow"] = (x, t, s)
-        return original[1](student, velocity, estimator, x, t, s, condition, step=step)
-
-    original = trajectory.velocity_residual, dmf.eulerian_residual
-    monkeypatch.setattr(trajectory, "velocity_residual", velocity_residual)
-    monkeypatch.setattr(dmf, "eulerian_residual", eulerian_residual)
-    return seen
+def test_flow_matching_has_times_of_its_own():
+    """Half of the rows lie at logit-normal(0, 1) times; the others are sorted pairs of two other laws."""
+    t, s = DecoupledMeanFlow().law(0.0).sample(40_000, generator())
+    assert torch.equal(t[:20_000], s[:20_000])
+    levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
+    torch.testing.assert_close(t[:20_000].quantile(levels), LogitNormal().quantile(levels), rtol=0, atol=0.015)
+    assert (s[20_000:] < t[20_000:]).all()
 
 
-def test_flow_matching_has_times_of_its_own(halves):
-    """Its rows are noised anew, with their own noise, at logit-normal(0, 1) times; the others stay where they are."""
-    states = data_states(teacher(), n=4000, low=0.9)
-    loss_at(DecoupledMeanFlow(), GaussianFlowMap(teacher()), states)
-    x, t, velocity = halves["flow_matching"]
-    assert len(x) == 2000
-    close(x, interpolate(states.clean[:2000], states.noise[:2000], t))
-    close(velocity, states.noise[:2000] - states.clean[:2000])
-    levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]).double()
-    torch.testing.assert_close(t.quantile(levels), LogitNormal().quantile(levels), rtol=0, atol=0.03)
-    x, t, s = halves["meanflow"]
-    assert torch.equal(x, states.x[2000:])
-    assert torch.equal(t, states.t[2000:])
-    assert (s <= t).all()
+def test_flow_matching_is_on_the_first_half_at_the_times_of_its_states():
+    states, student = data_states(teacher(), n=8), perturbed(teacher(), 0.3)
+    off = attrs.evolve(states, s=states.s + 0.01 * (torch.arange(8) >= 4))
+    on = attrs.evolve(states, s=states.s + 0.01 * (torch.arange(8) < 4))
+    plain, moved_off, moved_on = (loss_at(objective(), student, batch) for batch in (states, off, on))
+    assert torch.equal(plain, moved_on)  # the ends of rows on the diagonal do not matter
+    assert not torch.equal(plain, moved_off)
 
 
-def test_states_without_data_keep_their_times(halves):
-    states = path_states(teacher())
-    loss_at(distilling(), GaussianFlowMap(teacher()), states, teacher())
-    x, t, _ = halves["flow_matching"]
-    assert torch.equal(x, states.x[:32])
-    assert torch.equal(t, states.t[:32])
-
-
-def published(student, states, times, s, joined=False):
+def published(student, states, joined=False):
     """Half of each loss, the mean of log(e + 0.01) over rows with detached targets; the log of the mean if joined."""
-    n = len(times)
-    on, off = states[:n], states[n:]
-    x = interpolate(on.clean, on.noise, times)
-    first = (student.velocity(x, times) - (on.noise - on.clean)).square().mean(1)
+    n = len(states) // 2
+    on, off, s = states[:n], states[n:], states.s
+    first = (student.velocity(on.x, on.t) - (on.noise - on.clean)).square().mean(1)
     v = off.noise - off.clean
     average, slope = torch.func.jvp(
         lambda x, t: student.average_velocity(x, t, s[n:]), (off.x, off.t), (v, torch.ones_like(off.t))
@@ -258,17 +226,14 @@ def published(student, states, times, s, joined=False):
 def test_the_gradient_is_that_of_half_the_two_logarithmic_losses():
     states, student = data_states(teacher()), perturbed(teacher(), 0.3)
     loss = loss_at(objective(), student, states)
-    g = generator()
-    times = Uniform().sample(32, g).double()
-    s = Uniform().sample_below(torch.cat([times, states.t[32:]]), g)
-    close(gradient(loss, student), gradient(published(student, states, times, s), student))
-    joined = gradient(published(student, states, times, s, joined=True), student)
+    close(gradient(loss, student), gradient(published(student, states), student))
+    joined = gradient(published(student, states, joined=True), student)
     assert (gradient(loss, student) - joined).norm() > 0.05 * joined.norm()
 
 
 def test_equal_halves_at_the_states_own_times_are_meanflow_distillation():
     states, student = path_states(teacher()), perturbed(teacher(), 0.3)
-    shared = {"ends": Uniform(), "equal": 0.5, "power": 1.0, "eps": 0.01, "reduction": "mean"}
+    shared = {"pairs": WithDiagonal(share=0.5), "power": 1.0, "eps": 0.01, "reduction": "mean"}
     other = OBJECTIVES.build("meanflow_distillation", **shared)
     assert torch.equal(loss_at(distilling(), student, states, teacher()), loss_at(other, student, states, teacher()))
 
@@ -293,9 +258,9 @@ def test_the_weight_of_a_sample_depends_on_no_other(row, monkeypatch):
     assert rows_touched(states, others) == [row]
     right = trajectory.pull
 
-    def broadcast(average, residual, *, power, eps, reduction):
-        weight = (residual.square().mean(1) + eps) ** -power
-        return right(average, residual, scale=weight.mean().expand(len(residual)), reduction=reduction)
+    def broadcast(residual, *, power, eps, reduction):
+        weight = (residual.value.square().mean(1) + eps) ** -power
+        return right(residual, scale=weight.mean().expand(len(weight)), reduction=reduction)
 
     monkeypatch.setattr(trajectory, "pull", broadcast)
     assert len(rows_touched(states, others)) > 1
@@ -326,8 +291,7 @@ def test_evaluations_a_row(velocity, students, teachers):
 def test_sorted_pairs_have_the_joint_law_of_two_sorted_draws(laws):
     first, second = LogitNormal(mean=laws[0], std=laws[1]), LogitNormal(mean=laws[2], std=laws[3])
     law, g = SortedPair(first=first, second=second), generator()
-    t = law.sample(40_000, g)
-    s = law.sample_below(t, g)
+    t, s = law.sample(40_000, g)
     assert (s <= t).all()
     a, b = first.sample(40_000, g), second.sample(40_000, g)
     levels = torch.linspace(0.05, 0.95, 19)
@@ -336,27 +300,20 @@ def test_sorted_pairs_have_the_joint_law_of_two_sorted_draws(laws):
         torch.testing.assert_close(ours.quantile(levels), theirs.quantile(levels), rtol=0, atol=0.015)
 
 
-def test_published_pairs_and_why_the_posterior_is_needed():
-    """Quantiles of t and of t - s at 5, 25, 50, 75 and 95 %; drawing s from the second law alone would miss them."""
-    law, g = SortedPair(), generator()
-    t = law.sample(100_000, g)
+def test_published_pairs():
+    """Quantiles of t and of t - s at 5, 25, 50, 75 and 95 %; independent draws of the two laws would miss them."""
+    law, g = DecoupledMeanFlow().pairs.pairs, generator()
+    t, s = law.sample(100_000, g)
     levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
     wanted = torch.tensor([0.27, 0.46, 0.61, 0.75, 0.89]), torch.tensor([0.04, 0.17, 0.34, 0.51, 0.72])
     torch.testing.assert_close(t.quantile(levels), wanted[0], rtol=0, atol=0.01)
-    torch.testing.assert_close((t - law.sample_below(t, g)).quantile(levels), wanted[1], rtol=0, atol=0.01)
+    torch.testing.assert_close((t - s).quantile(levels), wanted[1], rtol=0, atol=0.01)
     mutant = (t - law.second.sample_below(t, g)).quantile(levels)
     assert (mutant - wanted[1]).abs().max() > 0.015
 
 
-def test_pairs_at_the_ends_of_the_interval():
-    t = torch.tensor([0.0, 1.0, 1.0])
-    s = SortedPair().sample_below(t, generator())
-    assert s.isfinite().all()
-    assert (s <= t).all()
-
-
 def test_published_settings():
     of = DecoupledMeanFlow()
-    assert (of.equal, of.power, of.eps, of.reduction) == (0.5, 1.0, 0.01, "mean")
-    assert of.times == LogitNormal(mean=0.0, std=1.0)
-    assert of.ends == SortedPair(first=LogitNormal(mean=0.4), second=LogitNormal(mean=-1.2))
+    assert (of.power, of.eps, of.reduction) == (1.0, 0.01, "mean")
+    two_laws = SortedPair(first=LogitNormal(mean=0.4), second=LogitNormal(mean=-1.2))
+    assert of.pairs == WithDiagonal(pairs=two_laws, share=0.5, times=LogitNormal(mean=0.0, std=1.0))
