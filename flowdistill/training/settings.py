@@ -122,7 +122,7 @@ class Training:
             raise ConfigError(f"{name} needs data: set train.states = @noised_data() and its dataset")
         if objective.needs_all_times and not states.knows_all_times:
             raise ConfigError(
-                f"{name} learns nothing from states at t = 1 alone, as of the prior: set train.states = @noised_data() "
+                f"{name} needs states at all times, and this source has t = 1 alone: set train.states = @noised_data() "
                 "or @teacher_trajectories()"
             )
         return states

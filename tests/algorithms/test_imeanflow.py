@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from flowdistill import OBJECTIVES, Condition
 from flowdistill.algorithms.imeanflow import ImprovedMeanFlow
 from flowdistill.algorithms.imeanflow import objective as imeanflow
-from flowdistill.interfaces import GeneratingVelocity, Jump
-from flowdistill.pairs import WithDiagonal
+from flowdistill.interfaces import GeneratingVelocity
+from flowdistill.pairs import SortedPair, WithDiagonal
 from flowdistill.paths import expand_time
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
-from flowdistill.times import LogitNormal, Uniform
+from flowdistill.times import LogitNormal
 from flowdistill.velocities import ConditionalVelocity, Jvp, TeacherVelocity
 
 LABELLED = GaussianTeacher(
@@ -44,7 +44,7 @@ def generator(seed=0):
 
 
 def objective(**kwargs) -> ImprovedMeanFlow:
-    return ImprovedMeanFlow(**{"ends": Uniform(), **kwargs})
+    return ImprovedMeanFlow(**kwargs)
 
 
 def distilling(**kwargs) -> ImprovedMeanFlow:
@@ -57,7 +57,7 @@ def close(a, b):
 
 def residual(of, student, states, s, against=None):
     """F and R of an objective for given ends."""
-    return residual_of(of, student, against, states, s, step=0, generator=generator())
+    return residual_of(of, student, against, attrs.evolve(states, s=s), step=0, generator=generator())
 
 
 @given(of=gaussian_teachers(), power=st.sampled_from((0.0, 1.0)))
@@ -137,11 +137,11 @@ class _Bent(GaussianFlowMap):
 
 def test_it_is_meanflow_distillation_where_the_students_velocity_is_the_teachers():
     states, student = path_states(teacher()), _Bent(teacher())
-    settings_of_both = {"ends": Uniform(), "equal": 0.25, "power": 1.0}
+    settings_of_both = {"pairs": WithDiagonal(share=0.25), "power": 1.0}
     losses = [
         loss_of(of, student, teacher(), states, step=0, generator=generator()).loss
         for of in (
-            distilling(pairs=WithDiagonal(share=0.25)),
+            distilling(**settings_of_both),
             OBJECTIVES.build("meanflow_distillation", **settings_of_both),
         )
     ]
@@ -153,9 +153,9 @@ def test_it_is_meanflow_distillation_where_the_students_velocity_is_the_teachers
 # What the exact map cannot show.
 
 
-def written_out(student, states, s, rows, power, eps, graph=False):
+def written_out(student, states, rows, power, eps, graph=False):
     """The loss from its formula, both parts; with a graph through the target as a mistake."""
-    on, off = states[:rows], states[rows:]
+    on, off, s = states[:rows], states[rows:], states.s
     diagonal = student.velocity(on.x, on.t)
     velocity = student.velocity(off.x, off.t)
     average, slope = torch.func.jvp(
@@ -173,9 +173,8 @@ def test_gradient_away_from_the_optimum_is_that_of_both_regressions(power):
     states, student = data_states(teacher()), perturbed(teacher(), 0.3)
     of = objective(power=power, pairs=WithDiagonal(share=0.25))
     loss = loss_of(of, student, None, states, step=0, generator=generator()).loss
-    s = Uniform().sample_below(states.t, generator())
-    wanted, mutant = (gradient(written_out(student, states, s, 16, power, 0.01, graph), student) for graph in (0, 1))
-    close(loss, written_out(student, states, s, 16, power, 0.01))
+    wanted, mutant = (gradient(written_out(student, states, 16, power, 0.01, graph), student) for graph in (0, 1))
+    close(loss, written_out(student, states, 16, power, 0.01))
     close(gradient(loss, student), wanted)
     assert (mutant - wanted).norm() > 0.05 * wanted.norm()
 
@@ -186,10 +185,9 @@ class _Directed(GeneratingVelocity):
     def __init__(self, tangent):
         self.tangent = tangent
 
-    def derivative(self, student, x, t, s, condition, *, dx=None, dt=0.0, ds=0.0, step=0):
-        return bound(Jvp(), student).derivative(
-            Jump(x, t, s, condition), dx=self.tangent(student, x, t, s, dx), dt=dt, ds=ds
-        )
+    def derivative(self, jump, *, dx=None, dt=0.0, ds=0.0, progress=0.0):
+        dx = self.tangent(self.student, jump.x, jump.t, jump.s, dx)
+        return bound(Jvp(), self.student).derivative(jump, dx=dx, dt=dt, ds=ds)
 
 
 TANGENTS = {
@@ -211,10 +209,10 @@ def test_mutants_of_the_tangent(name):
 
 
 def test_a_conditional_tangent_is_seen_in_the_noise(monkeypatch):
-    right = imeanflow.eulerian_residual
+    right = imeanflow.eulerian
     states, student = data_states(teacher()), GaussianFlowMap(teacher())
     deviation = teacher().velocity(states.x, states.t) - (states.noise - states.clean)
-    monkeypatch.setattr(imeanflow, "eulerian_residual", lambda *a, tangent, **k: right(*a, **k))
+    monkeypatch.setattr(imeanflow, "eulerian", lambda *a, tangent, **k: right(*a, **k))
     _, mutant = residual(objective(), student, states, 0.4 * states.t)
     assert (mutant - deviation).abs().mean() > 0.1
 
@@ -235,7 +233,7 @@ def test_evaluations_a_row(velocity, students, teachers):
 
 def test_published_settings():
     of = ImprovedMeanFlow()
-    assert (of.equal, of.power, of.eps, of.reduction) == (0.5, 1.0, 0.01, "sum")
-    assert of.ends == LogitNormal(mean=-0.4, std=1.0)
+    assert (of.power, of.eps, of.reduction) == (1.0, 0.01, "sum")
+    assert of.pairs == WithDiagonal(pairs=SortedPair(first=LogitNormal(mean=-0.4, std=1.0)), share=0.5)
     assert of.needs_data
     assert not of.needs_teacher

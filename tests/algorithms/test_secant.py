@@ -6,6 +6,7 @@ import pytest
 import torch
 from exact import (
     below,
+    bound,
     data_states,
     gaussian_teachers,
     gradient,
@@ -17,7 +18,8 @@ from exact import (
 )
 from hypothesis import given, settings
 
-from flowdistill import OBJECTIVES, Condition, ConfigError, States
+from flowdistill import OBJECTIVES as REGISTERED
+from flowdistill import Condition, ConfigError, States, Step
 from flowdistill.algorithms import identities
 from flowdistill.algorithms.secant import SDEE, SDEI
 from flowdistill.algorithms.secant import objective as secant
@@ -25,16 +27,17 @@ from flowdistill.data import ExactSamples
 from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.interfaces import FlowMap, Jump
 from flowdistill.networks import MLP
-from flowdistill.pairs import Below, WithDiagonal
-from flowdistill.states import NoisedData, TeacherTrajectories
+from flowdistill.pairs import WithDiagonal
+from flowdistill.states import NoisedData, Prior, TeacherTrajectories
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.testing import check_objective
-from flowdistill.times import Always, Grid, Uniform, WithPointMass
+from flowdistill.times import Grid, Uniform, WithPointMass
+from flowdistill.training import Training
 from flowdistill.velocities import ConditionalVelocity, TeacherVelocity
 
-STEE = OBJECTIVES.get("stee")
+STEE = REGISTERED.get("stee")
 
-STEI = OBJECTIVES.get("stei")
+STEI = REGISTERED.get("stei")
 
 NODES, WEIGHTS = (torch.from_numpy(a) / 2 for a in numpy.polynomial.legendre.leggauss(64))
 NODES = NODES + 0.5  # in (0, 1), where the weights add up to 1
@@ -93,7 +96,7 @@ def test_interior_points_are_exact_on_average_over_r(objective, draw, teacher):
         assert slope < 1e-10
         assert single > 1e-3  # one r leaves how u varies along the path
         residual, slope, _ = interior(objective, perturbed(teacher), teacher, states, patch)
-    if isinstance(objective, STEI):  # a flow map has its own diagonal as its velocity, whatever the data
+    if not objective.needs_teacher:  # a flow map has its own diagonal as its velocity, whatever the data
         assert residual < 1e-10
     else:
         assert residual > 1e-2
@@ -117,11 +120,8 @@ def test_end_points_are_exact_on_average_over_r(t, s, teacher):
 def test_a_single_r_leaves_the_spread_of_the_velocity_along_the_path():
     teacher = example()
     states, nodes, _ = over_nodes(prior_states(teacher, n=4))
-    zero = torch.zeros_like(nodes)
     student = GaussianFlowMap(teacher)
-    _, residual = identities.secant_residual(
-        student, teacher.velocity, states.x, states.t, nodes, zero, states.condition
-    )
+    residual = identities.secant(student, teacher.velocity, states.to(0.0), nodes).value
     velocity = teacher.velocity(student(states.x, states.t, nodes), nodes).unflatten(0, (4, -1))
     spread = velocity - (WEIGHTS[:, None] * velocity).sum(1, keepdim=True)
     torch.testing.assert_close(residual, -spread.flatten(0, 1).detach(), rtol=0, atol=1e-10)
@@ -135,7 +135,7 @@ def test_a_single_r_leaves_the_spread_of_the_velocity_along_the_path():
 )
 def test_r_is_uniform_given_the_pair(cuts):
     r = torch.rand(200_000, generator=generator(), dtype=torch.float64)
-    t, s = SDEE(cuts=cuts).pairs(r, generator(1))
+    t, s = SDEE(cuts=cuts).around(r, generator(1))
     assert_uniform_inside(r, t, s)
     assert abs(float((t < s).double().mean()) - 0.5) < 0.01
     if isinstance(cuts, Grid):
@@ -172,15 +172,15 @@ def test_ends_drawn_independently_on_both_sides_are_not():
 def test_interior_times_are_uniform(end, monkeypatch):
     seen = []
 
-    def residual(student, field, x, t, r, s, condition):
-        seen.append((t, r, s))
-        return identities.secant_residual(student, field, x, t, r, s, condition)
+    def residual(student, field, jump, r):
+        seen.append((jump.t, r, jump.s))
+        return identities.secant(student, field, jump, r)
 
-    monkeypatch.setattr(secant, "secant_residual", residual)
+    monkeypatch.setattr(secant, "secant", residual)
     teacher = example()
-    objective = SDEI(pairs=Below(ends=Always(value=end)))
     states = path_states(teacher, n=20_000)
-    loss_of(objective, GaussianFlowMap(teacher), teacher, states, step=0, generator=generator())
+    states = attrs.evolve(states, s=states.t.clamp(max=end))
+    loss_of(SDEI(), GaussianFlowMap(teacher), teacher, states, step=0, generator=generator())
     ((t, r, s),) = seen
     assert torch.equal(s, states.t.clamp(max=end))
     inside = t > s
@@ -253,13 +253,15 @@ INTERIOR = {
 def test_mutants_of_the_interior_point(name, monkeypatch):
     target, wrong = INTERIOR[name]
 
-    def residual(student, field, x, t, r, s, condition):
-        average = student.average_velocity(x, t, s, condition)
+    def residual(student, field, jump, r):
+        average = student.average_velocity(*jump)
         with torch.no_grad():
-            inner = student.average_velocity(x, t, r, condition)
-            return average, average - target(inner, field, x, (t - r)[:, None], r, t, condition)
+            inner = student.average_velocity(*jump.to(r))
+            gap = (jump.t - r)[:, None]
+            value = average - target(inner, field, jump.x, gap, r, jump.t, jump.condition)
+        return identities.Residual(average, value)
 
-    monkeypatch.setattr(secant, "secant_residual", residual)
+    monkeypatch.setattr(secant, "secant", residual)
     teacher = example()
     mean, slope, _ = interior(SDEI(), GaussianFlowMap(teacher), teacher, path_states(teacher), monkeypatch)
     assert (mean > 0.1) == wrong
@@ -278,10 +280,10 @@ def test_the_average_to_s_in_place_of_r_is_seen():
 
 
 def end_point_mutant(change):
-    def residual(student, velocity, x, r, t, s, condition):
-        start, t, s = change(student, x, r, t, s)
-        average = student.average_velocity(start.detach(), t, s, condition)
-        return average, average.detach() - velocity
+    def residual(student, velocity, states, t, s):
+        start, t, s = change(student, states.x, states.t, t, s)
+        average = student.average_velocity(start.detach(), t, s, states.condition)
+        return identities.Residual(average, average.detach() - velocity)
 
     return residual
 
@@ -318,24 +320,24 @@ def test_gradient_off_the_optimum_is_that_of_a_detached_target(name, monkeypatch
     def keep(function, graph):
         def residual(*arguments):
             with torch.enable_grad():
-                if function is identities.secant_residual:
-                    _, field, x, t, r, s, condition = arguments
-                    average = student.average_velocity(x, t, s, condition)
-                    target = field(student(x, t, r, condition), r, condition)
+                if function is identities.secant:
+                    _, field, jump, r = arguments
+                    average = student.average_velocity(*jump)
+                    target = field(student(*jump.to(r)), r, jump.condition)
                 else:
-                    _, target, x, r, t, s, condition = arguments
-                    average = student.average_velocity(student(x, r, t, condition), t, s, condition)
+                    _, target, jump, t, s = arguments
+                    average = student.average_velocity(student(*jump.to(t)), t, s, jump.condition)
             if graph:
-                return average, average - target
-            pair = function(*arguments)
-            kept.append(pair)
-            torch.testing.assert_close(pair[1], (average - target).detach())
-            return pair
+                return identities.Residual(average, average - target)
+            found = function(*arguments)
+            kept.append((found.average, found.value))
+            torch.testing.assert_close(found.value, (average - target).detach())
+            return found
 
         return residual
 
     def loss_gradient(graph):
-        for function in (identities.secant_residual, identities.end_point_residual):
+        for function in (identities.secant, identities.end_point):
             monkeypatch.setattr(secant, function.__name__, keep(function, graph))
         return gradient(loss_of(objective, student, teacher, states, step=0, generator=generator()).loss, student)
 
@@ -344,8 +346,8 @@ def test_gradient_off_the_optimum_is_that_of_a_detached_target(name, monkeypatch
     wanted = gradient((2 * residual * average).sum() / (len(states) * 2), student)
     if name == "stei":
         on = states[: len(states) // 2]
-        parts = identities.velocity_residual(student, on.noise - on.clean, on.x, on.t, on.condition)
-        wanted = wanted + gradient((2 * parts[1] * parts[0]).sum() / (len(states) * 2), student)
+        found = identities.diagonal(student, on.noise - on.clean, on)
+        wanted = wanted + gradient((2 * found.value * found.average).sum() / (len(states) * 2), student)
     torch.testing.assert_close(right, wanted, rtol=1e-9, atol=1e-12)
     assert (loss_gradient(graph=True) - right).norm() > 0.02 * right.norm()
 
@@ -360,9 +362,8 @@ def test_a_fraction_of_rows_is_a_weight_of_flow_matching(equal):
     diagonal = loss_of(
         STEI(pairs=WithDiagonal(share=1.0)), student, None, states[:rows], step=0, generator=generator()
     ).loss
-    g = generator()
-    s = Uniform().sample_below(states.t, g)[rows:]
-    rest = identities.pull(*residual_of(STEI(), student, None, states[rows:], s, step=0, generator=g)).loss
+    found = bound(STEI(), student).residual(states[rows:], Step(generator()))
+    rest = identities.pull(found).loss
     torch.testing.assert_close(whole.loss, (1 - equal) * (rest + equal / (1 - equal) * diagonal))
 
 
@@ -378,8 +379,12 @@ def test_evaluations(name):
     assert (student.evaluations / 64, teacher.evaluations / 64) == COUNTS[name]
     if name == "stei":
         before = student.evaluations
-        loss_of(attrs.evolve(objective, equal=0.0), student, None, states, step=0, generator=generator())
-        loss_of(attrs.evolve(objective, equal=1.0), student, None, states, step=0, generator=generator())
+        loss_of(
+            attrs.evolve(objective, pairs=WithDiagonal(share=0.0)), student, None, states, step=0, generator=generator()
+        )
+        loss_of(
+            attrs.evolve(objective, pairs=WithDiagonal(share=1.0)), student, None, states, step=0, generator=generator()
+        )
         assert student.evaluations - before == (3 + 1) * 64
 
 
@@ -400,10 +405,8 @@ class _Picard(FlowMap):
         nodes, weights = (torch.from_numpy(a) / 2 for a in numpy.polynomial.legendre.leggauss(12))
         wide = [a.repeat_interleave(12, 0) for a in (x, t, s)]
         r = wide[2] + (nodes + 0.5).repeat(len(x)) * (wide[1] - wide[2])
-        average, residual = identities.secant_residual(
-            self.previous, self.teacher.velocity, wide[0], wide[1], r, wide[2], Condition()
-        )
-        return (weights[:, None] * (average - residual).unflatten(0, (len(x), 12))).sum(1)
+        found = identities.secant(self.previous, self.teacher.velocity, Jump(*wide), r)
+        return (weights[:, None] * (found.average - found.value).unflatten(0, (len(x), 12))).sum(1)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
@@ -437,13 +440,20 @@ def test_interior_points_need_no_data():
     assert output.loss.isfinite()
 
 
-@pytest.mark.parametrize("objective", [SDEE(), STEE()], ids=["sdee", "stee"])
-def test_end_points_refuse_states_at_one_time(objective):
+@pytest.mark.parametrize("name", ["sdee", "stee"])
+def test_end_points_refuse_the_prior(name):
+    """Its states all have one time, so that r would not be uniform."""
     teacher = example()
-    states = attrs.evolve(data_states(teacher), t=torch.ones(64, dtype=torch.float64))
-    with pytest.raises(ConfigError, match="uniform times"):
-        loss_of(objective, GaussianFlowMap(teacher), teacher, states, step=0, generator=generator())
-    loss_of(objective, GaussianFlowMap(teacher), teacher, states, step=1, generator=generator())
+    training = Training(
+        objective=REGISTERED.build(name, target=TeacherVelocity()),
+        flow_map=GaussianFlowMap(teacher),
+        teacher=teacher,
+        states=Prior(),
+        steps=1,
+        batch_size=8,
+    )
+    with pytest.raises(ConfigError, match="needs states at all times"):
+        training.source()
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -1,11 +1,13 @@
 """Self-distillation: three identities with the student's own diagonal for the velocity."""
 
+import attrs
 import pytest
 import torch
-from exact import assert_exact, bent, data_states, gradient, judge, loss_of, path_states, perturbed, prior_states
+from exact import assert_exact, bent, bound, data_states, gradient, judge, loss_of, path_states, perturbed, prior_states
 
 from flowdistill import OBJECTIVES
 from flowdistill.algorithms.freeflow import FreeFlowPrediction
+from flowdistill.algorithms.identities import Residual
 from flowdistill.algorithms.self_distillation import ESD, LSD, Semigroup
 from flowdistill.algorithms.self_distillation import objective as module
 from flowdistill.algorithms.shortcut import Shortcut
@@ -22,7 +24,6 @@ from flowdistill.teachers.gaussian import (
     ProductMixtureTeacher,
 )
 from flowdistill.testing import check_objective
-from flowdistill.times import Always
 from flowdistill.velocities import FiniteDifference, Jvp, TeacherVelocity
 
 MeanFlowDistillation = OBJECTIVES.get("meanflow_distillation")
@@ -38,8 +39,13 @@ def gaussian() -> GaussianTeacher:
     return GaussianTeacher(torch.tensor([1.0, -0.5]).double(), torch.tensor([0.3, 2.5]).double())
 
 
-def distillation(name, **fields):
-    return OBJECTIVES.build(name, **{"target": TeacherVelocity(), "equal": 0.25, **fields})
+def distillation(name, share=0.25, **fields):
+    return OBJECTIVES.build(name, target=TeacherVelocity(), pairs=WithDiagonal(share=share), **fields)
+
+
+def ending(states, s):
+    """The states with jumps to one time."""
+    return attrs.evolve(states, s=torch.full_like(states.t, s))
 
 
 VARIANTS = [
@@ -64,7 +70,7 @@ def test_exact_map_has_no_residual_and_no_gradient(name, fields, draw):
 def test_off_the_diagonal_jumps_must_be_those_of_the_own_diagonal(name, fields):
     """No residual at the exact map of any distribution, and one where jumps do not follow the diagonal."""
     teacher = gaussian()
-    objective = distillation(name, **{**fields, "equal": 0.0})
+    objective = distillation(name, share=0.0, **fields)
     for student, right in ((GaussianFlowMap(teacher), True), (perturbed(teacher), True), (bent(teacher), False)):
         residual, slope = judge(objective, student, teacher, path_states(teacher))
         assert (residual < 1e-9, slope < 1e-9) == (right, right)
@@ -131,8 +137,8 @@ def pieces(student, x, t, s):
 def test_gradients_flow_through_the_derivative_where_it_has_a_graph(name, graph):
     """All of the residual but the velocity is differentiated, or F alone."""
     teacher = gaussian()
-    student, states = bent(teacher), path_states(teacher)
-    s, gap = torch.full_like(states.t, 0.04), (states.t - 0.04)[:, None]
+    student, states = bent(teacher), ending(path_states(teacher), 0.04)
+    s, gap = states.s, (states.t - 0.04)[:, None]
     average, ds, dt, dx, velocity = pieces(student, states.x, states.t, s)
     if name == "lsd":
         landed = (states.x - gap * average).detach()
@@ -143,11 +149,11 @@ def test_gradients_flow_through_the_derivative_where_it_has_a_graph(name, graph)
         residual = average - (average - residual).detach()
     wanted = gradient(residual.square().mean(), student)
     assert wanted.norm() > 1e-2
-    objective = distillation(name, equal=0.0, ends=Always(value=0.04), estimator=Jvp(graph=graph))
+    objective = distillation(name, share=0.0, estimator=Jvp(graph=graph))
     output = loss_of(objective, student, teacher, states, step=0, generator=generator())
     torch.testing.assert_close(output.metrics["error"], residual.detach().square().mean())
     torch.testing.assert_close(gradient(output.loss, student), wanted, rtol=1e-9, atol=1e-12)
-    other = distillation(name, equal=0.0, ends=Always(value=0.04), estimator=Jvp(graph=not graph))
+    other = distillation(name, share=0.0, estimator=Jvp(graph=not graph))
     differs = gradient(loss_of(other, student, teacher, states, step=0, generator=generator()).loss, student) - wanted
     assert differs.norm() > 0.05 * wanted.norm()
 
@@ -155,11 +161,11 @@ def test_gradients_flow_through_the_derivative_where_it_has_a_graph(name, graph)
 @pytest.mark.parametrize("middle", ["midpoint", "uniform"])
 def test_semigroup_detaches_both_jumps(middle, monkeypatch):
     teacher = gaussian()
-    student, states = bent(teacher), path_states(teacher)
-    s, kept = torch.full_like(states.t, 0.04), []
-    inner = module.semigroup_residual
-    monkeypatch.setattr(module, "semigroup_residual", lambda *a: kept.append(a[5]) or inner(*a))
-    objective = distillation("semigroup", equal=0.0, ends=Always(value=0.04), middle=middle)
+    student, states = bent(teacher), ending(path_states(teacher), 0.04)
+    s, kept = states.s, []
+    inner = module.semigroup
+    monkeypatch.setattr(module, "semigroup", lambda *a: kept.append(a[4]) or inner(*a))
+    objective = distillation("semigroup", share=0.0, middle=middle)
     output = loss_of(objective, student, teacher, states, step=0, generator=generator())
     (r,) = kept
     part = (r - s) / (states.t - s)
@@ -180,13 +186,13 @@ def test_semigroup_detaches_both_jumps(middle, monkeypatch):
 def test_rows_on_the_diagonal_are_trained_beside_residuals_with_a_graph(name):
     """The loss of a batch is the mean of those of its parts, and so is its gradient."""
     teacher = gaussian()
-    student, states = bent(teacher), path_states(teacher)
+    student, states = bent(teacher), ending(path_states(teacher), 0.04)
 
     with torch.no_grad():
         student.mean += 0.1  # the diagonal is wrong as well
 
-    def slope(equal, rows):
-        objective = distillation(name, equal=equal, ends=Always(value=0.04))
+    def slope(share, rows):
+        objective = distillation(name, share=share)
         return gradient(loss_of(objective, student, teacher, rows, step=0, generator=generator()).loss, student)
 
     on, off = slope(1.0, states[:32]), slope(0.0, states[32:])
@@ -198,39 +204,37 @@ def test_rows_on_the_diagonal_are_trained_beside_residuals_with_a_graph(name):
 
 
 class _VelocityAtTheStart(LSD):
-    def residual(self, student, teacher, states, s, *, step, generator):
-        average, generating = self.estimator.velocity(student, states.x, states.t, s, states.condition)
-        return average, generating - student.velocity(states.x, states.t).detach()
+    def residual(self, states, step):
+        average, generating = self.estimator.estimate(states)
+        return Residual(average, generating - self.student.velocity(states.x, states.t).detach())
 
 
 class _WrongSign(ESD):
-    def residual(self, student, teacher, states, s, *, step, generator):
-        velocity = -student.velocity(states.x, states.t).detach()
-        return module.eulerian_residual(student, velocity, Jvp(), states.x, states.t, s, states.condition)
+    def residual(self, states, step):
+        velocity = -self.student.velocity(states.x, states.t).detach()
+        return module.eulerian(bound(Jvp(), self.student), velocity, states)
 
 
 class _NoTransport(ESD):
-    def residual(self, student, teacher, states, s, *, step, generator):
-        velocity = student.velocity(states.x, states.t).detach()
-        return module.eulerian_residual(
-            student, velocity, Jvp(), states.x, states.t, s, states.condition, tangent=torch.zeros_like(velocity)
-        )
+    def residual(self, states, step):
+        velocity = self.student.velocity(states.x, states.t).detach()
+        return module.eulerian(bound(Jvp(), self.student), velocity, states, tangent=torch.zeros_like(velocity))
 
 
 class _SecondJumpFromTheStart(Semigroup):
-    def residual(self, student, teacher, states, s, *, step, generator):
-        r = (states.t + s) / 2
-        first = student.average_velocity(states.x, states.t, r).detach()
-        second = student.average_velocity(states.x, r, s).detach()
-        average = student.average_velocity(states.x, states.t, s)
-        return average, average.detach() - (first + second) / 2
+    def residual(self, states, step):
+        r = (states.t + states.s) / 2
+        first = self.student.average_velocity(states.x, states.t, r).detach()
+        second = self.student.average_velocity(states.x, r, states.s).detach()
+        average = self.student.average_velocity(states.x, states.t, states.s)
+        return Residual(average, average.detach() - (first + second) / 2)
 
 
 @pytest.mark.parametrize("wrong", [_VelocityAtTheStart, _WrongSign, _NoTransport, _SecondJumpFromTheStart])
 def test_mistakes_leave_a_residual_at_the_exact_map(wrong):
     teacher = gaussian()
     with pytest.raises(AssertionError):
-        assert_exact(wrong(target=TeacherVelocity(), equal=0.0), teacher, path_states(teacher))
+        assert_exact(wrong(target=TeacherVelocity(), pairs=Below()), teacher, path_states(teacher))
 
 
 # What each equals, and what it costs.
@@ -256,29 +260,24 @@ def same(objective, other, student, teacher, states):
 
 def test_esd_with_a_detached_derivative_is_meanflow_towards_its_own_diagonal():
     student = bent(gaussian())
-    own = distillation("esd", estimator=Jvp(), equal=0.0, ends=Always())
-    other = MeanFlowDistillation(power=0.0, reduction="mean", pairs=WithDiagonal(pairs=Below(ends=Always()), share=0.0))
-    same(own, other, student, _Diagonal(student), path_states(gaussian()))
+    own = distillation("esd", share=0.0, estimator=Jvp())
+    other = MeanFlowDistillation(power=0.0, reduction="mean", pairs=WithDiagonal(share=0.0))
+    same(own, other, student, _Diagonal(student), ending(path_states(gaussian()), 0.0))
 
 
 def test_lsd_with_a_detached_derivative_is_freeflow_towards_its_own_diagonal():
     student = bent(gaussian())
-    own = distillation("lsd", estimator=Jvp(), equal=0.0, ends=Always(value=0.25))
-    other = FreeFlowPrediction(durations=Always(value=0.75), estimator=Jvp(), power=0.0)
-    same(own, other, student, _Diagonal(student), prior_states(gaussian()))
+    own = distillation("lsd", share=0.0, estimator=Jvp())
+    other = FreeFlowPrediction(estimator=Jvp(), power=0.0)
+    same(own, other, student, _Diagonal(student), ending(prior_states(gaussian()), 0.25))
 
 
 def test_semigroup_on_dyadic_jumps_is_shortcut_above_its_finest_level():
     teacher, student = gaussian(), bent(gaussian())
-    states = prior_states(teacher)
-    law = Dyadic(levels=20)
-    same(
-        distillation("semigroup", ends=law),
-        Shortcut(target=TeacherVelocity(), target_decay=0.0, pairs=WithDiagonal(pairs=Below(ends=law), share=0.25)),
-        student,
-        teacher,
-        states,
-    )
+    shortcut = Shortcut(target=TeacherVelocity(), target_decay=0.0, levels=20, share=0.25)
+    t, s = (time.double() for time in Dyadic(levels=6).sample(64, generator()))
+    states = attrs.evolve(path_states(teacher), t=t, s=s)
+    same(distillation("semigroup"), shortcut, student, teacher, states)
 
 
 @pytest.mark.parametrize("taught", [False, True])
@@ -295,7 +294,7 @@ def test_evaluations_of_a_step(name, taught):
         extra = 32 if name == "semigroup" else 16
         assert student.evaluations == 64 + (0 if decay else extra)
         if decay:
-            assert objective.target(student).evaluations == extra
+            assert objective.tutor.evaluations == extra
         assert teacher.evaluations - before == (48 if taught else 0)
 
 

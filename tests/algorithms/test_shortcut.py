@@ -5,16 +5,17 @@ import itertools
 import attrs
 import pytest
 import torch
-from exact import below, bent, gradient, loss_of, path_states, perturbed, residual_of
+from exact import bent, gradient, loss_of, path_states, perturbed, residual_of
 from runs import write
 
 import flowdistill
 from flowdistill import Condition, ConfigError, States
+from flowdistill.algorithms.identities import Residual
 from flowdistill.algorithms.shortcut import Shortcut
 from flowdistill.data import ExactSamples
 from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.networks import MLP
-from flowdistill.pairs import Below, Dyadic, WithDiagonal
+from flowdistill.pairs import Dyadic
 from flowdistill.paths import interpolate
 from flowdistill.states import NoisedData
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
@@ -39,12 +40,12 @@ def distillation(**fields) -> Shortcut:
     return Shortcut(target=TeacherVelocity(), **{"target_decay": 0.0, **fields})
 
 
-def noised(teacher, t, seed=0) -> States:
-    """Data at given times."""
+def noised(teacher, t, s=None, seed=0) -> States:
+    """Data at given times, with jumps to given times, or none."""
     g = generator(seed)
-    clean = teacher.sample_data(len(t), g)
+    clean, s = teacher.sample_data(len(t), g), t if s is None else s
     noise = torch.randn(clean.shape, generator=g, dtype=clean.dtype)
-    return States(x=interpolate(clean, noise, t), t=t, s=below(t), condition=Condition(), clean=clean, noise=noise)
+    return States(x=interpolate(clean, noise, t), t=t, s=s, condition=Condition(), clean=clean, noise=noise)
 
 
 def at_level(teacher, level, n=64) -> tuple[States, torch.Tensor]:
@@ -54,7 +55,7 @@ def at_level(teacher, level, n=64) -> tuple[States, torch.Tensor]:
 
 
 def residual(objective, student, teacher, states, s) -> torch.Tensor:
-    return residual_of(objective, student, teacher, states, s, step=0, generator=generator())[1]
+    return residual_of(objective, student, teacher, attrs.evolve(states, s=s), step=0, generator=generator())[1]
 
 
 def size(values) -> float:
@@ -71,9 +72,9 @@ def test_exact_map_doubles_its_own_jumps(level):
     assert residual(distillation(), GaussianFlowMap(teacher), teacher, moved, s).abs().max() < 1e-13
 
 
-def _second_half_at_the_start(student, target, first, x, t, r, s, condition):
-    average = student.average_velocity(x, t, s, condition)
-    return average, (average - (first + target(x, r, condition)) / 2).detach()
+def _second_half_at_the_start(student, second, first, jump, r):
+    average = student.average_velocity(*jump)
+    return Residual(average, (average - (first + second(jump.x, r, jump.condition)) / 2).detach())
 
 
 def test_second_half_starts_where_the_first_ends(monkeypatch):
@@ -81,7 +82,7 @@ def test_second_half_starts_where_the_first_ends(monkeypatch):
     teacher = gaussian()
     student, (states, s) = GaussianFlowMap(teacher), at_level(teacher, 0, n=20_000)
     assert size(residual(distillation(), student, teacher, states, s)) < 1e-14
-    monkeypatch.setattr("flowdistill.algorithms.shortcut.objective.semigroup_residual", _second_half_at_the_start)
+    monkeypatch.setattr("flowdistill.algorithms.shortcut.objective.semigroup", _second_half_at_the_start)
     assert size(residual(distillation(), student, teacher, states, s)) == pytest.approx(0.128, abs=0.005)
 
 
@@ -91,7 +92,7 @@ def test_finest_level_is_of_first_order_in_its_length():
     errors = []
     for level in (5, 6, 7):
         states, s = at_level(teacher, level, n=512)
-        objective = distillation(ends=Dyadic(levels=level + 1))
+        objective = distillation(levels=level + 1)
         errors.append(size(residual(objective, GaussianFlowMap(teacher), teacher, states, s)))
     assert 0 < errors[-1] < 0.01
     assert [a / b for a, b in itertools.pairwise(errors)] == pytest.approx([2, 2], rel=0.1)
@@ -110,10 +111,9 @@ def test_finest_level_is_two_euler_steps_of_the_teacher():
 
 def test_gradient_is_zero_at_the_exact_map_and_of_a_detached_target_elsewhere():
     teacher = gaussian()
-    t = Dyadic(levels=6).sample(256, generator()).double()
-    states = noised(teacher, t)
-    # far finer than the starts, so that no jump is of the finest level
-    objective = distillation(equal=0.25, ends=Dyadic(levels=20))
+    t, s = (time.double() for time in Dyadic(levels=6).sample(256, generator()))
+    states = noised(teacher, t, s)
+    objective = distillation(share=0.25, levels=20)  # far finer than the jumps, none of which is of the finest level
     student = GaussianFlowMap(teacher)
     output = loss_of(objective, student, teacher, states, step=0, generator=generator(1))
     assert float(output.metrics["error"]) < 1e-24
@@ -122,7 +122,6 @@ def test_gradient_is_zero_at_the_exact_map_and_of_a_detached_target_elsewhere():
     student = bent(teacher)
     output = loss_of(objective, student, teacher, states, step=0, generator=generator(1))
     assert float(output.metrics["error"]) > 1e-3
-    s = Dyadic(levels=20).sample_below(t, generator(1))
     s[:64] = t[:64]
     average = student.average_velocity(states.x, t, s)
     r = (t + s) / 2
@@ -138,9 +137,9 @@ def test_gradient_is_zero_at_the_exact_map_and_of_a_detached_target_elsewhere():
 def test_flow_matching_loss_is_the_conditional_variance():
     """E |F(x, t, t) - (n - x_0)|^2 at the exact map is the mean of sigma^2 / S_t, S_t = (1 - t)^2 sigma^2 + t^2."""
     teacher = gaussian()
-    t = Dyadic(levels=8).sample(200_000, generator()).double()
+    t = Shortcut(share=1.0).law(0.0).sample(200_000, generator())[0].double()
     output = loss_of(
-        Shortcut(pairs=WithDiagonal(share=1.0)),
+        Shortcut(share=1.0),
         GaussianFlowMap(teacher),
         None,
         noised(teacher, t),
@@ -154,13 +153,14 @@ def test_flow_matching_loss_is_the_conditional_variance():
 def test_no_mean_gradient_from_data_at_the_exact_map():
     """Over 64 batches, within 4 standard errors with a shortest jump of 2^-11; elsewhere far outside."""
     teacher = gaussian()
-    objective = Shortcut(target_decay=0.0, pairs=WithDiagonal(pairs=Below(ends=Dyadic(levels=12)), share=0.5))
+    objective = Shortcut(target_decay=0.0, levels=12, share=0.5)
     student, moved = bent(teacher, 0.0), bent(teacher)
     with torch.no_grad():
         moved.mean += 0.3
     exact, wrong = [], []
     for seed in range(64):
-        states = noised(teacher, Dyadic(levels=12).sample(512, generator(seed)).double(), seed)
+        t, s = (time.double() for time in objective.law(0.0).sample(512, generator(seed)))
+        states = noised(teacher, t, s, seed)
         for model, into in ((student, exact), (moved, wrong)):
             loss = loss_of(objective, model, None, states, step=0, generator=generator(seed)).loss
             into.append(gradient(loss, model))
@@ -202,9 +202,9 @@ def test_halves_carry_the_next_level_and_the_diagonal_at_the_finest():
     assert torch.equal(second[1], torch.where(finest, r, s))
 
 
-def labelled(teacher, t) -> States:
+def labelled(teacher, t, s=None) -> States:
     labels = torch.arange(len(t)) % 2
-    return attrs.evolve(noised(teacher, t), condition=Condition(labels))
+    return attrs.evolve(noised(teacher, t, s), condition=Condition(labels))
 
 
 def test_guidance_is_in_both_halves_of_the_finest_level_and_nowhere_else():
@@ -255,10 +255,11 @@ def test_evaluations_of_a_step(taught):
     student = GaussianFlowMap(teacher)
     objective = Shortcut(target=TeacherVelocity()) if taught else Shortcut(guidance=1.5)
     objective.setup(student, teacher)
-    t = torch.full((64,), 1 / 128).double()  # no start of a longer jump, so all jumps are of the finest level
-    loss_of(objective, student, teacher if taught else None, labelled(teacher, t), step=0, generator=generator())
+    t = torch.full((64,), 0.5).double()
+    states = labelled(teacher, t, t - 1 / 64)  # all jumps are of the finest level
+    loss_of(objective, student, teacher if taught else None, states, step=0, generator=generator())
     assert student.evaluations == 64
-    assert objective.target(student).evaluations == (16 if taught else 32)
+    assert objective.tutor.evaluations == (16 if taught else 32)
     assert teacher.evaluations == (56 + 16 if taught else 0)
 
 
@@ -268,9 +269,21 @@ def test_it_passes_the_kit_with_data_and_with_a_teacher():
     for parameter in student.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     teacher = GaussianTeacher([0.0, 0.0], 0.5, class_means=[[1.0, 0.0], [-1.0, 0.0]])
-    check_objective(distillation(target_decay=0.9, equal=0.5), student, teacher)
-    source = NoisedData(dataset=ExactSamples(teacher), times=Dyadic(levels=8))
-    check_objective(Shortcut(guidance=1.5, pairs=WithDiagonal(share=0.5)), student, None, source)
+    check_objective(distillation(target_decay=0.9, share=0.5), student, teacher)
+    source = NoisedData(dataset=ExactSamples(teacher))
+    check_objective(Shortcut(guidance=1.5, share=0.5), student, None, source)
+
+
+def test_its_law_is_that_of_the_paper():
+    """Seven rows in eight at times k/128, and jumps of lengths 1, 1/2, ..., 1/64, all equally likely, on their grids."""
+    t, s = Shortcut().law(0.0).sample(80_000, generator())
+    assert torch.equal(t[:70_000], s[:70_000])
+    assert (128 * t[:70_000] % 1 == 0).all()
+    assert t[:70_000].min() == 1 / 128
+    length = (t - s)[70_000:]
+    counts = torch.stack([(length == 0.5**level).double().mean() for level in range(7)])
+    torch.testing.assert_close(counts, torch.full((7,), 1 / 7).double(), rtol=0, atol=0.015)
+    assert (t[70_000:] / length % 1 == 0).all()
 
 
 # The average of the student, which several objectives share.
@@ -287,7 +300,7 @@ def test_the_average_follows_the_student():
     objective = Shortcut(target_decay=0.25)
     objective.setup(student, None)
     average = objective.modules()["target"]
-    assert objective.target(student) is average
+    assert objective.tutor is average
     assert not average.training
     assert not any(p.requires_grad for p in average.parameters())
     wanted = [p.detach().clone() for p in student.parameters()]
@@ -295,7 +308,7 @@ def test_the_average_follows_the_student():
         with torch.no_grad():
             for p in student.parameters():
                 p.add_(1.0)
-        objective.after_step(student, step)
+        objective.after_step(step)
         decay = min(0.25, (1 + step) / (10 + step))
         wanted = [decay * a + (1 - decay) * p.detach() for a, p in zip(wanted, student.parameters(), strict=True)]
         for a, b in zip(average.parameters(), wanted, strict=True):
@@ -305,9 +318,9 @@ def test_the_average_follows_the_student():
 def test_without_decay_the_student_is_its_own_target():
     student, objective = small(), Shortcut(target_decay=0.0)
     objective.setup(student, None)
-    objective.after_step(student, 0)
+    objective.after_step(0)
     assert not objective.modules()
-    assert objective.target(student) is student
+    assert objective.tutor is student
 
 
 def test_targets_come_from_the_average():
@@ -334,11 +347,10 @@ mlp.depth = 1
 mlp.num_classes = None
 train.objective = @shortcut()
 shortcut.target_decay = 0.8
-shortcut.equal = 0.5
+shortcut.share = 0.5
 train.states = @noised_data()
 noised_data.dataset = @exact_samples()
 exact_samples.teacher = %distribution
-noised_data.times = @dyadic()
 train.optimizer = @AdamW
 AdamW.lr = 1e-2
 train.steps = 8

@@ -1,12 +1,13 @@
 """Terminal velocity matching, and gradients through derivatives."""
 
+import attrs
 import pytest
 import torch
-from exact import assert_exact, bent, bound, data_states, gradient, judge, loss_of, path_states, perturbed, prior_states
+from exact import assert_exact, bent, data_states, gradient, judge, loss_of, path_states, perturbed, prior_states
 
 from flowdistill import Condition, differentiation
 from flowdistill.algorithms.freeflow import FreeFlowPrediction
-from flowdistill.algorithms.identities import pull
+from flowdistill.algorithms.identities import Residual, pull
 from flowdistill.algorithms.tvm import TerminalVelocityMatching
 from flowdistill.algorithms.tvm import objective as module
 from flowdistill.data import ExactSamples
@@ -14,12 +15,11 @@ from flowdistill.differentiation import jvp
 from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.interfaces import Jump
 from flowdistill.networks import EDM2, MLP, SiT
-from flowdistill.pairs import Below, WithDiagonal
+from flowdistill.pairs import WithDiagonal
 from flowdistill.paths import interpolate
 from flowdistill.states import NoisedData
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.testing import check_objective
-from flowdistill.times import Always, Uniform
 from flowdistill.velocities import FiniteDifference, Jvp, TeacherVelocity
 
 
@@ -31,11 +31,22 @@ def gaussian() -> GaussianTeacher:
     return GaussianTeacher(torch.tensor([1.0, -0.5]).double(), torch.tensor([0.3, 2.5]).double())
 
 
-def distillation(**fields) -> TerminalVelocityMatching:
-    return TerminalVelocityMatching(**{"target": TeacherVelocity(), "equal": 0.25, "ends": Uniform(), **fields})
+def distillation(share=0.25, **fields) -> TerminalVelocityMatching:
+    return TerminalVelocityMatching(target=TeacherVelocity(), pairs=WithDiagonal(share=share, at_ends=True), **fields)
 
 
-@pytest.mark.parametrize("fields", [{}, {"power": 1.0}, {"estimator": Jvp()}, {"equal": 0.0}])
+def ending(states, s):
+    """The states with jumps to one time."""
+    return attrs.evolve(states, s=torch.full_like(states.t, s))
+
+
+def at_ends(states, rows):
+    """The states with the first rows carried along their own data and noise to the ends of their jumps."""
+    x = torch.cat([interpolate(states.clean, states.noise, states.s)[:rows], states.x[rows:]])
+    return attrs.evolve(states, x=x, t=torch.cat([states.s[:rows], states.t[rows:]]))
+
+
+@pytest.mark.parametrize("fields", [{}, {"power": 1.0}, {"estimator": Jvp()}, {"share": 0.0}])
 @pytest.mark.parametrize("draw", [prior_states, path_states, data_states])
 def test_exact_map_has_no_residual_and_no_gradient(draw, fields):
     teacher = gaussian()
@@ -49,7 +60,7 @@ def test_an_exact_map_of_another_distribution_is_caught_by_the_teacher_alone():
     alone = TerminalVelocityMatching(target_decay=0.0, pairs=WithDiagonal(share=0.0))
     assert judge(alone, perturbed(teacher), None, states)[0] < 1e-12
     assert judge(alone, bent(teacher), None, states)[0] > 0.1
-    assert judge(distillation(equal=0.0), perturbed(teacher), teacher, states)[0] > 1e-2
+    assert judge(distillation(share=0.0), perturbed(teacher), teacher, states)[0] > 1e-2
 
 
 def test_no_mean_gradient_from_data_at_the_exact_map():
@@ -78,14 +89,9 @@ def test_no_mean_gradient_from_data_at_the_exact_map():
 
 def both(student, teacher, **fields):
     """The outputs of matching, and of FreeFlow's prediction at the same durations."""
-    states = prior_states(teacher)
-    return tuple(
-        loss_of(objective, student, teacher, states, step=0, generator=generator())
-        for objective in (
-            distillation(equal=0.0, ends=Always(value=0.3), **fields),
-            FreeFlowPrediction(durations=Always(value=0.7), estimator=Jvp(), power=0.0),
-        )
-    )
+    states = ending(prior_states(teacher), 0.3)
+    objectives = distillation(share=0.0, **fields), FreeFlowPrediction(estimator=Jvp(), power=0.0)
+    return tuple(loss_of(of, student, teacher, states, step=0, generator=generator()) for of in objectives)
 
 
 def test_from_noise_its_residual_is_that_of_freeflow_and_its_gradient_is_not():
@@ -126,17 +132,15 @@ def first_term(student, field, states, s) -> torch.Tensor:
 def test_gradient_is_that_of_both_terms(taught):
     """The second term at the terminal time of the state's own data and noise, the first with the average as target."""
     teacher, student = gaussian(), bent(gaussian())
-    states = data_states(teacher)
+    states = at_ends(ending(data_states(teacher), 0.04), 32)
     s = torch.full((32,), 0.04).double()
-    objective = TerminalVelocityMatching(pairs=Below(ends=Always(value=0.04)))
-    if taught:
-        objective = distillation(ends=Always(value=0.04), equal=0.5)
+    objective = distillation(share=0.5) if taught else TerminalVelocityMatching()
     objective.setup(student, teacher)
     assert list(objective.modules()) == ([] if taught else ["target"])
     with torch.no_grad():
         student.mean += 0.2
-    field = teacher.velocity if taught else objective.target(student).velocity
-    assert taught or objective.target(student) is not student
+    field = teacher.velocity if taught else objective.tutor.velocity
+    assert taught or objective.tutor is not student
     x = interpolate(states.clean[:32], states.noise[:32], s)
     wanted = teacher.velocity(x, s) if taught else states.noise[:32] - states.clean[:32]
     second = (student.velocity(x, s) - wanted).square().mean()
@@ -148,36 +152,27 @@ def test_gradient_is_that_of_both_terms(taught):
     torch.testing.assert_close(got, (terms[0] + terms[1]) / 2)
 
 
-def test_without_data_the_second_term_is_where_the_student_lands():
-    teacher, student = gaussian(), bent(gaussian())
-    states = prior_states(teacher)
-    objective = distillation(ends=Always(value=0.3), equal=1.0)
-    s = torch.full_like(states.t, 0.3)
-    with torch.no_grad():
-        student.mean += 0.2
-    x = student(states.x, states.t, s).detach()
-    wanted = (student.velocity(x, s) - teacher.velocity(x, s)).square().mean()
-    output = loss_of(objective, student, teacher, states, step=0, generator=generator())
-    torch.testing.assert_close(output.loss, wanted)
-    torch.testing.assert_close(gradient(output.loss, student), gradient(wanted, student))
-    assert gradient(wanted, student).norm() > 1e-2
-
-
-def test_the_second_term_is_not_at_the_start():
-    """Flow matching at t, a mistake that the exact map cannot show, is another loss."""
+def test_the_second_term_is_at_the_ends_of_the_pairs():
+    """Its law, and that flow matching at t, a mistake that the exact map cannot show, would be another loss."""
+    t, s = TerminalVelocityMatching().law(0.0).sample(20_000, generator())
+    assert torch.equal(t[:10_000], s[:10_000])
+    levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
+    torch.testing.assert_close(t[:10_000].quantile(levels), s[10_000:].quantile(levels), rtol=0, atol=0.02)
+    assert (t[10_000:].quantile(levels) - s[10_000:].quantile(levels)).min() > 0.01
     teacher, student = gaussian(), perturbed(gaussian())
-    states = data_states(teacher, low=0.7)
-    objective = distillation(ends=Always(value=0.04), equal=1.0)
-    right = loss_of(objective, student, teacher, states, step=0, generator=generator()).loss
+    states = ending(data_states(teacher, low=0.7), 0.04)
+    objective = distillation(share=1.0)
+    right = loss_of(objective, student, teacher, at_ends(states, 64), step=0, generator=generator()).loss
     wrong = (student.velocity(states.x, states.t) - teacher.velocity(states.x, states.t)).square().mean()
     assert (right - wrong).abs() > 0.1 * right
 
 
 def _derivative_of(change):
-    def residual(student, field, estimator, x, t, s, condition, *, step=0):
-        average, slope = bound(estimator, student).derivative(Jump(x, t, s, condition), ds=1.0, step=step)
-        gap = (t - s)[:, None]
-        return average, change(average, gap, slope) - field((x - gap * average).detach(), s, condition).detach()
+    def residual(estimator, field, jump, progress):
+        average, slope = estimator.derivative(jump, ds=1.0)
+        gap = (jump.t - jump.s)[:, None]
+        target = field(jump.land(average).detach(), jump.s, jump.condition).detach()
+        return Residual(average, change(average, gap, slope) - target)
 
     return residual
 
@@ -194,29 +189,29 @@ CHANGES = {
 @pytest.mark.parametrize("taught", [False, True])
 def test_mistakes_leave_a_residual_at_the_exact_map(name, taught, monkeypatch):
     change, wrong = CHANGES[name]
-    monkeypatch.setattr(module, "lagrangian_residual", _derivative_of(change))
+    monkeypatch.setattr(module, "lagrangian", _derivative_of(change))
     teacher = gaussian()
-    fields = {"equal": 0.0, "target_decay": 0.0, "ends": Uniform()}
-    objective = distillation(**fields) if taught else TerminalVelocityMatching(**fields)
+    alone = TerminalVelocityMatching(target_decay=0.0, pairs=WithDiagonal(share=0.0))
+    objective = distillation(share=0.0) if taught else alone
     assert (judge(objective, GaussianFlowMap(teacher), teacher, data_states(teacher))[0] > 0.1) == wrong
 
 
 @pytest.mark.parametrize(
-    ("draw", "taught", "student_rows", "target_rows", "teacher_rows"),
-    [(data_states, False, 64, 32, 0), (data_states, True, 64, 0, 64), (prior_states, True, 96, 0, 64)],
+    ("draw", "taught", "target_rows", "teacher_rows"),
+    [(data_states, False, 32, 0), (data_states, True, 0, 64), (prior_states, True, 0, 64)],
 )
-def test_evaluations_of_a_step(draw, taught, student_rows, target_rows, teacher_rows):
-    """Of 64 rows half are for each term: F once in both, one velocity of the end, and landings without data."""
+def test_evaluations_of_a_step(draw, taught, target_rows, teacher_rows):
+    """Of 64 rows half are for each term: F once in both, and one velocity of the end."""
     teacher = gaussian()
     student = GaussianFlowMap(teacher)
     objective = TerminalVelocityMatching(target=TeacherVelocity()) if taught else TerminalVelocityMatching()
     objective.setup(student, teacher)
     states = draw(teacher)
     loss_of(objective, student, teacher if taught else None, states, step=0, generator=generator())
-    assert student.evaluations == student_rows
+    assert student.evaluations == 64
     assert teacher.evaluations == teacher_rows
     if target_rows:
-        assert objective.target(student).evaluations == target_rows
+        assert objective.tutor.evaluations == target_rows
 
 
 def test_it_passes_the_kit_with_data_and_with_a_teacher():
@@ -281,8 +276,9 @@ def test_gradients_through_a_derivative(case, direction):
     student, x, t, s, v, w, condition = case
     a, dt, ds = DIRECTIONS[direction]
     arguments = {"dx": a * v, "dt": dt, "ds": ds}
-    average, slope = jvp(student, x, t, s, condition, **arguments, graph=True)
-    plain, wanted = jvp(student, x, t, s, condition, **arguments)
+    jump = Jump(x, t, s, condition)
+    average, slope = jvp(student, jump, **arguments, graph=True)
+    plain, wanted = jvp(student, jump, **arguments)
     assert average.requires_grad
     assert slope.requires_grad
     torch.testing.assert_close(average, plain)
@@ -297,7 +293,7 @@ def test_gradients_through_a_derivative(case, direction):
         with torch.no_grad():
             for p, d in zip(parameters, direction, strict=True):
                 p.add_(sign * step * d)
-            values.append(scalar(*jvp(student, x, t, s, condition, **arguments), w))
+            values.append(scalar(*jvp(student, jump, **arguments), w))
     flat = torch.cat([d.flatten() for d in direction])
     difference = (values[0] - values[1]) / (2 * step)
     assert float(got @ flat) == pytest.approx(float(difference), rel=1e-5)
@@ -365,7 +361,7 @@ def test_a_residual_with_a_graph_is_the_distance_itself(power, reduction):
     base = torch.randn(5, 3, 2, generator=g, dtype=torch.float64, requires_grad=True)
     scale = torch.rand(5, generator=g, dtype=torch.float64)
     residual = base.sin()
-    output = pull(average, residual, power=power, eps=0.01, reduction=reduction, scale=scale)
+    output = pull(Residual(average, residual), power=power, eps=0.01, reduction=reduction, scale=scale)
     norm = getattr(residual.square().flatten(1), reduction)(1)
     weight = scale * (norm.detach() + 0.01) ** -power
     (wanted,) = torch.autograd.grad((weight * norm).mean(), base, retain_graph=True)
