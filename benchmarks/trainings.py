@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import statistics
@@ -15,6 +14,7 @@ from typing import Any
 import attrs
 
 from flowdistill.plumbing.config import find_gin_file
+from flowdistill.plumbing.files import fingerprint
 
 SEEDS = (1, 2, 3)
 RESULTS = Path(__file__).parent / "results"
@@ -38,7 +38,7 @@ def train(variant: Variant, seed: int, threads: int, steps: int | None) -> Path:
     recipe = find_gin_file(variant.recipe).read_text().splitlines()
     kept = [line for line in recipe if not variant.without or not line.startswith(variant.without)]
     configuration = "\n".join([*kept, *changes]) + "\n"
-    workdir = RUNS / hashlib.sha256(configuration.encode()).hexdigest()[:16]
+    workdir = RUNS / fingerprint(configuration)[:16]
     if not (workdir / "figures.json").is_file():
         workdir.parent.mkdir(parents=True, exist_ok=True)
         gin_file = workdir.with_suffix(".gin")

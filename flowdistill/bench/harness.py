@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -24,12 +23,12 @@ from rich.progress import Progress
 
 from flowdistill.bench.suite import Job, Row, Suite, load_suite
 from flowdistill.bench.tables import write_tables
-from flowdistill.evaluation.features import fingerprint
 from flowdistill.evaluation.report import compare, teacher_samples, trajectory_errors, write_figures
 from flowdistill.evaluation.samples import SampleSet
 from flowdistill.interfaces import FlowMap
 from flowdistill.plumbing import config
 from flowdistill.plumbing.errors import ConfigError, FlowDistillError, RunsFailedError
+from flowdistill.plumbing.files import fingerprint, module_fingerprint, write_json
 from flowdistill.runs.run import load_flow_map
 from flowdistill.training import train
 from flowdistill.training.run_log import read_records
@@ -154,10 +153,7 @@ def _jobs(suite: Suite, rows: Sequence[Row], costs: Path) -> list[Job]:
     before = len(known)
     jobs = suite.jobs(rows, known)
     if len(known) > before:
-        costs.parent.mkdir(parents=True, exist_ok=True)
-        partial = costs.with_suffix(".partial")
-        partial.write_text(json.dumps(known, indent=1))
-        partial.replace(costs)
+        write_json(costs, known)
     return jobs
 
 
@@ -237,8 +233,8 @@ def _measure(student: FlowMap | None, gin_file: Path, figures: Path, cache: Path
         teacher.eval().requires_grad_(False).to(device)
     if student is not None and teacher is not None:
         free = r"evaluation\.(metrics|reference|student_steps|deltas) "
-        kept = [*(line for line in used.splitlines() if not re.match(free, line)), fingerprint(teacher)]
-        path = cache / f"{hashlib.sha256(chr(10).join(kept).encode()).hexdigest()[:16]}.safetensors"
+        kept = [*(line for line in used.splitlines() if not re.match(free, line)), module_fingerprint(teacher)]
+        path = cache / f"{fingerprint(chr(10).join(kept))[:16]}.safetensors"
         best = SampleSet.load(path)
         if best is None:
             best = teacher_samples(teacher, evaluation)

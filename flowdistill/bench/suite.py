@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import itertools
 import re
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -17,6 +16,7 @@ from attrs.validators import min_len
 
 from flowdistill.plumbing import config
 from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.files import fingerprint
 from flowdistill.training.trainer import build
 
 
@@ -210,7 +210,7 @@ def _text(recipe: str, *bindings: str) -> str:
 
 
 def _hash(*lines: str) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    return fingerprint("\n".join(lines))[:16]
 
 
 def _part(binding: str) -> str:

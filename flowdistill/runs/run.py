@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,9 +23,10 @@ from flowdistill.interfaces import Condition, FlowMap, Teacher
 from flowdistill.plumbing import config
 from flowdistill.plumbing.distributed import find_device, rank_and_world
 from flowdistill.plumbing.errors import CheckpointError, ConfigError
+from flowdistill.plumbing.files import file_fingerprint, json_fingerprint, load_module
 from flowdistill.plumbing.randomness import step_generator
 from flowdistill.plumbing.registry import METRICS, NETWORKS, TEACHERS, unknown_name
-from flowdistill.runs.checkpoints import checkpoint_paths, load_module, verify_checkpoint
+from flowdistill.runs.checkpoints import checkpoint_paths, verify_checkpoint
 from flowdistill.runs.pretrained import is_model, load_file, load_model, locate, save_model
 from flowdistill.training.trainer import build_flow_map
 
@@ -320,14 +319,14 @@ def evaluate(
     measured = {
         "format": 1,
         "weights": verify_checkpoint(checkpoint)["sha256"],
-        "config": hashlib.sha256((workdir / "config.gin").read_bytes()).hexdigest(),
+        "config": file_fingerprint(workdir / "config.gin"),
         "features": None if extractor is None else extractor.fingerprint(),
         "steps": steps,
         "guidance": guidance,
         "seed": seed,
         "renoise": flow_map.to_data if renoise is None else renoise,
     }
-    key = hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:16]
+    key = json_fingerprint(measured)[:16]
     generated = collect(SampleSet, workdir / "evaluations" / key, num_samples, draw)
     if generated is None or truth is None:
         return {}

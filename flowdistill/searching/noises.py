@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -16,13 +14,13 @@ from rich.progress import Progress
 from torch import Tensor
 
 from flowdistill.evaluation.blocks import collect
-from flowdistill.evaluation.features import fingerprint
 from flowdistill.evaluation.report import images_of
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import FlowMap, Teacher, Verifier
 from flowdistill.plumbing import config
 from flowdistill.plumbing.distributed import find_device
 from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.files import file_fingerprint, json_fingerprint, module_fingerprint
 from flowdistill.plumbing.randomness import step_generator
 from flowdistill.plumbing.registry import SEARCH_STRATEGIES, VERIFIERS
 from flowdistill.runs.checkpoints import verify_checkpoint
@@ -152,12 +150,12 @@ def search(
     identity = {
         "format": 2,
         "weights": verify_checkpoint(checkpoint)["sha256"],
-        "config": hashlib.sha256((workdir / "config.gin").read_bytes()).hexdigest(),
-        "teacher": fingerprint(model),
+        "config": file_fingerprint(workdir / "config.gin"),
+        "teacher": module_fingerprint(model),
         "verifier": judge.fingerprint(),
         "settings": settings,
     }
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    key = json_fingerprint(identity)[:16]
     folder = workdir / "searches" / key
     with bar:
         result = collect(SearchResult, folder, num_samples, draw, _BLOCK)

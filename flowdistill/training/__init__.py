@@ -2,7 +2,6 @@
 
 from flowdistill.ema import Averaging, Ema, PowerEma
 from flowdistill.plumbing.randomness import step_generator
-from flowdistill.runs.checkpoints import load_module, load_tensors
 from flowdistill.training.optimization import Schedule
 from flowdistill.training.trainer import TrainResult, train
 
@@ -12,8 +11,6 @@ __all__ = [
     "PowerEma",
     "Schedule",
     "TrainResult",
-    "load_module",
-    "load_tensors",
     "step_generator",
     "train",
 ]

@@ -20,6 +20,7 @@ from flowdistill.plumbing import config
 from flowdistill.plumbing.distributed import barrier, find_device, process_group, rank_and_world
 from flowdistill.plumbing.dry import placed
 from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.files import write_text
 from flowdistill.runs.checkpoints import checkpoint_paths, read_meta
 from flowdistill.states import Prior
 from flowdistill.training.loop import Loop, LoopSettings, OptimizerBuilder
@@ -322,10 +323,7 @@ def _claim(loop: Loop, resume: str, operative: str) -> None:
     barrier()  # until all have looked
     if rank_and_world()[0] != 0:
         return
-    workdir.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(operative)
-    partial.replace(path)
+    write_text(path, operative)
 
 
 def _what_trains(configuration: str) -> list[str]:
