@@ -13,7 +13,7 @@ from typing import Any
 
 import attrs
 
-from flowdistill.plumbing.config import find_gin_file
+from flowdistill.plumbing.config import statements
 from flowdistill.plumbing.files import fingerprint
 
 SEEDS = (1, 2, 3)
@@ -23,7 +23,7 @@ RUNS = Path("runs/benchmarks")
 
 @attrs.frozen
 class Variant:
-    """A row of a table: a recipe with some bindings changed, and those that the change leaves without use removed."""
+    """A row of a table: a recipe with some bindings changed, without the parts that the change leaves without use."""
 
     name: str
     recipe: str
@@ -35,8 +35,7 @@ def train(variant: Variant, seed: int, threads: int, steps: int | None) -> Path:
     """Train one variant with one seed, unless that has been done; its run directory."""
     changes = [*variant.changes, f"train.seed = {seed}", f"evaluation.seed = {seed}"]
     changes += [] if steps is None else [f"train.steps = {steps}"]
-    recipe = find_gin_file(variant.recipe).read_text().splitlines()
-    kept = [line for line in recipe if not variant.without or not line.startswith(variant.without)]
+    kept = [str(binding) for binding in statements(variant.recipe) if binding.part not in variant.without]
     configuration = "\n".join([*kept, *changes]) + "\n"
     workdir = RUNS / fingerprint(configuration)[:16]
     if not (workdir / "figures.json").is_file():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
-import re
 import sys
 import textwrap
 import warnings
@@ -344,7 +343,7 @@ def needs(objective: Any) -> str:
 
 
 def _show(options: argparse.Namespace) -> None:
-    from flowdistill.plumbing.config import expanded, find_gin_file, recipes
+    from flowdistill.plumbing.config import find_gin_file, parts_of, recipes, statements
     from flowdistill.plumbing.registry import REGISTRIES, unknown_name
 
     if options.kind == "recipes":
@@ -358,7 +357,7 @@ def _show(options: argparse.Namespace) -> None:
     print(inspect.getdoc(entry))
     if isinstance(citation := getattr(entry, "citation", None), str):
         print(f"\n{citation}")
-    used = [recipe for recipe in recipes() if re.search(rf"@([\w/]*/)?{options.name}\b", expanded(recipe))]
+    used = [recipe for recipe in recipes() if options.name in parts_of(*statements(recipe))]
     if used:
         print(textwrap.fill(f"Recipes: {', '.join(used)}", 100, initial_indent="\n", break_on_hyphens=False))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -232,8 +231,9 @@ def _measure(student: FlowMap | None, gin_file: Path, figures: Path, cache: Path
     if teacher is not None:
         teacher.eval().requires_grad_(False).to(device)
     if student is not None and teacher is not None:
-        free = r"evaluation\.(metrics|reference|student_steps|deltas) "
-        kept = [*(line for line in used.splitlines() if not re.match(free, line)), module_fingerprint(teacher)]
+        free = [f"evaluation.{name}" for name in ("metrics", "reference", "student_steps", "deltas")]
+        bindings = config.statements_of(used, "the configuration")
+        kept = [*(str(binding) for binding in bindings if binding.name not in free), module_fingerprint(teacher)]
         path = cache / f"{fingerprint(chr(10).join(kept))[:16]}.safetensors"
         best = SampleSet.load(path)
         if best is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-import re
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from attrs.validators import min_len
 
 from flowdistill.plumbing import config
+from flowdistill.plumbing.config import Statement
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.files import fingerprint
 from flowdistill.training.trainer import build
@@ -63,17 +63,16 @@ class Job:
     def run(self) -> str:
         """The name of the run directory: what is trained, and nothing else, decides it."""
         if self.teacher:
-            return f"teacher_{_hash(*self._lines())}"
-        return _hash(*(line for line in self._lines() if not line.startswith("evaluation.")))
+            return f"teacher_{_hash(self._bindings())}"
+        return _hash([binding for binding in self._bindings() if binding.part != "evaluation"])
 
     @property
     def figures(self) -> str:
         """The name of its figures in the run directory, decided by the whole configuration."""
-        return f"figures_{_hash(*self._lines())}.json"
+        return f"figures_{_hash(self._bindings())}.json"
 
-    def _lines(self) -> list[str]:
-        lines = (config.expanded(self.row.recipe) + self.gin).splitlines()
-        return [line for line in lines if line.strip() and not line.startswith("#")]
+    def _bindings(self) -> list[Statement]:
+        return config.statements_of(self.gin, self.row.name)
 
 
 @gin.register("bench")
@@ -167,18 +166,19 @@ class Suite:
         if self.sweep is None:
             return [(None, bindings)]
         parameter, values = self.sweep
-        if _part(parameter) not in _parts(config.expanded(row.recipe), *bindings):
+        parts = config.parts_of(*config.statements(row.recipe), *_statements(bindings))
+        if _part(f"{parameter} = None") not in parts:
             return [(None, bindings)]
         return [(value, [*bindings, f"{parameter} = {value}"]) for value in values]
 
     def _bindings(self, row: Row) -> list[str]:
         """Those for all rows, without what sets a part that the recipe does not have, and then the row's own."""
-        parts = _parts("@train", config.expanded(row.recipe), *row.bindings)
+        parts = {"train"} | config.parts_of(*config.statements(row.recipe), *_statements(row.bindings))
         kept = []
         for binding in self.bindings:
             if _part(binding) in parts:
                 kept.append(binding)
-                parts |= _parts(binding)
+                parts |= config.parts_of(*_statements([binding]))
         return [*kept, *row.bindings]
 
     def _measured(self, teacher_steps: Sequence[int]) -> list[str]:
@@ -191,8 +191,8 @@ class Suite:
 
     def _steps(self, recipe: str, bindings: Sequence[str], budget: int, costs: MutableMapping[str, float]) -> list[str]:
         """Bindings that make a training spend a budget."""
-        bindings = [binding for binding in bindings if not binding.startswith("evaluation.")]
-        key = _hash(config.expanded(recipe), *bindings)
+        bindings = [binding for binding in bindings if _part(binding) != "evaluation"]
+        key = _hash([*config.statements(recipe), *_statements(bindings)])
         if key not in costs:
             costs[key] = evaluations_per_state(recipe, bindings)
         with config.parsed([recipe], bindings):
@@ -209,18 +209,17 @@ def _text(recipe: str, *bindings: str) -> str:
     return "\n".join([f"include '{recipe}'", *bindings]) + "\n"
 
 
-def _hash(*lines: str) -> str:
-    return fingerprint("\n".join(lines))[:16]
+def _hash(bindings: Sequence[Statement]) -> str:
+    return fingerprint("\n".join(map(str, bindings)))[:16]
+
+
+def _statements(bindings: Sequence[str]) -> list[Statement]:
+    return [statement for binding in bindings for statement in config.statements_of(binding, f"binding {binding!r}")]
 
 
 def _part(binding: str) -> str:
-    """The part that a binding, or a parameter, belongs to: ``schedule`` of ``train/schedule.warmup = 20``."""
-    return re.split(r"[/.]", binding.partition("=")[0])[-2]
-
-
-def _parts(*texts: str) -> set[str]:
-    """The parts that are referred to."""
-    return {name for text in texts for name in re.findall(r"@(?:\w+/)*(\w+)", text)}
+    """The part that a binding sets up: ``schedule`` of ``train/schedule.warmup = 20``."""
+    return _statements([binding])[0].part
 
 
 def _scaled(value: Any, factor: float) -> Any:
@@ -271,7 +270,7 @@ def load_suite(name: str | Path, bindings: Sequence[str] = (), quick: bool = Fal
 
 
 def _parsed(path: str | Path, bindings: Sequence[str]) -> Suite:
-    ours = [binding for binding in bindings if binding.startswith("bench.")]
+    ours = [binding for binding in bindings if _part(binding) == "bench"]
     with config.parsed([path], ours), config.errors_located():
         suite: Suite = gin.get_configurable("bench")()
         config.check_all_used()

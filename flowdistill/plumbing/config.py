@@ -1,4 +1,8 @@
-"""Reading gin files: where they are found, what is wrong with them, and whether everything in them was used."""
+"""Reading gin files: where they are found, what they say, what is wrong with them, and whether all of it was used.
+
+`statements` gives a configuration as data, and is the only way to read one without building it. `parsed` gives it to
+gin, which builds the parts.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import attrs
 import gin
 from gin.config_parser import BindingStatement, ConfigParser, IncludeStatement, ParserDelegate
 
@@ -30,24 +35,17 @@ def recipe_roots() -> list[Path]:
 
 
 def recipes() -> list[str]:
-    """The names of all packaged recipes: the gin files that name an objective and its steps, or include one that does.
+    """The names of all packaged recipes: the gin files that bind an objective and its steps, or include one that does.
 
     The others hold settings that recipes share.
     """
-    whole = re.compile(r"(?=.*^train\.objective =)(?=.*^train\.steps =)", re.MULTILINE | re.DOTALL)
-    return [name for name in gin_files() if whole.search(expanded(name))]
+    return [name for name in gin_files() if {"train.objective", "train.steps"} <= {s.name for s in statements(name)}]
 
 
 def gin_files() -> list[str]:
     """The names of all packaged gin files."""
     found = [path.relative_to(root).as_posix() for root in recipe_roots() for path in root.rglob("*.gin")]
     return sorted(found)
-
-
-def expanded(name: str | Path) -> str:
-    """The text of a gin file with those that it includes in their places."""
-    text = find_gin_file(name).read_text()
-    return re.sub(r"^include\s+(['\"])(.*)\1\n?", lambda match: expanded(match[2]), text, flags=re.MULTILINE)
 
 
 def find_gin_file(name: str | Path) -> Path:
@@ -60,6 +58,132 @@ def find_gin_file(name: str | Path) -> Path:
         if (root / name).is_file():
             return root / name
     raise unknown_name("gin file", str(name), gin_files())
+
+
+@attrs.frozen
+class Reference:
+    """A part that a value refers to: ``@scope/name``, or ``@scope/name()`` where it is called; ``%name`` is a macro."""
+
+    name: str
+    called: bool = False
+    macro: bool = False
+
+    def __repr__(self) -> str:
+        """As a gin file writes it."""
+        return f"{'%' if self.macro else '@'}{self.name}{'()' if self.called else ''}"
+
+    @property
+    def part(self) -> str:
+        """The name without scopes and modules; of a macro with the sign %."""
+        return f"%{self.name}" if self.macro else _last(self.name)
+
+
+@attrs.frozen
+class Statement:
+    """A binding of a gin file as data: ``scope/selector.parameter = value``, or ``name = value``, which sets a macro.
+
+    Attributes:
+        scope: "" where there is none.
+        selector: what has the parameter, perhaps with modules before its name; "" where the statement sets a macro.
+        parameter: its name, or the name of the macro.
+        value: of numbers, strings, containers, and each `Reference` where a gin file refers to a part.
+        place: the file and the line, for messages.
+    """
+
+    scope: str
+    selector: str
+    parameter: str
+    value: Any
+    place: str = attrs.field(eq=False)
+
+    @property
+    def name(self) -> str:
+        """What is bound: ``scope/selector.parameter``."""
+        return "/".join(filter(None, (self.scope, ".".join(filter(None, (self.selector, self.parameter))))))
+
+    @property
+    def part(self) -> str:
+        """What the binding sets up, as `Reference.part` names it."""
+        return _last(self.selector) if self.selector else f"%{self.name}"
+
+    @property
+    def references(self) -> list[Reference]:
+        """All references in the value."""
+        return list(_references(self.value))
+
+    def __str__(self) -> str:
+        """A line of a gin file; it does not depend on how the value was written."""
+        return f"{self.name} = {self.value!r}"
+
+
+def _last(selector: str) -> str:
+    return re.split(r"[./]", selector)[-1]
+
+
+def _references(value: Any) -> Iterator[Reference]:
+    if isinstance(value, Reference):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _references(part)
+    elif isinstance(value, dict):
+        yield from _references([*value.keys(), *value.values()])
+
+
+class _AsData(ParserDelegate):  # type: ignore[misc]
+    """Parses values without building anything."""
+
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> Reference:
+        return Reference(scoped_configurable_name, evaluate)
+
+    def macro(self, macro_name: str) -> Reference:
+        return Reference(macro_name, macro=True)
+
+
+def statements(gin_file: str | Path) -> list[Statement]:
+    """The bindings of a gin file in their order, with those of the files that it includes in their places.
+
+    Nothing is imported and nothing is built, so the names need not be known.
+
+    Raises:
+        ConfigError: there is no such file, or it cannot be parsed; with the file and the line.
+
+    Examples:
+        >>> print(statements("freeflow/ring.gin")[0])
+        train.teacher = @ring()
+    """
+    path = find_gin_file(gin_file)
+    return statements_of(path.read_text(), str(path))
+
+
+def statements_of(text: str, source: str) -> list[Statement]:
+    """The bindings of the text of a gin file; see `statements`.
+
+    Args:
+        text: what a gin file may hold.
+        source: where it comes from, for messages.
+
+    Examples:
+        >>> [binding] = statements_of("decoder/mlp.depth = 3", "an example")
+        >>> binding.scope, binding.part, binding.parameter, binding.value, binding.place
+        ('decoder', 'mlp', 'depth', 3, 'an example, line 1')
+    """
+    found: list[Statement] = []
+    with _located(source):
+        for parsed in ConfigParser(text, _AsData()):
+            if isinstance(parsed, IncludeStatement):
+                found += statements(parsed.filename)
+            elif isinstance(parsed, BindingStatement):
+                scope, selector, parameter, value, location = parsed
+                if not parameter:  # a macro
+                    selector, parameter = "", selector
+                found.append(Statement(scope, selector, parameter, value, f"{source}, line {location.line_num}"))
+    return found
+
+
+def parts_of(*bindings: Statement) -> set[str]:
+    """The parts that the values of bindings refer to; a macro's with the sign %."""
+    return {reference.part for binding in bindings for reference in binding.references}
 
 
 @contextlib.contextmanager
@@ -77,18 +201,17 @@ def parsed(files: Sequence[str | Path], bindings: Sequence[str]) -> Iterator[Non
         saved = [part.copy() for part in _gin_state()]
         gin.clear_config()
         _PLACES.clear()
-    for root in recipe_roots():
-        gin.add_config_file_search_path(str(root))
     try:
         for file in files:
             path = find_gin_file(file)
             with _located(path), _files_alone():
                 gin.parse_config_file(str(path))
-                _note_places(path.read_text(), str(path))
+                _PLACES.update(((s.part, s.parameter), s.place) for s in statements(path))
         for binding in bindings:
-            with _located(f"binding {binding!r}"):
+            place = f"binding {binding!r}"
+            with _located(place):
                 gin.parse_config(binding)
-                _note_places(binding, f"binding {binding!r}")
+                _PLACES.update(((s.part, s.parameter), place) for s in statements_of(binding, place))
         yield
     finally:
         if own:
@@ -100,46 +223,25 @@ def parsed(files: Sequence[str | Path], bindings: Sequence[str]) -> Iterator[Non
 
 @contextlib.contextmanager
 def _files_alone() -> Iterator[None]:
-    """Included files are looked for as files.
+    """Included files are looked for as files, also among the packaged ones.
 
     Not in Python packages, where gin would fail at any folder that has the name of a recipe's, nor with a log of every
     folder in which they are not.
     """
-    before, readers = logging.root.manager.disable, gin.config._FILE_READERS
+    before, readers, prefixes = logging.root.manager.disable, gin.config._FILE_READERS, gin.config._LOCATION_PREFIXES
     logging.disable(logging.ERROR)
     gin.config._FILE_READERS = readers[:1]
+    gin.config._LOCATION_PREFIXES = [*prefixes, *map(str, recipe_roots())]
     try:
         yield
     finally:
-        gin.config._FILE_READERS = readers
+        gin.config._FILE_READERS, gin.config._LOCATION_PREFIXES = readers, prefixes
         logging.disable(before)
 
 
 def _gin_state() -> tuple[Any, ...]:
     """What gin.clear_config clears, and the places of the bindings."""
     return gin.config._CONFIG, gin.config._OPERATIVE_CONFIG, gin.config._SINGLETONS, gin.config._IMPORTS, _PLACES
-
-
-class _Syntax(ParserDelegate):  # type: ignore[misc]
-    """Parses values without building anything."""
-
-    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> None:
-        pass
-
-    def macro(self, macro_name: str) -> None:
-        pass
-
-
-def _note_places(text: str, source: str) -> None:
-    """Remember the line of every binding, which gin 0.5 does not."""
-    for statement in ConfigParser(text, _Syntax()):
-        if isinstance(statement, IncludeStatement):
-            path = find_gin_file(statement.filename)
-            _note_places(path.read_text(), str(path))
-        elif isinstance(statement, BindingStatement) and statement.arg_name:
-            name = statement.selector.rpartition(".")[2]
-            line = "" if source.startswith("binding") else f", line {statement.location.line_num}"
-            _PLACES[name, statement.arg_name] = f"{source}{line}"
 
 
 @contextlib.contextmanager

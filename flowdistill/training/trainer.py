@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import NoneType
@@ -310,12 +309,11 @@ def _claim(loop: Loop, resume: str, operative: str) -> None:
     if path.is_file():
         if resume == "never":
             raise ConfigError(f"{workdir} already holds a run: choose another workdir")
-        theirs, ours = (_what_trains(text) for text in (path.read_text(), operative))
+        theirs, ours = _what_trains(path.read_text(), str(path)), _what_trains(operative, "the configuration")
         differing = [line for line in ours if line not in theirs] + [line for line in theirs if line not in ours]
         if differing:
             raise ConfigError(
-                f"{workdir} holds a run of another configuration (one has {differing[0].strip()!r}): "
-                "choose another workdir"
+                f"{workdir} holds a run of another configuration (one has {differing[0]!r}): choose another workdir"
             )
         saved = checkpoint_paths(workdir)
         if saved and (done := read_meta(saved[-1])["step"]) > steps:
@@ -326,12 +324,17 @@ def _claim(loop: Loop, resume: str, operative: str) -> None:
     write_text(path, operative)
 
 
-def _what_trains(configuration: str) -> list[str]:
+def _what_trains(configuration: str, source: str) -> list[str]:
     """The bindings of a configuration that a run must keep.
 
-    Not the number of steps, the evaluation, or the decoder of latents: a run may be continued beyond its end, be
-    measured again, and be given what draws its images.
+    The number of steps, the evaluation and the decoder of latents are left out: a run may be continued beyond its end,
+    be measured again, and be given what draws its images.
     """
-    bindings = re.findall(r"^\w.* = .*(?:\n .*)*", configuration, re.MULTILINE)
-    free = r"train\.(steps|evaluation) |(evaluation|\w+_features)\.|\w+\.vae "
-    return [binding for binding in bindings if not re.match(free, binding)]
+    return [
+        str(binding)
+        for binding in config.statements_of(configuration, source)
+        if binding.name not in ("train.steps", "train.evaluation")
+        and binding.part != "evaluation"
+        and not binding.part.endswith("_features")
+        and binding.parameter != "vae"
+    ]
