@@ -58,13 +58,10 @@ from flowdistill.plumbing.registry import (
     register_velocity_estimator,
     register_verifier,
 )
-from flowdistill.runs.run import (
-    convert,
-    evaluate,
-    load_flow_map,
-    load_teacher,
-    sample,
-)
+from flowdistill.runs.evaluating import evaluate
+from flowdistill.runs.loading import convert, load_flow_map, load_teacher
+from flowdistill.runs.run import Run
+from flowdistill.runs.sampling import sample
 from flowdistill.searching import SearchResult, search
 from flowdistill.training import (
     TrainResult,
@@ -97,6 +94,7 @@ __all__ = [
     "Objective",
     "ObjectiveOutput",
     "Plan",
+    "Run",
     "SEARCH_STRATEGIES",
     "SOLVERS",
     "STATE_SOURCES",

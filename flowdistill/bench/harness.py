@@ -28,9 +28,9 @@ from flowdistill.interfaces import FlowMap
 from flowdistill.plumbing import config
 from flowdistill.plumbing.errors import ConfigError, FlowDistillError, RunsFailedError
 from flowdistill.plumbing.files import fingerprint, module_fingerprint, write_json
-from flowdistill.runs.run import load_flow_map
+from flowdistill.runs.records import read_records
+from flowdistill.runs.run import Run
 from flowdistill.training import train
-from flowdistill.training.run_log import read_records
 
 
 def bench(
@@ -206,7 +206,7 @@ def _process(job: Job, workdir: Path, device: str | None) -> None:
             student = None
             if not job.teacher:
                 train(gin_file=gin_file, workdir=workdir, device=device, report=False)
-                student = load_flow_map(workdir)
+                student = Run(workdir).student
             _measure(student, gin_file, workdir / job.figures, workdir.parent / "teacher_samples", device)
         except Exception:
             traceback.print_exc()

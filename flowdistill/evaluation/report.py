@@ -29,8 +29,8 @@ from flowdistill.interfaces import Condition, FlowMap, Teacher
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.randomness import step_generator
 from flowdistill.plumbing.registry import FEATURES, METRICS
+from flowdistill.runs.records import read_records
 from flowdistill.solvers import Euler
-from flowdistill.training.run_log import read_records
 
 
 class Sampler(Protocol):

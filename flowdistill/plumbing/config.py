@@ -13,7 +13,7 @@ import inspect
 import logging
 import re
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import gin
 from gin.config_parser import BindingStatement, ConfigParser, IncludeStatement, ParserDelegate
 
 from flowdistill.plumbing.errors import ConfigError, FlowDistillError
-from flowdistill.plumbing.registry import load_plugins, unknown_name
+from flowdistill.plumbing.registry import load_all, load_plugins, unknown_name
 
 _RECIPE_PACKAGES = ("flowdistill.algorithms", "flowdistill.teachers")
 _PLACES: dict[tuple[str, str], str] = {}  # where each parameter (configurable, name) was bound
@@ -194,31 +194,138 @@ def parsed(files: Sequence[str | Path], bindings: Sequence[str]) -> Iterator[Non
     ends, so that a part which is being built may read the configuration of another run. Gin's own errors become
     `ConfigError`, with the file and the line.
     """
-    load_plugins()
-    own = bool(files or bindings)
-    saved: list[Any] = []
-    if own:
-        saved = [part.copy() for part in _gin_state()]
-        gin.clear_config()
-        _PLACES.clear()
-    try:
+    load_all()
+    with _empty() if files or bindings else contextlib.nullcontext():
         for file in files:
             path = find_gin_file(file)
             with _located(path), _files_alone():
                 gin.parse_config_file(str(path))
-                _PLACES.update(((s.part, s.parameter), s.place) for s in statements(path))
+                _note_places(statements(path))
         for binding in bindings:
             place = f"binding {binding!r}"
             with _located(place):
                 gin.parse_config(binding)
-                _PLACES.update(((s.part, s.parameter), place) for s in statements_of(binding, place))
+                _note_places(attrs.evolve(s, place=place) for s in statements_of(binding, place))
+        yield
+
+
+class Configuration:
+    """The configuration of a gin file, from which parts are built one by one.
+
+    A part is built as in training. But only what the part is made of is imported: a student is built without the
+    trainer, and without the modules of an objective.
+
+    Args:
+        gin_file: see `find_gin_file`.
+
+    Attributes:
+        statements: the bindings as data.
+
+    Examples:
+        >>> Configuration("freeflow/ring.gin").build("train.teacher").sample_shape
+        (2,)
+    """
+
+    def __init__(self, gin_file: str | Path) -> None:
+        self._path = find_gin_file(gin_file)
+        self.statements = statements(self._path)
+        self._state: list[Any] | None = None  # what gin has read, and the names that it did not know then
+        self._unknown: set[str] = set()
+
+    def build(self, parameter: str) -> Any:
+        """What is bound to a parameter, such as ``train.teacher``, with the parts that it refers to built.
+
+        Returns:
+            None where nothing is bound to it.
+
+        Raises:
+            ConfigError: a part is not known, or cannot be built; with the file and the line.
+        """
+        bound = [statement.value for statement in self.statements if statement.name == parameter]
+        if not bound:
+            return None
+        with self.in_force(parameter):
+            return copy.deepcopy(gin.config.parse_value(repr(bound[-1])))  # gin evaluates references in copies
+
+    @contextlib.contextmanager
+    def in_force(self, parameter: str) -> Iterator[None]:
+        """Inside the with statement gin has the bindings, at least those of the parts that a parameter needs."""
+        needed = self._needed(parameter)
+        with _empty():
+            if self._state is None or needed & self._unknown:
+                self._parse(needed)
+            else:
+                _install(self._state)
+            try:
+                with errors_located():
+                    yield
+            finally:
+                self._state = _copied()
+
+    def _parse(self, needed: set[str]) -> None:
+        """Let gin read the file, and skip what it does not know, unless it is needed."""
+        for load in (load_plugins, load_all):
+            load()
+            _install([])
+            with _located(self._path), _files_alone():
+                gin.parse_config_file(str(self._path), skip_unknown=True)
+            _note_places(self.statements)
+            self._state = _copied()
+            self._unknown = {name for name in _names(self.statements) if not _known(name)}
+            if not needed & self._unknown:
+                return
+        with _located(self._path), _files_alone():
+            gin.parse_config_file(str(self._path))  # which says what is not known, and where
+
+    def _needed(self, parameter: str) -> set[str]:
+        """The names of all parts that a parameter refers to, directly or through their own bindings."""
+        parts = parts_of(*(statement for statement in self.statements if statement.name == parameter))
+        while more := parts_of(*(statement for statement in self.statements if statement.part in parts)) - parts:
+            parts |= more
+        return {name for name in _names(self.statements) if _last(name) in parts}
+
+
+def _names(bindings: Iterable[Statement]) -> set[str]:
+    """The names of parts that bindings set up or refer to, as they are written, without scopes; no macros."""
+    names = {binding.selector for binding in bindings if binding.selector}
+    return names | {r.name.rpartition("/")[2] for b in bindings for r in b.references if not r.macro}
+
+
+def _known(name: str) -> bool:
+    return bool(gin.config._REGISTRY.matching_selectors(name))
+
+
+def _note_places(bindings: Iterable[Statement]) -> None:
+    """Remember the place of every binding, which gin 0.5 does not."""
+    _PLACES.update(((binding.part, binding.parameter), binding.place) for binding in bindings)
+
+
+def _gin_state() -> tuple[Any, ...]:
+    """What gin.clear_config clears, and the places of the bindings."""
+    return gin.config._CONFIG, gin.config._OPERATIVE_CONFIG, gin.config._SINGLETONS, gin.config._IMPORTS, _PLACES
+
+
+def _copied() -> list[Any]:
+    return [part.copy() for part in _gin_state()]
+
+
+def _install(state: Sequence[Any]) -> None:
+    """Put a copied state in the place of what gin has; an empty sequence clears it."""
+    gin.clear_config()
+    _PLACES.clear()
+    for part, content in zip(_gin_state(), state, strict=bool(state)):
+        part.update(content)
+
+
+@contextlib.contextmanager
+def _empty() -> Iterator[None]:
+    """Inside, gin has no bindings but those that are parsed there; afterwards it has those of the caller again."""
+    saved = _copied()
+    _install([])
+    try:
         yield
     finally:
-        if own:
-            gin.clear_config()
-            _PLACES.clear()
-            for part, before in zip(_gin_state(), saved, strict=True):
-                part.update(before)
+        _install(saved)
 
 
 @contextlib.contextmanager
@@ -237,11 +344,6 @@ def _files_alone() -> Iterator[None]:
     finally:
         gin.config._FILE_READERS, gin.config._LOCATION_PREFIXES = readers, prefixes
         logging.disable(before)
-
-
-def _gin_state() -> tuple[Any, ...]:
-    """What gin.clear_config clears, and the places of the bindings."""
-    return gin.config._CONFIG, gin.config._OPERATIVE_CONFIG, gin.config._SINGLETONS, gin.config._IMPORTS, _PLACES
 
 
 @contextlib.contextmanager

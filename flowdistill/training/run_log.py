@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flowdistill.plumbing.files import write_text
+from flowdistill.runs.records import read_records
 
 
 class RunLog:
@@ -89,15 +88,3 @@ class RunLog:
     def say(self, message: str) -> None:
         """Print a line above the bar."""
         self._console.print(message, highlight=False, markup=False, soft_wrap=True)
-
-
-def read_records(workdir: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl; a last line that a kill cut short is left out."""
-    path = workdir / "metrics.jsonl"
-    return list(_records(path.read_text().splitlines())) if path.is_file() else []
-
-
-def _records(lines: list[str]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        with contextlib.suppress(json.JSONDecodeError):
-            yield json.loads(line)

@@ -21,6 +21,7 @@ from flowdistill.plumbing.dry import placed
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.files import write_text
 from flowdistill.runs.checkpoints import checkpoint_paths, read_meta
+from flowdistill.runs.run import build_flow_map
 from flowdistill.states import Prior
 from flowdistill.training.loop import Loop, LoopSettings, OptimizerBuilder
 from flowdistill.training.optimization import Schedule
@@ -245,20 +246,6 @@ def build(
         keep_checkpoints=keep_checkpoints,
         evaluation=evaluation,
     )
-
-
-def build_flow_map(flow_map: FlowMap | Callable[[Teacher | None], FlowMap], teacher: Teacher | None) -> FlowMap:
-    """The student that ``train.flow_map`` describes; ConfigError if it does not fit the teacher."""
-    if not isinstance(flow_map, FlowMap) and not callable(flow_map):
-        raise ConfigError(f"train.flow_map must be a flow map or build one, not {_short(flow_map)}")
-    student = flow_map if isinstance(flow_map, FlowMap) else flow_map(teacher)
-    if not isinstance(student, FlowMap):
-        raise ConfigError(f"train.flow_map must build a flow map, not {_short(student)}")
-    for name in ("sample_shape", "num_classes"):
-        ours = getattr(student, name)
-        if teacher is not None and ours != getattr(teacher, name):
-            raise ConfigError(f"{name} of the student is {ours}, of the teacher {getattr(teacher, name)}")
-    return student
 
 
 def _run(run: _Run, report: bool) -> TrainResult:

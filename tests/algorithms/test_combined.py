@@ -11,8 +11,8 @@ from flowdistill import Condition, ConfigError, Objective, States
 from flowdistill.algorithms.combined import Combined
 from flowdistill.algorithms.freeflow import FreeFlow, FreeFlowCorrection, FreeFlowPrediction
 from flowdistill.interfaces import ObjectiveOutput
+from flowdistill.runs.records import read_records
 from flowdistill.teachers.gaussian import GaussianTeacher
-from flowdistill.training.run_log import read_records
 from flowdistill.velocities.estimators import Exact
 
 
