@@ -67,6 +67,12 @@ def test_bad_bindings(binding, wanted, tmp_path):
     assert message.count("\n") < 12
 
 
+def test_a_binding_may_include_a_packaged_file():
+    with config.parsed(["freeflow/ring.gin"], ["include 'freeflow/digits.gin'", "train.steps = 7"]):
+        assert type(config.value("train.teacher")).__name__ != "Ring"
+        assert config.value("train.steps") == 7
+
+
 def test_bad_bindings_of_the_command_line_are_located(tmp_path):
     message = fail(tmp_path, bindings=["train.steps = @nothing()"])
     assert "unknown name 'nothing'" in message

@@ -167,7 +167,7 @@ class Suite:
             return [(None, bindings)]
         parameter, values = self.sweep
         parts = config.parts_of(*config.statements(row.recipe), *_statements(bindings))
-        if _part(f"{parameter} = None") not in parts:
+        if not _set_up(f"{parameter} = None") & parts:
             return [(None, bindings)]
         return [(value, [*bindings, f"{parameter} = {value}"]) for value in values]
 
@@ -176,7 +176,7 @@ class Suite:
         parts = {"train"} | config.parts_of(*config.statements(row.recipe), *_statements(row.bindings))
         kept = []
         for binding in self.bindings:
-            if _part(binding) in parts:
+            if _set_up(binding) & parts:
                 kept.append(binding)
                 parts |= config.parts_of(*_statements([binding]))
         return [*kept, *row.bindings]
@@ -191,7 +191,7 @@ class Suite:
 
     def _steps(self, recipe: str, bindings: Sequence[str], budget: int, costs: MutableMapping[str, float]) -> list[str]:
         """Bindings that make a training spend a budget."""
-        bindings = [binding for binding in bindings if _part(binding) != "evaluation"]
+        bindings = [binding for binding in bindings if _set_up(binding) != {"evaluation"}]
         key = _hash([*config.statements(recipe), *_statements(bindings)])
         if key not in costs:
             costs[key] = evaluations_per_state(recipe, bindings)
@@ -217,9 +217,9 @@ def _statements(bindings: Sequence[str]) -> list[Statement]:
     return [statement for binding in bindings for statement in config.statements_of(binding, f"binding {binding!r}")]
 
 
-def _part(binding: str) -> str:
-    """The part that a binding sets up: ``schedule`` of ``train/schedule.warmup = 20``."""
-    return _statements([binding])[0].part
+def _set_up(binding: str) -> set[str]:
+    """The parts that a binding sets up: ``schedule`` of ``train/schedule.warmup = 20``; an include may set up several."""
+    return {statement.part for statement in _statements([binding])}
 
 
 def _scaled(value: Any, factor: float) -> Any:
@@ -270,7 +270,7 @@ def load_suite(name: str | Path, bindings: Sequence[str] = (), quick: bool = Fal
 
 
 def _parsed(path: str | Path, bindings: Sequence[str]) -> Suite:
-    ours = [binding for binding in bindings if _part(binding) == "bench"]
+    ours = [binding for binding in bindings if _set_up(binding) == {"bench"}]
     with config.parsed([path], ours), config.errors_located():
         suite: Suite = gin.get_configurable("bench")()
         config.check_all_used()

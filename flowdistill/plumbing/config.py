@@ -203,7 +203,7 @@ def parsed(files: Sequence[str | Path], bindings: Sequence[str]) -> Iterator[Non
                 _note_places(statements(path))
         for binding in bindings:
             place = f"binding {binding!r}"
-            with _located(place):
+            with _located(place), _files_alone():
                 gin.parse_config(binding)
                 _note_places(attrs.evolve(s, place=place) for s in statements_of(binding, place))
         yield
