@@ -21,7 +21,7 @@ import flowdistill
 from flowdistill.evaluation import mode_coverage
 
 PREDICTION_ALONE = ("train.objective = @freeflow_prediction()",)
-CORRECTION = ("freeflow.", "freeflow_correction.")
+CORRECTION = ("freeflow", "freeflow_correction")
 MORE_STEPS = ("evaluation.teacher_steps = (1, 4, 16)",)
 MOMENTUM = "AdamW.betas = (0.9, 0.99)"
 CENTRAL = "finite_difference.scheme = 'central'"
@@ -42,7 +42,7 @@ SUITES = {
     "digits_choices": [
         Variant("backward difference, k = 0.5", "freeflow/digits.gin", PREDICTION_ALONE, CORRECTION),
         Variant("central difference, k = 0.5", "freeflow/digits.gin", (*PREDICTION_ALONE, CENTRAL), CORRECTION),
-        Variant("JVP, k = 0.5", "freeflow/digits.gin", (*PREDICTION_ALONE, JVP), (*CORRECTION, "finite_difference.")),
+        Variant("JVP, k = 0.5", "freeflow/digits.gin", (*PREDICTION_ALONE, JVP), (*CORRECTION, "finite_difference")),
         *(
             Variant(
                 f"backward difference, k = {k}",
@@ -56,7 +56,7 @@ SUITES = {
     "ring_choices": [
         Variant("backward difference, k = 0", "freeflow/ring.gin"),
         Variant("central difference, k = 0", "freeflow/ring.gin", (CENTRAL,)),
-        Variant("JVP, k = 0", "freeflow/ring.gin", (JVP,), ("finite_difference.",)),
+        Variant("JVP, k = 0", "freeflow/ring.gin", (JVP,), ("finite_difference",)),
         *(
             Variant(f"backward difference, k = {k}", "freeflow/ring.gin", (f"freeflow_prediction.power = {k}",))
             for k in (0.5, 1.0)

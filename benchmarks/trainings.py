@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import statistics
@@ -14,7 +13,8 @@ from typing import Any
 
 import attrs
 
-from flowdistill.plumbing.config import find_gin_file
+from flowdistill.plumbing.config import statements
+from flowdistill.plumbing.files import fingerprint
 
 SEEDS = (1, 2, 3)
 RESULTS = Path(__file__).parent / "results"
@@ -23,7 +23,7 @@ RUNS = Path("runs/benchmarks")
 
 @attrs.frozen
 class Variant:
-    """A row of a table: a recipe with some bindings changed, and those that the change leaves without use removed."""
+    """A row of a table: a recipe with some bindings changed, without the parts that the change leaves without use."""
 
     name: str
     recipe: str
@@ -35,10 +35,9 @@ def train(variant: Variant, seed: int, threads: int, steps: int | None) -> Path:
     """Train one variant with one seed, unless that has been done; its run directory."""
     changes = [*variant.changes, f"train.seed = {seed}", f"evaluation.seed = {seed}"]
     changes += [] if steps is None else [f"train.steps = {steps}"]
-    recipe = find_gin_file(variant.recipe).read_text().splitlines()
-    kept = [line for line in recipe if not variant.without or not line.startswith(variant.without)]
+    kept = [str(binding) for binding in statements(variant.recipe) if binding.part not in variant.without]
     configuration = "\n".join([*kept, *changes]) + "\n"
-    workdir = RUNS / hashlib.sha256(configuration.encode()).hexdigest()[:16]
+    workdir = RUNS / fingerprint(configuration)[:16]
     if not (workdir / "figures.json").is_file():
         workdir.parent.mkdir(parents=True, exist_ok=True)
         gin_file = workdir.with_suffix(".gin")

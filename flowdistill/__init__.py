@@ -1,5 +1,10 @@
 """Distil flow and diffusion models into one-step generators, without data."""
 
+import importlib
+import pkgutil
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
 import flowdistill.plumbing._checkout  # noqa: F401, before anything looks for algorithms or teachers
 from flowdistill import testing
 from flowdistill.interfaces import (
@@ -68,22 +73,29 @@ from flowdistill.plumbing.registry import (
     register_velocity_estimator,
     register_verifier,
 )
-from flowdistill.runs.run import (
-    convert,
-    evaluate,
-    load_flow_map,
-    load_teacher,
-    sample,
-)
-from flowdistill.searching import SearchResult, search
-from flowdistill.training import (
-    Training,
-    TrainResult,
-    train,
-)
-from flowdistill.training.planning import Plan, plan
+from flowdistill.runs.loading import convert, load_flow_map, load_teacher
+from flowdistill.runs.run import Run
+from flowdistill.runs.sampling import sample
+
+if TYPE_CHECKING:
+    from flowdistill.runs.evaluating import evaluate
+    from flowdistill.searching import SearchResult, search
+    from flowdistill.training import Training, TrainResult, train
+    from flowdistill.training.planning import Plan, plan
 
 __version__ = "0.1.0"
+
+# Measuring, searching and training are imported when they are first asked for: loading a model needs none of them.
+_HOMES = {
+    "Plan": "flowdistill.training.planning",
+    "SearchResult": "flowdistill.searching",
+    "TrainResult": "flowdistill.training",
+    "Training": "flowdistill.training",
+    "evaluate": "flowdistill.runs.evaluating",
+    "plan": "flowdistill.training.planning",
+    "search": "flowdistill.searching",
+    "train": "flowdistill.training",
+}
 
 __all__ = [
     "CheckpointError",
@@ -115,6 +127,7 @@ __all__ = [
     "Pairs",
     "Part",
     "Plan",
+    "Run",
     "SEARCH_STRATEGIES",
     "SOLVERS",
     "STATE_SOURCES",
@@ -160,3 +173,20 @@ __all__ = [
     "testing",
     "train",
 ]
+
+if not TYPE_CHECKING:  # a type checker knows the names from above, and objects to others
+
+    def __getattr__(name: str) -> object:
+        """A name or a module of the package that is imported when it is first asked for."""
+        if name in _HOMES:
+            value = getattr(importlib.import_module(_HOMES[name]), name)
+        elif not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+            value = importlib.import_module(f"{__name__}.{name}")
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *(module.name for module in pkgutil.iter_modules(__path__))})

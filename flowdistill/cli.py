@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
-import re
 import sys
 import textwrap
 import warnings
@@ -185,12 +184,14 @@ def _sample(options: argparse.Namespace) -> None:
     import numpy as np
 
     from flowdistill.evaluation.report import images_of, save_picture
-    from flowdistill.runs.run import load_flow_map, sample
+    from flowdistill.runs.run import Run
+    from flowdistill.runs.sampling import sample
 
     if options.out.suffix not in (".png", ".npz"):
         raise ConfigError(f"--out must end in .png or .npz, not {options.out.name!r}")
+    run = Run(options.run)
     samples = sample(
-        options.run,
+        run,
         options.num_samples,
         steps=options.steps,
         labels=_labels(options),
@@ -201,14 +202,14 @@ def _sample(options: argparse.Namespace) -> None:
     )
     if options.out.suffix == ".npz":
         np.savez(options.out, samples.numpy())
-    elif not save_picture(images_of(samples, load_flow_map(options.run)), options.out):
+    elif not save_picture(images_of(samples, run.student), options.out):
         raise ConfigError(f"samples of shape {tuple(samples.shape[1:])} are no picture: write them to a .npz file")
     print(options.out)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     from flowdistill.plumbing.registry import FEATURES
-    from flowdistill.runs.run import evaluate
+    from flowdistill.runs.evaluating import evaluate
 
     features = options.features
     if options.weights is not None:
@@ -292,7 +293,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from flowdistill.runs.run import convert
+    from flowdistill.runs.loading import convert
 
     print(convert(options.source, options.folder, teacher=options.teacher, dtype=options.dtype))
 
@@ -344,7 +345,7 @@ def needs(objective: Any) -> str:
 
 
 def _show(options: argparse.Namespace) -> None:
-    from flowdistill.plumbing.config import expanded, find_gin_file, recipes
+    from flowdistill.plumbing.config import find_gin_file, parts_of, recipes, statements
     from flowdistill.plumbing.registry import REGISTRIES, unknown_name
 
     if options.kind == "recipes":
@@ -358,7 +359,7 @@ def _show(options: argparse.Namespace) -> None:
     print(inspect.getdoc(entry))
     if isinstance(citation := getattr(entry, "citation", None), str):
         print(f"\n{citation}")
-    used = [recipe for recipe in recipes() if re.search(rf"@([\w/]*/)?{options.name}\b", expanded(recipe))]
+    used = [recipe for recipe in recipes() if options.name in parts_of(*statements(recipe))]
     if used:
         print(textwrap.fill(f"Recipes: {', '.join(used)}", 100, initial_indent="\n", break_on_hyphens=False))
 
@@ -370,11 +371,11 @@ def _default(parameter: inspect.Parameter) -> str:
 
 
 def _cite(options: argparse.Namespace) -> None:
-    from flowdistill.plumbing import config
+    from flowdistill.plumbing.config import Configuration
+    from flowdistill.runs.run import Run
 
-    path = Path(options.source)
-    with config.parsed([path / "config.gin" if path.is_dir() else path], []), config.errors_located():
-        objective = config.value("train.objective")
+    source = Path(options.source)
+    objective: Any = Run(source).objective if source.is_dir() else Configuration(source).build("train.objective")
     if objective is None:
-        raise ConfigError(f"{options.source} sets no train.objective")
+        raise ConfigError(f"{source} sets no train.objective")
     print(objective.citation)

@@ -67,6 +67,12 @@ def test_bad_bindings(binding, wanted, tmp_path):
     assert message.count("\n") < 12
 
 
+def test_a_binding_may_include_a_packaged_file():
+    with config.parsed(["freeflow/ring.gin"], ["include 'freeflow/digits.gin'", "train.steps = 7"]):
+        assert type(config.value("train.teacher")).__name__ != "Ring"
+        assert config.value("train.steps") == 7
+
+
 def test_bad_bindings_of_the_command_line_are_located(tmp_path):
     message = fail(tmp_path, bindings=["train.steps = @nothing()"])
     assert "unknown name 'nothing'" in message
@@ -100,7 +106,9 @@ def test_packaged_recipes_can_be_included(tmp_path):
     with pytest.raises(ConfigError, match=r"nothing uses logit_normal\.mean"):
         flowdistill.train(gin_file=file, workdir=tmp_path / "run")
     file.write_text('include "freeflow/ring.gin"\ntrain.steps = 2\nevaluation.num_samples = 10\n')
-    assert "train.objective" in config.expanded(file)
+    bindings = config.statements(file)
+    assert [binding.name for binding in bindings[-2:]] == ["train.steps", "evaluation.num_samples"]
+    assert bindings[:-2] == config.statements("freeflow/ring.gin")
     assert flowdistill.train(gin_file=file, workdir=tmp_path / "run").steps == 2
 
 
@@ -138,23 +146,95 @@ def test_scoped_bindings_count_as_used(tmp_path):
     assert flowdistill.train(gin_file=file, workdir=tmp_path / "run").steps == 12
 
 
+BLOCKS = """
+train:
+    objective = @freeflow()  # what is minimised
+    steps = 12
+scoped/mlp:
+    depth = 2
+
+size = 16
+mlp.hidden_size = %size
+freeflow.correction = (@freeflow_correction(), [@scoped/mlp, {'a': 1e-3}],
+                       None)
+"""
+
+
+def test_a_configuration_as_data():
+    """Blocks, scopes, macros, containers and references; comments and layout leave no trace."""
+    found = config.statements_of(BLOCKS, "blocks")
+    assert [str(binding) for binding in found] == [
+        "train.objective = @freeflow()",
+        "train.steps = 12",
+        "scoped/mlp.depth = 2",
+        "size = 16",
+        "mlp.hidden_size = %size",
+        "freeflow.correction = (@freeflow_correction(), [@scoped/mlp, {'a': 0.001}], None)",
+    ]
+    assert [binding.part for binding in found] == ["train", "train", "mlp", "%size", "mlp", "freeflow"]
+    assert [binding.place for binding in found[1:3]] == ["blocks, line 4", "blocks, line 6"]
+    assert config.parts_of(*found) == {"freeflow", "%size", "freeflow_correction", "mlp"}
+    again = config.statements_of("\n".join(map(str, found)), "again")
+    assert again == found
+
+
+@pytest.mark.parametrize("recipe", ["freeflow/digits.gin", "meanflow/plane.gin", "imm/mnist_sit.gin"])
+def test_data_are_what_gin_reads(recipe):
+    """Of every binding, those of included files and macros among them, the value in force is the last one's."""
+    import gin
+
+    last = {binding.name: binding for binding in config.statements(recipe)}
+    with config.parsed([recipe], []):
+        assert sum(len(parameters) for parameters in gin.config._CONFIG.values()) == len(last)
+        for name, binding in last.items():
+            key = name if binding.selector else f"{name}/macro.value"
+            assert repr(gin.query_parameter(key)) == repr(binding.value)
+
+
+def test_a_recipe_in_blocks_is_a_recipe(tmp_path, monkeypatch):
+    blocks = "train:\n    objective = @freeflow()\n    steps = 3\n"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "blocks.gin").write_text(blocks)
+    (tmp_path / "mine" / "including.gin").write_text("include 'mine/blocks.gin'\n")
+    (tmp_path / "mine" / "setting.gin").write_text("train:\n    steps = 3\n# train.objective = @freeflow()\n")
+    roots = config.recipe_roots()
+    monkeypatch.setattr(config, "recipe_roots", lambda: [*roots, tmp_path])
+    mine = {name for name in config.recipes() if name.startswith("mine/")}
+    assert mine == {"mine/blocks.gin", "mine/including.gin"}
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("train.steps = 1\ntrain.x = = 3", "line 2"),
+        ("train:\n    steps = 1\n    3 = 4", "line 3"),
+        ("train.x = (3", "EOF"),
+        ("include 'nowhere.gin'", "nowhere"),
+    ],
+)
+def test_text_that_is_no_configuration(text, wanted):
+    with pytest.raises(ConfigError, match=wanted):
+        config.statements_of(text, "text")
+
+
 RECIPES = [name for name in config.recipes() if "imagenet" not in name]  # those are planned, see test_plan.py
 QUICK = [name for name in RECIPES if name.endswith(("plane.gin", "ring.gin"))]
 
 
 def starts(recipe, tmp_path):
     """A packaged recipe takes two steps, with every one of its bindings used."""
-    text = config.expanded(recipe)
+    found = config.statements(recipe)
+    names = {binding.name for binding in found}
     bindings = ["train.steps = 2", "train.batch_size = 8", "train.sample_every = 0"]
-    if "train.evaluation" in text:
+    if "train.evaluation" in names:
         bindings += ["evaluation.num_samples = 20", "evaluation.teacher_steps = (1,)"]
-    if "@mnist()" in text:
+    if "mnist" in config.parts_of(*found):
         for part in ("train", "t10k"):
             images = bytes([0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 28, 0, 0, 0, 28]) + bytes(2 * 28 * 28)
             (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(images)
             (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 2, 3, 9]))
         bindings += [f"mnist.folder = {str(tmp_path)!r}"]
-    if "freeflow.correction_start" in text:
+    if "freeflow.correction_start" in names:
         bindings += ["freeflow.correction_start = 1"]
     result = flowdistill.train(gin_file=recipe, gin_bindings=bindings, workdir=tmp_path / "run")
     assert result.steps == 2

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -24,14 +22,14 @@ from rich.progress import Progress
 
 from flowdistill.bench.suite import Job, Row, Suite, load_suite
 from flowdistill.bench.tables import write_tables
-from flowdistill.evaluation.features import fingerprint
 from flowdistill.evaluation.report import compare, teacher_samples, trajectory_errors, write_figures
 from flowdistill.evaluation.samples import SampleSet
 from flowdistill.interfaces import FlowMap
 from flowdistill.plumbing import config
 from flowdistill.plumbing.errors import ConfigError, FlowDistillError, RunsFailedError
-from flowdistill.plumbing.records import read_records
-from flowdistill.runs.run import load_flow_map
+from flowdistill.plumbing.files import fingerprint, module_fingerprint, write_json
+from flowdistill.runs.records import read_records
+from flowdistill.runs.run import Run
 from flowdistill.training import train
 
 
@@ -154,10 +152,7 @@ def _jobs(suite: Suite, rows: Sequence[Row], costs: Path) -> list[Job]:
     before = len(known)
     jobs = suite.jobs(rows, known)
     if len(known) > before:
-        costs.parent.mkdir(parents=True, exist_ok=True)
-        partial = costs.with_suffix(".partial")
-        partial.write_text(json.dumps(known, indent=1))
-        partial.replace(costs)
+        write_json(costs, known)
     return jobs
 
 
@@ -211,7 +206,7 @@ def _process(job: Job, workdir: Path, device: str | None) -> None:
             student = None
             if not job.teacher:
                 train(gin_file=gin_file, workdir=workdir, device=device, report=False)
-                student = load_flow_map(workdir)
+                student = Run(workdir).student
             _measure(student, gin_file, workdir / job.figures, workdir.parent / "teacher_samples", device)
         except Exception:
             traceback.print_exc()
@@ -236,9 +231,10 @@ def _measure(student: FlowMap | None, gin_file: Path, figures: Path, cache: Path
     if teacher is not None:
         teacher.eval().requires_grad_(False).to(device)
     if student is not None and teacher is not None:
-        free = r"evaluation\.(metrics|reference|student_steps|deltas) "
-        kept = [*(line for line in used.splitlines() if not re.match(free, line)), fingerprint(teacher)]
-        path = cache / f"{hashlib.sha256(chr(10).join(kept).encode()).hexdigest()[:16]}.safetensors"
+        free = [f"evaluation.{name}" for name in ("metrics", "reference", "student_steps", "deltas")]
+        bindings = config.statements_of(used, "the configuration")
+        kept = [*(str(binding) for binding in bindings if binding.name not in free), module_fingerprint(teacher)]
+        path = cache / f"{fingerprint(chr(10).join(kept))[:16]}.safetensors"
         best = SampleSet.load(path)
         if best is None:
             best = teacher_samples(teacher, evaluation)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import itertools
-import re
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 
@@ -15,7 +13,9 @@ import torch
 from attrs.validators import min_len
 
 from flowdistill.plumbing import config
+from flowdistill.plumbing.config import Statement
 from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.files import fingerprint
 from flowdistill.training.trainer import configured_loop
 
 
@@ -35,9 +35,9 @@ class Row:
     """The bindings that are read after the files."""
 
     @property
-    def text(self) -> str:
-        """The contents of the files."""
-        return "".join(config.expanded(path) for path in self.files)
+    def statements(self) -> list[Statement]:
+        """The bindings of the files."""
+        return [statement for path in self.files for statement in config.statements(path)]
 
 
 @attrs.frozen(kw_only=True)
@@ -66,17 +66,16 @@ class Job:
     def run(self) -> str:
         """The name of the run directory: what is trained, and nothing else, decides it."""
         if self.teacher:
-            return f"teacher_{_hash(*self._lines())}"
-        return _hash(*(line for line in self._lines() if not line.startswith("evaluation.")))
+            return f"teacher_{_hash(self._bindings())}"
+        return _hash([binding for binding in self._bindings() if binding.part != "evaluation"])
 
     @property
     def figures(self) -> str:
         """The name of its figures in the run directory, decided by the whole configuration."""
-        return f"figures_{_hash(*self._lines())}.json"
+        return f"figures_{_hash(self._bindings())}.json"
 
-    def _lines(self) -> list[str]:
-        lines = (self.row.text + self.gin).splitlines()
-        return [line for line in lines if line.strip() and not line.startswith("#")]
+    def _bindings(self) -> list[Statement]:
+        return config.statements_of(self.gin, self.row.name)
 
 
 @gin.register("bench")
@@ -167,18 +166,19 @@ class Suite:
         if self.sweep is None:
             return [(None, bindings)]
         parameter, values = self.sweep
-        if _part(parameter) not in _parts(row.text, *bindings):
+        parts = config.parts_of(*row.statements, *_statements(bindings))
+        if not _set_up(f"{parameter} = None") & parts:
             return [(None, bindings)]
         return [(value, [*bindings, f"{parameter} = {value}"]) for value in values]
 
     def _bindings(self, row: Row) -> list[str]:
         """Those for all rows, without what sets a part that the recipe does not have, and then the row's own."""
-        parts = _parts("@train", row.text, *row.bindings)
+        parts = {"train"} | config.parts_of(*row.statements, *_statements(row.bindings))
         kept = []
         for binding in self.bindings:
-            if _part(binding) in parts:
+            if _set_up(binding) & parts:
                 kept.append(binding)
-                parts |= _parts(binding)
+                parts |= config.parts_of(*_statements([binding]))
         return [*kept, *row.bindings]
 
     def _measured(self, teacher_steps: Sequence[int]) -> list[str]:
@@ -191,8 +191,8 @@ class Suite:
 
     def _steps(self, row: Row, bindings: Sequence[str], budget: int, costs: MutableMapping[str, float]) -> str:
         """The binding that makes a training spend a budget."""
-        bindings = [binding for binding in bindings if not binding.startswith("evaluation.")]
-        key = _hash(row.text, *bindings)
+        bindings = [binding for binding in bindings if _set_up(binding) != {"evaluation"}]
+        key = _hash([*row.statements, *_statements(bindings)])
         if key not in costs:
             costs[key] = evaluations_per_state(row.files, bindings)
         with config.parsed(row.files, bindings):
@@ -211,18 +211,17 @@ def _text(files: Sequence[Path], *bindings: str) -> str:
     return "\n".join([*(f"include '{config.packaged_name(path)}'" for path in files), *bindings]) + "\n"
 
 
-def _hash(*lines: str) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+def _hash(bindings: Sequence[Statement]) -> str:
+    return fingerprint("\n".join(map(str, bindings)))[:16]
 
 
-def _part(binding: str) -> str:
-    """The part that a binding, or a parameter, belongs to: ``schedule`` of ``train/schedule.warmup = 20``."""
-    return re.split(r"[/.]", binding.partition("=")[0])[-2]
+def _statements(bindings: Sequence[str]) -> list[Statement]:
+    return [statement for binding in bindings for statement in config.statements_of(binding, f"binding {binding!r}")]
 
 
-def _parts(*texts: str) -> set[str]:
-    """The parts that are referred to."""
-    return {name for text in texts for name in re.findall(r"@(?:\w+/)*(\w+)", text)}
+def _set_up(binding: str) -> set[str]:
+    """The parts that a binding sets up: ``schedule`` of ``train/schedule.warmup = 20``; an include may have several."""
+    return {statement.part for statement in _statements([binding])}
 
 
 def evaluations_per_state(files: Sequence[str | Path], bindings: Sequence[str] = (), parts: int = 4) -> float:
@@ -266,7 +265,7 @@ def load_suite(name: str | Path, bindings: Sequence[str] = (), quick: bool = Fal
 
 
 def _parsed(path: str | Path, bindings: Sequence[str]) -> Suite:
-    ours = [binding for binding in bindings if binding.startswith("bench.")]
+    ours = [binding for binding in bindings if _set_up(binding) == {"bench"}]
     with config.parsed([path], ours), config.errors_located():
         suite: Suite = gin.get_configurable("bench")()
         config.check_all_used()

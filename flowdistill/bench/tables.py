@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any, TypeAlias
 
 from flowdistill.bench.suite import Suite
 from flowdistill.evaluation.plots import curves, ranking
+from flowdistill.plumbing.files import write_json, write_text
 
 Record: TypeAlias = Mapping[str, Any]
 Cells: TypeAlias = list[list[str]]
@@ -20,17 +20,15 @@ Section: TypeAlias = tuple[str, Cells | str]  # a title, and a table or the name
 
 def write_tables(name: str, suite: Suite, records: Sequence[Record], out: Path) -> None:
     """Write everything into a directory."""
-    partial = out / "results.partial"
-    partial.write_text(json.dumps({"suite": name, "records": list(records)}, indent=1) + "\n")
-    partial.replace(out / "results.json")
+    write_json(out / "results.json", {"suite": name, "records": list(records)})
     sections: list[Section] = []
     for group in dict.fromkeys(record["group"] for record in records):
         ours = [record for record in records if record["group"] == group]
         stem = "_".join(filter(None, (group.lower().replace(" ", "_"), "quality")))
         sections += _swept(suite, group, stem, ours, out) if suite.sweep else _compared(suite, group, stem, ours, out)
     note = _note(suite, records)
-    (out / "table.md").write_text(_markdown(sections, note))
-    (out / "table.html").write_text(_html(name, sections, note))
+    write_text(out / "table.md", _markdown(sections, note))
+    write_text(out / "table.html", _html(name, sections, note))
 
 
 def _compared(suite: Suite, group: str, stem: str, records: Sequence[Record], out: Path) -> list[Section]:

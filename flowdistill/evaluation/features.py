@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import http.client
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowdistill.decoders import quantize
 from flowdistill.plumbing.errors import CheckpointError, ConfigError
+from flowdistill.plumbing.files import load_tensors, module_fingerprint
 from flowdistill.plumbing.registry import FEATURES, register_features
 from flowdistill.plumbing.torch_fidelity import torch_fidelity
 
@@ -48,16 +47,7 @@ class FeatureExtractor(nn.Module, ABC):
 
     def fingerprint(self) -> str:
         """A hash of the class and its weights; stored features are known by it."""
-        return fingerprint(self)
-
-
-def fingerprint(module: nn.Module) -> str:
-    """A hash of a module's class, parameters and buffers."""
-    digest = hashlib.sha256(type(module).__qualname__.encode())
-    for name, value in module.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        return module_fingerprint(self)
 
 
 class DigitClassifier(FeatureExtractor):
@@ -97,7 +87,7 @@ class DigitClassifier(FeatureExtractor):
 
 def _trained(name: str, size: int) -> DigitClassifier:
     network = DigitClassifier(size)
-    tensors = safetensors.torch.load_file(WEIGHTS / f"{name}.safetensors")
+    tensors = load_tensors(WEIGHTS / f"{name}.safetensors")
     network.load_state_dict({key: tensors[key] for key in network.state_dict()})
     network.reference = tensors["reference"].float()
     with torch.no_grad():

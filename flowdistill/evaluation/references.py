@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import os
@@ -22,6 +21,7 @@ from flowdistill.evaluation.metrics import Moments
 from flowdistill.evaluation.samples import SampleSet, sample_set
 from flowdistill.interfaces import Decoder, ExactTeacher, Teacher
 from flowdistill.plumbing.errors import ConfigError, DataError
+from flowdistill.plumbing.files import file_parts, fingerprint
 from flowdistill.plumbing.registry import DATASETS, unknown_name
 
 _BATCH = 100
@@ -123,7 +123,7 @@ def load_images(
         return load_images(_built(str(source)), extractor, decoder, device)
     else:
         raise unknown_name("reference", str(source), DATASETS.names())
-    key = hashlib.sha256(f"{digest} {extractor.fingerprint()}".encode()).hexdigest()
+    key = fingerprint(f"{digest} {extractor.fingerprint()}")
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cached = root / "flowdistill" / "references" / f"{key}.safetensors"
     found = SampleSet.load(cached)
@@ -164,20 +164,16 @@ def _of_dataset(dataset: ImageDataset, decoder: Decoder | None) -> _Batches:
 
 
 def _digest_of_dataset(dataset: ImageDataset, decoder: Decoder | None) -> str:
-    digest = hashlib.sha256()
-    for images, labels in _of_dataset(dataset, decoder):
-        digest.update(images.cpu().contiguous().numpy().tobytes() + labels.cpu().numpy().tobytes())  # type: ignore[union-attr]
-    return digest.hexdigest()
+    return fingerprint(
+        part.cpu().contiguous().numpy().tobytes()
+        for images, labels in _of_dataset(dataset, decoder)
+        for part in (images, labels)
+        if part is not None
+    )
 
 
 def _digest_of_files(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.stat().st_size.to_bytes(8, "big"))
-        with path.open("rb") as file:
-            while part := file.read(1 << 20):
-                digest.update(part)
-    return digest.hexdigest()
+    return fingerprint(part for path in paths for part in (path.stat().st_size.to_bytes(8, "big"), *file_parts(path)))
 
 
 def _of_files(paths: list[Path], mode: str) -> _Batches:

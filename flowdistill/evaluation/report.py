@@ -27,8 +27,8 @@ from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import Condition, ExactTeacher, FlowMap, Jumps, Teacher
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.randomness import step_generator
-from flowdistill.plumbing.records import read_records
 from flowdistill.plumbing.registry import FEATURES, METRICS
+from flowdistill.runs.records import read_records
 from flowdistill.solvers import Euler
 from flowdistill.wrapped_teachers import FlowMapTeacher
 

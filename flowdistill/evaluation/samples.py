@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import functools
-import os
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import attrs
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -17,6 +14,7 @@ from flowdistill.evaluation.features import FeatureExtractor, load_features
 from flowdistill.evaluation.metrics import Moments, moments
 from flowdistill.interfaces import Decoder
 from flowdistill.plumbing.errors import ConfigError, DataError
+from flowdistill.plumbing.files import read_tensors, write_tensors
 
 _CHUNK = 500  # images that an extractor sees at a time
 
@@ -83,7 +81,7 @@ class SampleSet:
             "mean": mean,
             "covariance": covariance,
         }
-        write_tensors(tensors, path)
+        write_tensors(path, tensors)
 
     @classmethod
     def load(cls, path: Path) -> SampleSet | None:
@@ -93,27 +91,6 @@ class SampleSet:
             return None
         published = (tensors["mean"], tensors["covariance"]) if "mean" in tensors else None
         return SampleSet(tensors.get("features"), tensors.get("labels"), tensors.get("logits"), published)
-
-
-def write_tensors(tensors: Mapping[str, Tensor | None], path: Path) -> None:
-    """Write those tensors that are there to a safetensors file, which is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        safetensors.torch.save_file({name: v.contiguous() for name, v in tensors.items() if v is not None}, partial)
-        os.replace(partial, path)
-    except safetensors.SafetensorError as error:  # a full disk, among others
-        raise OSError(f"cannot write {path}: {error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor] | None:
-    """What `write_tensors` has written to a file; None where there is no such file, or it is damaged."""
-    try:
-        return safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError):
-        return None
 
 
 @torch.no_grad()

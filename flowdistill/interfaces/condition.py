@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from typing import Any
+
 import attrs
 import torch
 from torch import Tensor
@@ -91,7 +93,7 @@ class Condition:
         """The guidance scales (B,), or None."""
         return None if self.guidance is None else self.guidance.scale
 
-    def guided(self, **changes: object) -> Condition:
+    def guided(self, **changes: Any) -> Condition:
         """The same condition with some fields of its guidance changed, such as ``interval=(0.0, 0.7)``."""
         return attrs.evolve(self, guidance=attrs.evolve(self.guidance or Guidance(), **changes))
 

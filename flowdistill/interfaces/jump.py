@@ -56,8 +56,9 @@ class Jump:
 
     def __getitem__(self, index: slice | Tensor) -> Self:
         """Some rows of the batch: ``index`` is a slice, a mask, or row numbers."""
-        taken = {field.name: getattr(self, field.name) for field in attrs.fields(type(self))}
-        return type(self)(**{name: None if value is None else value[index] for name, value in taken.items()})
+        fields = ((field.name, getattr(self, field.name)) for field in attrs.fields(type(self)))
+        taken: dict[str, Any] = {name: None if value is None else value[index] for name, value in fields}
+        return type(self)(**taken)
 
 
 @attrs.frozen(eq=False)

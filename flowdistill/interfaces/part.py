@@ -23,9 +23,10 @@ class Part:
 
     def parts(self) -> list[Part]:
         """The fields that are parts themselves."""
-        if not attrs.has(type(self)):
+        kind: type = type(self)
+        if not attrs.has(kind):
             return []
-        values = (getattr(self, field.name) for field in attrs.fields(type(self)))
+        values = (getattr(self, field.name) for field in attrs.fields(kind))
         return [value for value in values if isinstance(value, Part)]
 
     def setup(self, student: FlowMap, teacher: Teacher | None) -> None:

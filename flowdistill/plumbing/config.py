@@ -1,4 +1,8 @@
-"""Reading gin files: where they are found, what is wrong with them, and whether everything in them was used."""
+"""Reading gin files: where they are found, what they say, what is wrong with them, and whether all of it was used.
+
+`statements` gives a configuration as data, and is the only way to read one without building it. `parsed` gives it to
+gin, which builds the parts.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import inspect
 import logging
 import re
 import tokenize
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +22,10 @@ import gin
 from gin.config_parser import BindingStatement, ConfigParser, IncludeStatement, ParserDelegate
 
 from flowdistill.plumbing.errors import ConfigError, FlowDistillError
-from flowdistill.plumbing.registry import load_plugins, unknown_name
+from flowdistill.plumbing.registry import load_all, load_plugins, unknown_name
 
 _RECIPE_PACKAGES = ("flowdistill.algorithms", "flowdistill.teachers")
-_PLACES: list[_Bound] = []  # the bindings of the present configuration, in their order
+_BOUND: list[Statement] = []  # the bindings of the present configuration, in their order
 
 
 def recipe_roots() -> list[Path]:
@@ -31,12 +35,11 @@ def recipe_roots() -> list[Path]:
 
 
 def recipes() -> list[str]:
-    """The names of all packaged recipes: the gin files that name an objective and its steps, or include one that does.
+    """The names of all packaged recipes: the gin files that bind an objective and its steps, or include one that does.
 
     The others hold settings that recipes share.
     """
-    whole = re.compile(r"(?=.*^train\.objective =)(?=.*^train\.steps =)", re.MULTILINE | re.DOTALL)
-    return [name for name in gin_files() if whole.search(expanded(name))]
+    return [name for name in gin_files() if {"train.objective", "train.steps"} <= {s.name for s in statements(name)}]
 
 
 def gin_files() -> list[str]:
@@ -45,30 +48,20 @@ def gin_files() -> list[str]:
     return sorted(found)
 
 
-def expanded(name: str | Path) -> str:
-    """The text of a gin file with those that it includes in their places."""
-    text = find_gin_file(name).read_text()
-    return re.sub(r"^include\s+(['\"])(.*)\1\n?", lambda match: expanded(match[2]), text, flags=re.MULTILINE)
-
-
-_METHOD = re.compile(r"^train\.objective =", re.MULTILINE)
-_LENGTH = re.compile(r"^train\.steps =", re.MULTILINE)
-
-
 def methods() -> dict[str, Path]:
-    """The packaged methods by name: the gin files that name an objective and leave the rest to a setting."""
+    """The packaged methods by name: the gin files that bind an objective and leave the rest to a setting."""
     found = {}
     for path in (path for root in recipe_roots() for path in root.rglob("*.gin")):
-        text = expanded(path)
-        if _METHOD.search(text) and not _LENGTH.search(text):
+        bound = {statement.name for statement in statements(path)}
+        if "train.objective" in bound and "train.steps" not in bound:
             found[path.stem] = path
     return dict(sorted(found.items()))
 
 
 def settings() -> dict[str, Path]:
     """The packaged settings by name: a teacher, a student, an optimiser, a budget, data and an evaluation."""
-    folder = Path(__file__).parents[1] / "configs" / "settings"
-    return {path.stem: path for path in sorted(folder.glob("*.gin")) if _LENGTH.search(expanded(path))}
+    found = (Path(__file__).parents[1] / "configs" / "settings").glob("*.gin")
+    return {path.stem: path for path in sorted(found) if any(s.name == "train.steps" for s in statements(path))}
 
 
 def composed(method: str | Path, setting: str | Path) -> list[Path]:
@@ -87,7 +80,7 @@ def composed(method: str | Path, setting: str | Path) -> list[Path]:
     found = [_named(setting, "setting", settings()), _named(method, "method", methods())]
     where, name = found[1], found[0].stem
     changes = [where.with_name(f"{where.stem}_{name}.gin"), where.with_name(f"{name}.gin")]
-    return [*found, *[path for path in changes if path.is_file() and path != where][:1]]
+    return [*found, *[path for path in changes if path.is_file() and path not in found][:1]]
 
 
 def chosen(
@@ -142,6 +135,132 @@ def find_gin_file(name: str | Path) -> Path:
     raise unknown_name("gin file", str(name), gin_files())
 
 
+@attrs.frozen
+class Reference:
+    """A part that a value refers to: ``@scope/name``, or ``@scope/name()`` where it is called; ``%name`` is a macro."""
+
+    name: str
+    called: bool = False
+    macro: bool = False
+
+    def __repr__(self) -> str:
+        """As a gin file writes it."""
+        return f"{'%' if self.macro else '@'}{self.name}{'()' if self.called else ''}"
+
+    @property
+    def part(self) -> str:
+        """The name without scopes and modules; of a macro with the sign %."""
+        return f"%{self.name}" if self.macro else _last(self.name)
+
+
+@attrs.frozen
+class Statement:
+    """A binding of a gin file as data: ``scope/selector.parameter = value``, or ``name = value``, which sets a macro.
+
+    Attributes:
+        scope: "" where there is none.
+        selector: what has the parameter, perhaps with modules before its name; "" where the statement sets a macro.
+        parameter: its name, or the name of the macro.
+        value: of numbers, strings, containers, and each `Reference` where a gin file refers to a part.
+        place: the file and the line, for messages.
+    """
+
+    scope: str
+    selector: str
+    parameter: str
+    value: Any
+    place: str = attrs.field(eq=False)
+
+    @property
+    def name(self) -> str:
+        """What is bound: ``scope/selector.parameter``."""
+        return "/".join(filter(None, (self.scope, ".".join(filter(None, (self.selector, self.parameter))))))
+
+    @property
+    def part(self) -> str:
+        """What the binding sets up, as `Reference.part` names it."""
+        return _last(self.selector) if self.selector else f"%{self.name}"
+
+    @property
+    def references(self) -> list[Reference]:
+        """All references in the value."""
+        return list(_references(self.value))
+
+    def __str__(self) -> str:
+        """A line of a gin file; it does not depend on how the value was written."""
+        return f"{self.name} = {self.value!r}"
+
+
+def _last(selector: str) -> str:
+    return re.split(r"[./]", selector)[-1]
+
+
+def _references(value: Any) -> Iterator[Reference]:
+    if isinstance(value, Reference):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _references(part)
+    elif isinstance(value, dict):
+        yield from _references([*value.keys(), *value.values()])
+
+
+class _AsData(ParserDelegate):  # type: ignore[misc]
+    """Parses values without building anything."""
+
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> Reference:
+        return Reference(scoped_configurable_name, evaluate)
+
+    def macro(self, macro_name: str) -> Reference:
+        return Reference(macro_name, macro=True)
+
+
+def statements(gin_file: str | Path) -> list[Statement]:
+    """The bindings of a gin file in their order, with those of the files that it includes in their places.
+
+    Nothing is imported and nothing is built, so the names need not be known.
+
+    Raises:
+        ConfigError: there is no such file, or it cannot be parsed; with the file and the line.
+
+    Examples:
+        >>> print(statements("freeflow/ring.gin")[0])
+        train.teacher = @ring()
+    """
+    path = find_gin_file(gin_file)
+    return statements_of(path.read_text(), str(path))
+
+
+def statements_of(text: str, source: str) -> list[Statement]:
+    """The bindings of the text of a gin file; see `statements`.
+
+    Args:
+        text: what a gin file may hold.
+        source: where it comes from, for messages.
+
+    Examples:
+        >>> [binding] = statements_of("decoder/mlp.depth = 3", "an example")
+        >>> binding.scope, binding.part, binding.parameter, binding.value, binding.place
+        ('decoder', 'mlp', 'depth', 3, 'an example, line 1')
+    """
+    found: list[Statement] = []
+    with _located(source):
+        for parsed in ConfigParser(text, _AsData()):
+            if isinstance(parsed, IncludeStatement):
+                found += statements(parsed.filename)
+            elif isinstance(parsed, BindingStatement):
+                scope, selector, parameter, value, location = parsed
+                if not parameter:  # a macro
+                    selector, parameter = "", selector
+                found.append(Statement(scope, selector, parameter, value, f"{source}, line {location.line_num}"))
+    return found
+
+
+def parts_of(*bindings: Statement) -> set[str]:
+    """The parts that the values of bindings refer to; a macro's with the sign %."""
+    return {reference.part for binding in bindings for reference in binding.references}
+
+
 @contextlib.contextmanager
 def parsed(files: Sequence[str | Path], bindings: Sequence[str]) -> Iterator[None]:
     """The configuration of gin files and then of bindings, inside a with statement.
@@ -150,116 +269,175 @@ def parsed(files: Sequence[str | Path], bindings: Sequence[str]) -> Iterator[Non
     ends, so that a part which is being built may read the configuration of another run. Gin's own errors become
     `ConfigError`, with the file and the line.
     """
-    load_plugins()
-    own = bool(files or bindings)
-    saved: list[Any] = []
-    if own:
-        saved = [part.copy() for part in _gin_state()]
-        gin.clear_config()
-        _PLACES.clear()
-    for root in recipe_roots():
-        gin.add_config_file_search_path(str(root))
-    try:
+    load_all()
+    with _empty() if files or bindings else contextlib.nullcontext():
         for file in files:
             path = find_gin_file(file)
             with _located(path), _files_alone():
                 gin.parse_config_file(str(path))
-                _note_places(path.read_text(), str(path))
+                _note_places(statements(path))
         for binding in bindings:
-            with _located(f"binding {binding!r}"):
+            place = f"binding {binding!r}"
+            with _located(place), _files_alone():
                 gin.parse_config(binding)
-                _note_places(binding, f"binding {binding!r}")
+                _note_places(attrs.evolve(s, place=place) for s in statements_of(binding, place))
         yield
-    finally:
-        if own:
-            gin.clear_config()
-            _PLACES.clear()
-            for part, before in zip(_gin_state(), saved, strict=True):
-                part.extend(before) if isinstance(part, list) else part.update(before)
 
 
-@contextlib.contextmanager
-def _files_alone() -> Iterator[None]:
-    """Included files are looked for as files.
+class Configuration:
+    """The configuration of a gin file, from which parts are built one by one.
 
-    Not in Python packages, where gin would fail at any folder that has the name of a recipe's, nor with a log of every
-    folder in which they are not.
+    A part is built as in training. But only what the part is made of is imported: a student is built without the
+    trainer, and without the modules of an objective.
+
+    Args:
+        gin_file: see `find_gin_file`.
+
+    Attributes:
+        statements: the bindings as data.
+
+    Examples:
+        >>> Configuration("freeflow/ring.gin").build("train.teacher").sample_shape
+        (2,)
     """
-    before, readers = logging.root.manager.disable, gin.config._FILE_READERS
-    logging.disable(logging.ERROR)
-    gin.config._FILE_READERS = readers[:1]
-    try:
-        yield
-    finally:
-        gin.config._FILE_READERS = readers
-        logging.disable(before)
+
+    def __init__(self, gin_file: str | Path) -> None:
+        self._path = find_gin_file(gin_file)
+        self.statements = statements(self._path)
+        self._state: list[Any] | None = None  # what gin has read, and the names that it did not know then
+        self._unknown: set[str] = set()
+
+    def build(self, parameter: str) -> Any:
+        """What is bound to a parameter, such as ``train.teacher``, with the parts that it refers to built.
+
+        Returns:
+            None where nothing is bound to it.
+
+        Raises:
+            ConfigError: a part is not known, or cannot be built; with the file and the line.
+        """
+        bound = [statement.value for statement in self.statements if statement.name == parameter]
+        if not bound:
+            return None
+        with self.in_force(parameter):
+            return copy.deepcopy(gin.config.parse_value(repr(bound[-1])))  # gin evaluates references in copies
+
+    @contextlib.contextmanager
+    def in_force(self, parameter: str) -> Iterator[None]:
+        """Inside the with statement gin has the bindings, at least those of the parts that a parameter needs."""
+        needed = self._needed(parameter)
+        with _empty():
+            if self._state is None or needed & self._unknown:
+                self._parse(needed)
+            else:
+                _install(self._state)
+            try:
+                with errors_located():
+                    yield
+            finally:
+                self._state = _copied()
+
+    def _parse(self, needed: set[str]) -> None:
+        """Let gin read the file, and skip what it does not know, unless it is needed."""
+        for load in (load_plugins, load_all):
+            load()
+            _install([])
+            with _located(self._path), _files_alone():
+                gin.parse_config_file(str(self._path), skip_unknown=True)
+            _note_places(self.statements)
+            self._state = _copied()
+            self._unknown = {name for name in _names(self.statements) if not _known(name)}
+            if not needed & self._unknown:
+                return
+        with _located(self._path), _files_alone():
+            gin.parse_config_file(str(self._path))  # which says what is not known, and where
+
+    def _needed(self, parameter: str) -> set[str]:
+        """The names of all parts that a parameter refers to, directly or through their own bindings."""
+        parts = parts_of(*(statement for statement in self.statements if statement.name == parameter))
+        while more := parts_of(*(statement for statement in self.statements if statement.part in parts)) - parts:
+            parts |= more
+        return {name for name in _names(self.statements) if _last(name) in parts}
 
 
-def _gin_state() -> tuple[Any, ...]:
-    """What gin.clear_config clears, and the places of the bindings."""
-    return gin.config._CONFIG, gin.config._OPERATIVE_CONFIG, gin.config._SINGLETONS, gin.config._IMPORTS, _PLACES
+def _names(bindings: Iterable[Statement]) -> set[str]:
+    """The names of parts that bindings set up or refer to, as they are written, without scopes; no macros."""
+    names = {binding.selector for binding in bindings if binding.selector}
+    return names | {r.name.rpartition("/")[2] for b in bindings for r in b.references if not r.macro}
 
 
-class _Syntax(ParserDelegate):  # type: ignore[misc]
-    """Parses values without building anything; it collects the names of what they refer to."""
-
-    def __init__(self) -> None:
-        self.references: set[str] = set()
-
-    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> None:
-        self.references.add(re.split(r"[./]", scoped_configurable_name)[-1])
-
-    def macro(self, macro_name: str) -> None:
-        self.references.add(macro_name)
+def _known(name: str) -> bool:
+    return bool(gin.config._REGISTRY.matching_selectors(name))
 
 
-@attrs.frozen
-class _Bound:
-    """A binding as it was read: whose, of which parameter, in which scope, where, and what its value refers to."""
-
-    owner: str
-    parameter: str
-    scope: str
-    place: str
-    references: frozenset[str]
-
-
-def _note_places(text: str, source: str) -> None:
+def _note_places(bindings: Iterable[Statement]) -> None:
     """Remember every binding with its place, which gin 0.5 does not."""
-    syntax = _Syntax()
-    for statement in ConfigParser(text, syntax):
-        references, syntax.references = frozenset(syntax.references), set()
-        if isinstance(statement, IncludeStatement):
-            path = find_gin_file(statement.filename)
-            _note_places(path.read_text(), str(path))
-        elif isinstance(statement, BindingStatement):
-            owner, parameter = statement.selector.rpartition(".")[2], statement.arg_name or ""
-            line = "" if source.startswith("binding") else f", line {statement.location.line_num}"
-            _PLACES.append(_Bound(owner, parameter, statement.scope, f"{source}{line}", references))
-
-
-def _places() -> dict[tuple[str, str], str]:
-    """Where each parameter (owner, name) was last bound."""
-    return {(bound.owner, bound.parameter): bound.place for bound in _PLACES}
+    _BOUND.extend(bindings)
 
 
 def _spared() -> set[str]:
-    """What need not be used: macros that files define, what they refer to, and what replaced bindings referred to.
+    """The parts whose bindings need not be used.
 
     A file may define macros for whoever needs them, such as the data of a setting.
     And whoever replaces a part, such as a law of times, leaves its settings behind.
     """
-    last = {(bound.owner, bound.parameter, bound.scope): bound for bound in _PLACES}
-    replaced = [bound for bound in _PLACES if last[bound.owner, bound.parameter, bound.scope] is not bound]
-    macros = {bound.owner for bound in _PLACES if not bound.parameter and not bound.place.startswith("binding")}
-    waiting = [*macros, *(name for bound in replaced for name in bound.references)]
+    last = {binding.name: binding for binding in _BOUND}
+    replaced = [binding for binding in _BOUND if last[binding.name] is not binding]
+    offered = {b.part for b in _BOUND if not b.selector and not b.place.startswith("binding")}
     found: set[str] = set()
+    waiting = [*offered, *parts_of(*replaced)]
     while waiting:
-        name = waiting.pop()
-        if name not in found:
-            found.add(name)
-            waiting += [other for bound in _PLACES if bound.owner == name for other in bound.references]
+        part = waiting.pop()
+        if part not in found:
+            found.add(part)
+            waiting += parts_of(*(binding for binding in _BOUND if binding.part == part))
     return found
+
+
+def _gin_state() -> tuple[Any, ...]:
+    """What gin.clear_config clears, and the places of the bindings."""
+    return gin.config._CONFIG, gin.config._OPERATIVE_CONFIG, gin.config._SINGLETONS, gin.config._IMPORTS, _BOUND
+
+
+def _copied() -> list[Any]:
+    return [part.copy() for part in _gin_state()]
+
+
+def _install(state: Sequence[Any]) -> None:
+    """Put a copied state in the place of what gin has; an empty sequence clears it."""
+    gin.clear_config()
+    _BOUND.clear()
+    for part, content in zip(_gin_state(), state, strict=bool(state)):
+        part.extend(content) if part is _BOUND else part.update(content)
+
+
+@contextlib.contextmanager
+def _empty() -> Iterator[None]:
+    """Inside, gin has no bindings but those that are parsed there; afterwards it has those of the caller again."""
+    saved = _copied()
+    _install([])
+    try:
+        yield
+    finally:
+        _install(saved)
+
+
+@contextlib.contextmanager
+def _files_alone() -> Iterator[None]:
+    """Included files are looked for as files, also among the packaged ones.
+
+    Not in Python packages, where gin would fail at any folder that has the name of a recipe's, nor with a log of every
+    folder in which they are not.
+    """
+    before, readers, prefixes = logging.root.manager.disable, gin.config._FILE_READERS, gin.config._LOCATION_PREFIXES
+    logging.disable(logging.ERROR)
+    gin.config._FILE_READERS = readers[:1]
+    gin.config._LOCATION_PREFIXES = [*prefixes, *map(str, recipe_roots())]
+    try:
+        yield
+    finally:
+        gin.config._FILE_READERS, gin.config._LOCATION_PREFIXES = readers, prefixes
+        logging.disable(before)
 
 
 @contextlib.contextmanager
@@ -312,7 +490,7 @@ def _with_bindings(message: str) -> str:
         return message
     reason, name = message[: match.start()], match[1]
     reason = re.sub(r"^\(\"(.*?)\", Attribute\(.*\)$", r"\1", reason)  # some attrs validators raise a tuple
-    places = {parameter: place for (owner, parameter), place in _places().items() if owner == name}
+    places = {binding.parameter: binding.place for binding in _BOUND if binding.part == name}
     named = [parameter for parameter in places if re.search(rf"\b{parameter}\b", reason)]
     lines = [f"\n  {name}.{parameter}: {places[parameter]}" for parameter in named or places]
     return ("" if reason.startswith(f"{name}.") else f"{name}: ") + reason + "".join(lines)
@@ -335,6 +513,8 @@ def macro(name: str) -> Any:
 def check_all_used(without: Sequence[str] = ()) -> None:
     """Fail if a binding was not consumed by anything that has been built so far.
 
+    Macros that files define need not be used, nor what only they, or bindings that others replaced, refer to.
+
     Args:
         without: gin modules whose bindings may be without use, such as ``evaluation``.
 
@@ -351,7 +531,7 @@ def check_all_used(without: Sequence[str] = ()) -> None:
         ]
         module, _, name = selector.rpartition(".")
         macro = selector == "gin.macro"
-        if module in without or (scope if macro else name) in spared:
+        if module in without or (f"%{scope}" if macro else name) in spared:
             continue
         for parameter in parameters:
             if not any(parameter in names for names in consumers):

@@ -3,7 +3,8 @@
 Registering a class gives it a name that works everywhere: ``OBJECTIVES.build("freeflow")`` in Python,
 ``@freeflow()`` in a gin file, ``flowdistill list`` on the command line. What ships with the library in
 `flowdistill.algorithms` and `flowdistill.teachers` is registered when a registry is first asked, and so are the
-modules that other distributions announce under the entry-point group ``flowdistill.plugins``.
+modules that other distributions announce under the entry-point group ``flowdistill.plugins``. Metrics, feature
+extractors, verifiers and search strategies are registered when theirs is asked: models need none of them.
 """
 
 from __future__ import annotations
@@ -25,40 +26,45 @@ from flowdistill.plumbing.errors import ConfigError
 
 _T = TypeVar("_T", bound=Callable[..., Any])
 
-_BUILT_IN = (
+_PARTS = (
     "flowdistill.data",
     "flowdistill.decoders",
-    "flowdistill.evaluation",
     "flowdistill.flow_maps",
     "flowdistill.guidance",
     "flowdistill.networks",
     "flowdistill.pairs",
-    "flowdistill.runs.run",
-    "flowdistill.searching",
+    "flowdistill.runs.loading",
     "flowdistill.solvers",
     "flowdistill.states",
-    "flowdistill.velocities",
     "flowdistill.times",
-    "flowdistill.training",
+    "flowdistill.velocities",
     "flowdistill.algorithms",
     "flowdistill.teachers",
 )
+_TOOLS = ("flowdistill.evaluation", "flowdistill.searching", "flowdistill.training")
 PLUGIN_GROUP = "flowdistill.plugins"
 
 
 @functools.cache
 def load_plugins() -> None:
-    """Register everything that ships with the library, then what installed plug-ins add; only once.
+    """Register the parts of models and objectives that ship with the library, then what installed plug-ins add; once.
 
     A plug-in that fails to import is reported by a warning and skipped.
     """
-    for module in _BUILT_IN:
+    for module in _PARTS:
         importlib.import_module(module)
     for plugin in entry_points(group=PLUGIN_GROUP):
         try:
             plugin.load()
         except Exception as error:
             warnings.warn(f"plug-in {plugin.value} skipped: {error!r}", RuntimeWarning, stacklevel=2)
+
+
+def load_all() -> None:
+    """Register everything: also the trainer, and what evaluations and searches are made of."""
+    load_plugins()
+    for module in _TOOLS:
+        importlib.import_module(module)
 
 
 def unknown_name(kind: str, name: str, known: list[str]) -> ConfigError:
@@ -88,10 +94,11 @@ class Registry:
     Args:
         kind: what the entries are, in the singular.
         gin_suffix: ends their names in gin files, where other kinds of things have the same.
+        home: the module that registers those of the library; "" for the parts of models and objectives.
     """
 
-    def __init__(self, kind: str, gin_suffix: str = "") -> None:
-        self.kind, self._gin_suffix = kind, gin_suffix
+    def __init__(self, kind: str, gin_suffix: str = "", home: str = "") -> None:
+        self.kind, self._gin_suffix, self._home = kind, gin_suffix, home
         self._entries: dict[str, Callable[..., Any]] = {}
         self._variants: dict[str, str] = {}
 
@@ -130,9 +137,14 @@ class Registry:
         gin.register(name + self._gin_suffix, module=_plural(self.kind))(_for_gin(entry))
         self._entries[name] = entry
 
+    def _load(self) -> None:
+        load_plugins()
+        if self._home:
+            importlib.import_module(self._home)
+
     def get(self, name: str) -> Callable[..., Any]:
         """The class registered under ``name``; ConfigError with the nearest matches if there is none."""
-        load_plugins()
+        self._load()
         name = self._variants.get(name, name)
         if name not in self._entries:
             raise unknown_name(self.kind, name, self.all_names())
@@ -151,7 +163,7 @@ class Registry:
 
     def names(self) -> list[str]:
         """All registered names, sorted."""
-        load_plugins()
+        self._load()
         return sorted(self._entries)
 
     def all_names(self) -> list[str]:
@@ -160,17 +172,17 @@ class Registry:
 
     def __contains__(self, name: str) -> bool:
         """Whether `build` knows a name."""
-        load_plugins()
+        self._load()
         return name in self._entries or name in self._variants
 
     def variants(self, name: str) -> list[str]:
         """The variants of the class registered under ``name``, as they were given."""
-        load_plugins()
+        self._load()
         return [variant for variant, owner in self._variants.items() if owner == name]
 
     def name_of(self, entry: object) -> str:
         """The name under which a class is registered; ConfigError if it is not."""
-        load_plugins()
+        self._load()
         for name, registered in self._entries.items():
             if registered is entry:
                 return name
@@ -240,12 +252,14 @@ TIME_SAMPLERS = Registry("time sampler")
 PAIRS = Registry("pair law")
 NETWORKS = Registry("network")
 DATASETS = Registry("dataset")
-METRICS = Registry("metric")
+METRICS = Registry("metric", home="flowdistill.evaluation.measure")
 SOLVERS = Registry("solver")
 DECODERS = Registry("decoder")
-VERIFIERS = Registry("verifier")
-SEARCH_STRATEGIES = Registry("search strategy")
-FEATURES = Registry("feature extractor", gin_suffix="_features")  # digits and mnist are data sets as well
+VERIFIERS = Registry("verifier", home="flowdistill.searching.verifiers")
+SEARCH_STRATEGIES = Registry("search strategy", home="flowdistill.searching.strategies")
+FEATURES = Registry(  # digits and mnist are data sets as well
+    "feature extractor", gin_suffix="_features", home="flowdistill.evaluation.features"
+)
 
 REGISTRIES = {
     _plural(registry.kind): registry

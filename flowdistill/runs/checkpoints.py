@@ -7,10 +7,8 @@ renamed into it, so that a checkpoint that has its name is complete.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill.plumbing.errors import CheckpointError, CheckpointWriteError
+from flowdistill.plumbing.files import file_fingerprint, fingerprint, replaced_folder
 
 _FORMAT = 1
 
@@ -45,26 +44,18 @@ def save_checkpoint(
         CheckpointWriteError: the disk refused; earlier checkpoints are untouched and nothing half-written is left.
     """
     final = workdir / "checkpoints" / f"step_{step:08d}"
-    partial = final.with_name(f".{final.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        contents = {f"{name}.safetensors": _module_bytes(module) for name, module in modules.items()}
-        buffer = io.BytesIO()
-        torch.save(dict(optimizers), buffer)
-        contents["optimizers.pt"] = buffer.getvalue()
-        hashes = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
-        meta = {"format": _FORMAT, "step": step, "counters": dict(counters), "sha256": hashes}
-        contents["meta.json"] = json.dumps(meta, indent=1).encode()
-        for name, data in contents.items():
-            with (partial / name).open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        with replaced_folder(final) as partial:
+            contents = {f"{name}.safetensors": _module_bytes(module) for name, module in modules.items()}
+            buffer = io.BytesIO()
+            torch.save(dict(optimizers), buffer)
+            contents["optimizers.pt"] = buffer.getvalue()
+            hashes = {name: fingerprint(data) for name, data in contents.items()}
+            meta = {"format": _FORMAT, "step": step, "counters": dict(counters), "sha256": hashes}
+            contents["meta.json"] = json.dumps(meta, indent=1).encode()
+            for name, data in contents.items():
+                (partial / name).write_bytes(data)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         earlier = checkpoint_paths(workdir)
         safe = f"the last one, {earlier[-1]}, is untouched" if earlier else "there is none from before"
         raise CheckpointWriteError(f"cannot save checkpoint {final}: {error.strerror}; {safe}") from error
@@ -109,56 +100,9 @@ def verify_checkpoint(checkpoint: Path) -> dict[str, Any]:
         path = checkpoint / Path(name).name
         if not path.is_file():
             raise CheckpointError(f"{checkpoint} lacks {name}")
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else None
-            actual = digest.hexdigest() if digest else hashlib.sha256(file.read()).hexdigest()
-        if actual != expected:
+        if file_fingerprint(path) != expected:
             raise CheckpointError(f"{path} is truncated or altered: its SHA-256 is not the one in meta.json")
     return meta
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; CheckpointError if it is missing or damaged."""
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {path}")
-    try:
-        return safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
-
-
-def load_module(module: nn.Module, path: Path) -> None:
-    """Load a safetensors file into a module whose tensors have just these names and shapes.
-
-    Raises:
-        CheckpointError: the file is damaged, or of another architecture; lists the first tensors that differ.
-    """
-    fill_module(module, load_tensors(path), path)
-
-
-def fill_module(module: nn.Module, tensors: Mapping[str, Tensor], source: Path, assign: bool = False) -> None:
-    """Put tensors into a module that has just these names and shapes.
-
-    Args:
-        module: the module.
-        tensors: by name.
-        source: the file they come from, for messages.
-        assign: use the tensors themselves, as for a module that was built on the meta device.
-
-    Raises:
-        CheckpointError: they are of another architecture; lists the first tensors that differ.
-    """
-    own = {name: tuple(v.shape) for name, v in module.state_dict().items()}
-    theirs = {name: tuple(v.shape) for name, v in tensors.items()}
-    if own != theirs:
-        names = [name for name in sorted(own.keys() | theirs.keys()) if own.get(name) != theirs.get(name)]
-        lines = [
-            f"{name}: {theirs.get(name, 'absent')} in the file, {own.get(name, 'absent')} in the model"
-            for name in names[:5]
-        ]
-        more = f"\n... and {len(names) - 5} more" if len(names) > 5 else ""
-        raise CheckpointError(f"{source} is of another architecture:\n" + "\n".join(lines) + more)
-    module.load_state_dict(tensors, assign=assign)
 
 
 def load_optimizers(path: Path) -> dict[str, Any]:

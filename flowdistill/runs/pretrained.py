@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 import attrs
-import safetensors.torch
 import torch
 
 from flowdistill.interfaces import Decoder, Teacher
 from flowdistill.networks import VelocityNetwork
 from flowdistill.plumbing.dry import files_unread
 from flowdistill.plumbing.errors import CheckpointError, CheckpointWriteError, ConfigError
+from flowdistill.plumbing.files import fill_module, load_tensors, replaced_folder, write_json, write_tensors
 from flowdistill.plumbing.registry import DECODERS, NETWORKS, TEACHERS
-from flowdistill.runs.checkpoints import fill_module, load_tensors
 from flowdistill.wrapped_teachers import NetworkTeacher
 
 _FORMAT = 1
@@ -50,23 +48,12 @@ def save_model(teacher: Teacher, folder: str | Path, dtype: Literal["float32", "
         "decoder": None if decoder is None else DECODERS.name_of(type(decoder)),
         "decoder_arguments": {} if decoder is None else attrs.asdict(decoder),  # type: ignore[arg-type]
     }
-    tensors = {name: v.to(getattr(torch, dtype)).contiguous().cpu() for name, v in network.state_dict().items()}
-    present = folder.exists()  # and empty: perhaps a link, or where the user is, so that it is filled and not replaced
-    partial = folder / ".partial" if present else folder.with_name(f".{folder.name}.partial")
+    tensors = {name: v.to(getattr(torch, dtype)).cpu() for name, v in network.state_dict().items()}
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        safetensors.torch.save_file(tensors, partial / "model.safetensors")
-        (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        shutil.copymode(partial / "config.json", partial / "model.safetensors")  # which is written for its owner alone
-        if present:
-            for file in list(partial.iterdir()):
-                file.rename(folder / file.name)
-            partial.rmdir()
-        else:
-            partial.rename(folder)
-    except (OSError, safetensors.SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        with replaced_folder(folder) as partial:
+            write_tensors(partial / "model.safetensors", tensors)
+            write_json(partial / "config.json", config)
+    except OSError as error:
         raise CheckpointWriteError(f"cannot write {folder}: {error}; nothing was left there") from error
     return folder
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -15,18 +13,18 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from flowdistill.evaluation.blocks import collect
-from flowdistill.evaluation.features import fingerprint
 from flowdistill.evaluation.report import images_of
 from flowdistill.guidance import GuidedTeacher
-from flowdistill.interfaces import FlowMap, Teacher, Verifier
-from flowdistill.plumbing import config
+from flowdistill.interfaces import Teacher, Verifier
 from flowdistill.plumbing.distributed import find_device
 from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.files import module_fingerprint
 from flowdistill.plumbing.randomness import step_generator
 from flowdistill.plumbing.registry import SEARCH_STRATEGIES, VERIFIERS
-from flowdistill.runs.checkpoints import verify_checkpoint
-from flowdistill.runs.run import check_counts, find_checkpoint, load_flow_map, load_teacher, make_condition
+from flowdistill.runs.blocks import collect
+from flowdistill.runs.loading import load_teacher
+from flowdistill.runs.run import Run, on_device
+from flowdistill.runs.sampling import check_counts, default_batch_size, make_condition
 from flowdistill.searching.result import SearchResult
 from flowdistill.searching.strategies import SearchStrategy
 from flowdistill.searching.trials import PricedModel, Trials, evaluation_flops
@@ -37,7 +35,7 @@ _PICTURE = 100  # samples in the picture
 
 
 def search(
-    run: str | Path,
+    run: Run | str | Path,
     budget: float,
     *,
     teacher: str | Path | None = None,
@@ -68,7 +66,7 @@ def search(
     search continues, and one for more samples begins with what is there. Under torchrun the ranks share the blocks out.
 
     Args:
-        run: a run directory, or a checkpoint in it.
+        run: a run directory, a checkpoint in it, or a `Run`.
         budget: for each sample.
         teacher: see `load_teacher`; None is the one that the student was trained on, as it was guided there.
         verifier: a name that ``flowdistill list verifiers`` shows, a verifier, or a function of images and their
@@ -105,13 +103,13 @@ def search(
     if proposer not in ("student", "teacher"):
         raise ConfigError(f"the proposer is 'student' or 'teacher', not {proposer!r}")
     judge, plan = _verifier(verifier), _strategy(strategy)
-    workdir, checkpoint = find_checkpoint(run)
-    with config.parsed([workdir.absolute() / "config.gin"], []), config.errors_located():
-        evaluation, own_teacher = config.value("train.evaluation"), config.value("train.teacher")
+    # The verifier, the models and what their evaluations cost.
+    run = Run.of(run)
+    evaluation = run.evaluation
     judge.setup(None if evaluation is None else evaluation.features)
     place = find_device(device)
-    student = load_flow_map(checkpoint).to(place)
-    model = _teacher(teacher, own_teacher, student, guidance).to(place)
+    student = on_device(run.student, place)
+    model = on_device(_teacher(teacher, run, guidance), place)
     condition = make_condition(model.num_classes, num_samples, labels, guidance)
     unit = evaluation_flops(model, condition)
     bf16 = evaluation is not None and evaluation.precision == "bf16"
@@ -121,6 +119,7 @@ def search(
     bar = Progress(console=console, disable=not console.is_terminal)
     task = bar.add_task("search", total=num_samples * budget)
 
+    # The search of a block of samples, and the settings that its result depends on.
     def draw(block: int, n: int) -> SearchResult:
         first = block * _BLOCK
         bar.update(task, completed=first * budget)
@@ -133,7 +132,7 @@ def search(
             budget=budget,
             condition=condition[first:][:n],
             generators=[step_generator(seed, row, "search") for row in range(first, first + n)],
-            batch_size=batch_size or (100 if place.type == "cpu" else 500),
+            batch_size=batch_size or default_batch_size(place),
             progress=lambda cost: bar.advance(task, cost),
         )
         return find(plan, trials)
@@ -149,16 +148,15 @@ def search(
         "labels": None if labels is None else torch.as_tensor(labels).tolist(),
         "seed": seed,
     }
-    identity = {
-        "format": 2,
-        "weights": verify_checkpoint(checkpoint)["sha256"],
-        "config": hashlib.sha256((workdir / "config.gin").read_bytes()).hexdigest(),
-        "teacher": fingerprint(model),
-        "verifier": judge.fingerprint(),
-        "settings": settings,
-    }
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    folder = workdir / "searches" / key
+    folder = run.folder(
+        "searches",
+        format=2,
+        teacher=module_fingerprint(model),
+        verifier=judge.fingerprint(),
+        settings=settings,
+    )
+
+    # All blocks, and the files of the result.
     with bar:
         result = collect(SearchResult, folder, num_samples, draw, _BLOCK)
         bar.update(task, completed=num_samples * budget)
@@ -201,15 +199,15 @@ def _strategy(strategy: str | SearchStrategy) -> SearchStrategy:
     return strategy
 
 
-def _teacher(name: str | Path | None, own: Teacher | None, student: FlowMap, guidance: float | None) -> Teacher:
+def _teacher(name: str | Path | None, run: Run, guidance: float | None) -> Teacher:
     """The teacher of a search, guided if it is to be."""
-    teacher = own if name is None else load_teacher(name)
+    teacher = run.teacher if name is None else load_teacher(name)
     if teacher is None:
         raise ConfigError("the run has no teacher: name one")
     for what in ("sample_shape", "num_classes"):
-        ours, theirs = getattr(student, what), getattr(teacher, what)
+        ours, theirs = getattr(run.student, what), getattr(teacher, what)
         if ours != theirs:
             raise ConfigError(f"{what} of the student is {ours}, of the teacher {theirs}")
     if guidance is not None and not isinstance(teacher, GuidedTeacher):
         teacher = GuidedTeacher(teacher, guidance)
-    return teacher.eval().requires_grad_(False)
+    return teacher.eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowdistill.evaluation.report import save_picture
-from flowdistill.evaluation.samples import read_tensors, write_tensors
+from flowdistill.plumbing.files import read_tensors, write_json, write_tensors
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -60,7 +59,7 @@ class SearchResult:
 
     def save(self, path: Path) -> None:
         """Write to a safetensors file, which is there whole or not at all."""
-        write_tensors(self._tensors(), path)
+        write_tensors(path, self._tensors())
 
     @classmethod
     def load(cls, path: Path) -> SearchResult | None:
@@ -83,8 +82,6 @@ class SearchResult:
     def write(self, folder: Path, images: Tensor, settings: Mapping[str, Any]) -> SearchResult:
         """Write ``result.safetensors``, ``figures.json`` with the settings of the search, and a picture of images."""
         self.save(folder / "result.safetensors")
-        partial = folder / "figures.partial"
-        partial.write_text(json.dumps({**self.figures, "settings": settings}, indent=1) + "\n")
-        partial.replace(folder / "figures.json")
+        write_json(folder / "figures.json", {**self.figures, "settings": settings})
         save_picture(images, folder / "images.png")
         return attrs.evolve(self, folder=folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
 import uuid
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from flowdistill.evaluation.samples import sample_set
 from flowdistill.interfaces import Condition, Verifier
 from flowdistill.plumbing.distributed import rank_and_world
 from flowdistill.plumbing.errors import CheckpointError, ConfigError
+from flowdistill.plumbing.files import fingerprint
 from flowdistill.plumbing.registry import DATASETS, register_verifier
 from flowdistill.plumbing.torch_fidelity import torch_fidelity
 
@@ -45,7 +45,7 @@ class _OfFeatures(Verifier):
 
     def fingerprint(self) -> str:
         """See `Verifier.fingerprint`; the weights of the extractor are part of it."""
-        return hashlib.sha256(f"{self!r} {self._extractor.fingerprint()}".encode()).hexdigest()
+        return fingerprint(f"{self!r} {self._extractor.fingerprint()}")
 
 
 @register_verifier("feature_distance")

@@ -18,14 +18,9 @@ from flowdistill.interfaces import FlowMap, ObjectiveOutput, States, StateSource
 from flowdistill.plumbing.distributed import add_up, find_device, gathered, rank_and_world
 from flowdistill.plumbing.dry import placed
 from flowdistill.plumbing.errors import NonFiniteError
+from flowdistill.plumbing.files import load_module
 from flowdistill.plumbing.randomness import step_generator, stream_seed
-from flowdistill.runs.checkpoints import (
-    checkpoint_paths,
-    load_module,
-    load_optimizers,
-    save_checkpoint,
-    verify_checkpoint,
-)
+from flowdistill.runs.checkpoints import checkpoint_paths, load_optimizers, save_checkpoint, verify_checkpoint
 from flowdistill.training.settings import OptimizerBuilder, Training
 
 

@@ -12,7 +12,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flowdistill.plumbing.records import read_records
+from flowdistill.plumbing.files import write_text
+from flowdistill.runs.records import read_records
 
 
 class RunLog:
@@ -32,7 +33,7 @@ class RunLog:
 
         self._path = workdir / "metrics.jsonl"
         kept = [json.dumps(record) + "\n" for record in read_records(workdir) if record["step"] <= first_step]
-        self._path.write_text("".join(kept))
+        write_text(self._path, "".join(kept))
         self._file = self._path.open("a")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
         self._console = Console(file=sys.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from types import NoneType
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import attrs
 import gin
@@ -25,13 +25,13 @@ from flowdistill.training.optimization import Schedule
 OptimizerBuilder: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
-def _clip(instance: object, field: attrs.Attribute[float | None], value: float | None) -> None:
+def _clip(instance: Any, field: attrs.Attribute[Any], value: float | None) -> None:
     of_type(int, float, NoneType)(instance, field, value)
     if value is not None and not value > 0:
         raise ValueError(f"gradient_clip must be positive, or None for no limit, not {value}")
 
 
-def _builder(instance: object, field: attrs.Attribute[object], value: object) -> None:
+def _builder(instance: Any, field: attrs.Attribute[Any], value: Any) -> None:
     if value is not None and not callable(value):
         raise ValueError(f"{field.name} must build an optimiser, as @AdamW does, not {short(value)}")
 

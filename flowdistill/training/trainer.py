@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -17,6 +16,7 @@ from flowdistill.interfaces import FlowMap
 from flowdistill.plumbing import config
 from flowdistill.plumbing.distributed import barrier, find_device, process_group, rank_and_world
 from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.files import write_text
 from flowdistill.runs.checkpoints import checkpoint_paths, read_meta
 from flowdistill.training.loop import Loop
 from flowdistill.training.run_log import RunLog
@@ -155,12 +155,11 @@ def _claim(loop: Loop, resume: str, operative: str) -> None:
     if path.is_file():
         if resume == "never":
             raise ConfigError(f"{workdir} already holds a run: choose another workdir")
-        theirs, ours = (_what_trains(text) for text in (path.read_text(), operative))
+        theirs, ours = _what_trains(path.read_text(), str(path)), _what_trains(operative, "the configuration")
         differing = [line for line in ours if line not in theirs] + [line for line in theirs if line not in ours]
         if differing:
             raise ConfigError(
-                f"{workdir} holds a run of another configuration (one has {differing[0].strip()!r}): "
-                "choose another workdir"
+                f"{workdir} holds a run of another configuration (one has {differing[0]!r}): choose another workdir"
             )
         saved = checkpoint_paths(workdir)
         if saved and (done := read_meta(saved[-1])["step"]) > steps:
@@ -168,18 +167,20 @@ def _claim(loop: Loop, resume: str, operative: str) -> None:
     barrier()  # until all have looked
     if rank_and_world()[0] != 0:
         return
-    workdir.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(operative)
-    partial.replace(path)
+    write_text(path, operative)
 
 
-def _what_trains(configuration: str) -> list[str]:
+def _what_trains(configuration: str, source: str) -> list[str]:
     """The bindings of a configuration that a run must keep.
 
-    Not the number of steps, the evaluation, or the decoder of latents: a run may be continued beyond its end, be
-    measured again, and be given what draws its images.
+    The number of steps, the evaluation and the decoder of latents are left out: a run may be continued beyond its end,
+    be measured again, and be given what draws its images.
     """
-    bindings = re.findall(r"^\w.* = .*(?:\n .*)*", configuration, re.MULTILINE)
-    free = r"train\.(steps|evaluation) |(evaluation|\w+_features)\.|\w+\.vae "
-    return [binding for binding in bindings if not re.match(free, binding)]
+    return [
+        str(binding)
+        for binding in config.statements_of(configuration, source)
+        if binding.name not in ("train.steps", "train.evaluation")
+        and binding.part != "evaluation"
+        and not binding.part.endswith("_features")
+        and binding.parameter != "vae"
+    ]

@@ -46,7 +46,7 @@ class ConditionalVelocity(TargetVelocity):
 
     omega: float = 1.0
     """The weight of v."""
-    kappa: float | None = attrs.field(default=0.0, validator=optional(lt(1.0)))
+    kappa: float | None = attrs.field(default=0.0, validator=optional(lt(1.0)))  # type: ignore[arg-type]
     """The weight of the student's velocity with the label; None is 1 - 1/gamma with the guidance scale gamma of each
     sample, which makes gamma the scale (improved MeanFlow, arXiv 2512.02012)."""
     interval: tuple[float, float] = attrs.field(default=(0.0, 1.0), converter=check_interval)

@@ -15,8 +15,8 @@ from flowdistill.interfaces import Decoder
 from flowdistill.networks.edm2 import EDM2, SIZES
 from flowdistill.plumbing.dry import files_unread
 from flowdistill.plumbing.errors import CheckpointError, ConfigError
+from flowdistill.plumbing.files import fill_module
 from flowdistill.plumbing.registry import register_teacher, unknown_name
-from flowdistill.runs.checkpoints import fill_module
 from flowdistill.runs.pretrained import locate
 from flowdistill.teachers.edm2.release import read_release
 from flowdistill.wrapped_teachers import NetworkTeacher

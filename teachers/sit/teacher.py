@@ -19,8 +19,8 @@ from flowdistill.decoders import StableDiffusionVae
 from flowdistill.networks.sit import SIZES, SiT
 from flowdistill.plumbing.dry import files_unread
 from flowdistill.plumbing.errors import CheckpointError, ConfigError
+from flowdistill.plumbing.files import fill_module
 from flowdistill.plumbing.registry import register_teacher, unknown_name
-from flowdistill.runs.checkpoints import fill_module
 from flowdistill.runs.pretrained import locate
 from flowdistill.wrapped_teachers import NetworkTeacher
 

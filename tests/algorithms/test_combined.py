@@ -12,7 +12,7 @@ from flowdistill.algorithms.combined import Combined
 from flowdistill.algorithms.freeflow import FreeFlow, FreeFlowCorrection, FreeFlowPrediction
 from flowdistill.interfaces import ObjectiveOutput
 from flowdistill.pairs import WithDiagonal
-from flowdistill.plumbing.records import read_records
+from flowdistill.runs.records import read_records
 from flowdistill.teachers.gaussian import GaussianTeacher
 from flowdistill.velocities import Exact
 

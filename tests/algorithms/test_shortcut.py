@@ -275,7 +275,7 @@ def test_it_passes_the_kit_with_data_and_with_a_teacher():
 
 
 def test_its_law_is_that_of_the_paper():
-    """Seven rows in eight at times k/128, and jumps of lengths 1, 1/2, ..., 1/64, all equally likely, on their grids."""
+    """Seven rows in eight at times k/128, and jumps of lengths 1, 1/2, ..., 1/64, equally likely, on their grids."""
     t, s = Shortcut().law(0.0).sample(80_000, generator())
     assert torch.equal(t[:70_000], s[:70_000])
     assert (128 * t[:70_000] % 1 == 0).all()

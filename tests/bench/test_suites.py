@@ -51,6 +51,21 @@ def test_named_rows_and_bindings(tmp_path):
         assert "train.seed = 5\n" in job.gin
 
 
+def test_bindings_may_be_includes(tmp_path, monkeypatch):
+    """One that sets parts of a recipe up is for it; one of the evaluation alone is no part of a training."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "groups.gin", "imm.groups = 3\n")
+    write(tmp_path / "few.gin", "evaluation.num_samples = 10\n")
+    bindings = ["bench.seeds = (1,)", "include 'groups.gin'", "include 'few.gin'"]
+    path = write(tmp_path / "two.gin", ONE)
+    freeflow, imm = load_suite(path, bindings).jobs(load_suite(path).table(), {})
+    assert "groups.gin" not in freeflow.gin
+    assert "include 'groups.gin'\ninclude 'few.gin'\n" in imm.gin
+    without, _ = load_suite(path, bindings[:2]).jobs(load_suite(path).table(), {})
+    assert freeflow.run == without.run
+    assert freeflow.figures != without.figures
+
+
 def test_runs_are_told_apart_by_what_they_train(tmp_path):
     suite = load_suite(write(tmp_path / "two.gin", ONE))
     jobs = suite.jobs(suite.table(), {})

@@ -13,8 +13,8 @@ from runs import command, write
 import flowdistill
 from flowdistill import ConfigError, DataError
 from flowdistill.evaluation import SampleSet, measure, reference_set, spread
-from flowdistill.evaluation.blocks import BLOCK, collect
-from flowdistill.runs import run as runs
+from flowdistill.runs import evaluating
+from flowdistill.runs.blocks import BLOCK, collect
 from flowdistill.teachers.gaussian import Ring
 
 METRICS = ("sliced_w2", "mmd")
@@ -41,13 +41,13 @@ def run(trained, tmp_path, monkeypatch):
 @pytest.fixture
 def drawn(monkeypatch):
     """The numbers of samples that are drawn, block by block."""
-    sizes, draw = [], runs._draw
+    sizes, draw = [], evaluating.draw
 
     def counting(flow_map, noise, *arguments):
         sizes.append(len(noise))
         return draw(flow_map, noise, *arguments)
 
-    monkeypatch.setattr(runs, "_draw", counting)
+    monkeypatch.setattr(evaluating, "draw", counting)
     return sizes
 
 
@@ -77,8 +77,8 @@ def test_classes_are_taken_in_turn_across_blocks(trained, tmp_path):
 
 
 def test_fewer_samples_than_asked_for_are_an_error(run, monkeypatch):
-    whole = runs.sample_set
-    monkeypatch.setattr(runs, "sample_set", lambda samples, *rest: whole(samples[1:], *rest))
+    whole = evaluating.sample_set
+    monkeypatch.setattr(evaluating, "sample_set", lambda samples, *rest: whole(samples[1:], *rest))
     with pytest.raises(DataError, match="499 samples in place of 500"):
         flowdistill.evaluate(run, num_samples=600)
 
@@ -116,11 +116,11 @@ def test_damaged_and_lost_blocks_are_drawn_again(run, drawn):
 
 def test_a_killed_evaluation_continues(run, drawn, tmp_path):
     code = (
-        "import os, signal, flowdistill; from flowdistill.runs import run as runs; draw = runs._draw; drawn = []\n"
+        "import os, signal, flowdistill; from flowdistill.runs import evaluating; draw = evaluating.draw; drawn = []\n"
         "def dying(*arguments):\n"
         "    drawn.append(1)\n"
         "    return draw(*arguments) if len(drawn) < 3 else os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"runs._draw = dying; flowdistill.evaluate({str(run)!r}, num_samples=2000)"
+        f"evaluating.draw = dying; flowdistill.evaluate({str(run)!r}, num_samples=2000)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == -9
     assert len(list((run / "evaluations").glob("*/*.safetensors"))) == 2

@@ -12,6 +12,7 @@ from runs import RING, command, write
 
 import flowdistill
 from flowdistill import CheckpointError, CheckpointWriteError
+from flowdistill.plumbing import files
 from flowdistill.runs import checkpoints
 
 
@@ -91,7 +92,7 @@ def test_a_foreign_file_runs_nothing(run, tmp_path):
     with pytest.raises(CheckpointError):
         checkpoints.load_optimizers(path)
     with pytest.raises(CheckpointError):
-        checkpoints.load_tensors(path)
+        files.load_tensors(path)
     assert not marker.exists()
 
 
@@ -127,9 +128,9 @@ def test_an_interrupted_save_leaves_the_earlier_checkpoints(tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     if when == "write":
-        monkeypatch.setattr(checkpoints.os, "fsync", fail)
+        monkeypatch.setattr(files.os, "fsync", fail)
     else:
-        monkeypatch.setattr(checkpoints.Path, "rename", fail)
+        monkeypatch.setattr(files.Path, "rename", fail)
     with pytest.raises(CheckpointWriteError, match=r"No space left on device; .*step_00000001, is untouched"):
         save(tmp_path, 2)
     monkeypatch.undo()

@@ -21,7 +21,8 @@ from flowdistill import Condition, ConfigError, NonFiniteError
 from flowdistill.ema import AveragedModel, Ema, PowerEma
 from flowdistill.flow_maps import from_teacher
 from flowdistill.networks import MLP
-from flowdistill.runs.checkpoints import load_module, save_checkpoint
+from flowdistill.plumbing.files import load_module
+from flowdistill.runs.checkpoints import save_checkpoint
 from flowdistill.training.optimization import Schedule
 
 

@@ -1,4 +1,4 @@
-"""The records that a training leaves in ``metrics.jsonl``."""
+"""The records of a training: ``metrics.jsonl`` in its run directory."""
 
 from __future__ import annotations
 

@@ -1,0 +1,143 @@
+"""Measuring the students of runs."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from flowdistill.evaluation.features import FeatureExtractor, load_features
+from flowdistill.evaluation.measure import measure, spread
+from flowdistill.evaluation.references import Reference, reference_set, split
+from flowdistill.evaluation.samples import SampleSet, sample_set
+from flowdistill.interfaces import Jumps
+from flowdistill.plumbing.distributed import find_device, rank_and_world
+from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.registry import METRICS
+from flowdistill.runs.blocks import BLOCK, collect
+from flowdistill.runs.run import Run, on_device
+from flowdistill.runs.sampling import check_counts, default_batch_size, draw, draw_noise, make_condition
+
+
+def evaluate(
+    run: Run | str | Path,
+    *,
+    metrics: Sequence[str] = ("fid",),
+    num_samples: int = 10_000,
+    steps: int = 1,
+    guidance: float | None = None,
+    seed: int = 0,
+    features: str | FeatureExtractor | None = None,
+    reference: Reference | None = None,
+    renoise: bool | None = None,
+    batch_size: int | None = None,
+    device: str | torch.device | None = None,
+    noise_floor: bool = True,
+    bootstrap: int = 0,
+) -> dict[str, float]:
+    """Metrics of a run's student against the truth.
+
+    Samples are drawn in blocks of 500, each from noise of its own. What features say of a block is kept in
+    ``RUN/evaluations``, so that an interrupted evaluation continues, and one with more samples or other metrics begins
+    with what is there. Under torchrun the ranks share the blocks out; rank 0 measures, and the others return nothing.
+
+    Args:
+        run: a run directory, a checkpoint in it, or a `Run`.
+        metrics: names that ``flowdistill list metrics`` shows.
+        num_samples: samples of the student, exactly.
+        steps: see `sample`.
+        guidance: see `sample`.
+        seed: of the noise.
+        features: a feature extractor or its name, as ``flowdistill list feature_extractors`` shows; None is the one of
+            the run's own evaluation, or the samples themselves beside those of an exact teacher.
+        reference: a folder of images, an ``.npz`` file of images or of their mean and covariance, or a data set; None
+            is that of the run's own evaluation, or the features of real data that come with the extractor.
+        renoise: see `sample`.
+        batch_size: samples at a time; None is 100 on a CPU, else 500. It does not change the figures, up to rounding.
+        device: where samples and features are computed; by default the first GPU (of each rank its own), else the CPU.
+        noise_floor: measure also a second true set of as many samples: the best that a student can look.
+        bootstrap: estimate the spread of each metric over other seeds, from so many random halves of the samples; 0
+            does not.
+
+    Returns:
+        The metrics by their names; under ``NAME_noise_floor`` the same between two sets of true samples, one of
+        ``num_samples``, where the reference has as many again, else a warning says why it is not there; and under
+        ``NAME_std`` the spread.
+
+    Raises:
+        CheckpointError: the run, or the extractor's weights, cannot be read.
+        ConfigError: an unknown metric, nothing to compare with, or a metric that the reference does not allow.
+        DataError: the reference is not what it should be.
+
+    Examples:
+        >>> flowdistill.evaluate("runs/ring", metrics=("w2",), num_samples=2000)  # doctest: +SKIP
+        {'w2': 0.09, 'w2_noise_floor': 0.05}
+    """
+    check_counts(num_samples=num_samples, batch_size=batch_size, bootstrap=bootstrap or None)
+    for name in metrics:
+        METRICS.get(name)
+    # What is compared: the student, and the truth as the call names it, or else as the run's own evaluation does.
+    run = Run.of(run)
+    if run.evaluation is not None:
+        features = run.evaluation.features if features is None else features
+        reference = run.evaluation.reference if reference is None else reference
+    extractor = None if features is None else load_features(features)
+    place = find_device(device)
+    flow_map = on_device(run.student, place)
+    condition = make_condition(flow_map.num_classes, num_samples, None, guidance)
+    truth = None
+    if rank_and_world()[0] == 0:
+        truth = reference_set(extractor, run.teacher, num_samples, seed, reference, flow_map.decoder, place)
+
+    # The student's samples, of which all ranks draw blocks.
+    def block_of_samples(block: int, n: int) -> SampleSet:
+        noise, fresh = draw_noise(flow_map, BLOCK, steps, seed, block, renoise)
+        rows = condition[block * BLOCK :][:n]
+        size = batch_size or default_batch_size(place)
+        batches = draw(flow_map, noise[:n], None if fresh is None else fresh[:, :n], rows, steps, size)
+        return sample_set(torch.cat(batches), rows.labels, extractor, flow_map.decoder)
+
+    folder = run.folder(
+        "evaluations",
+        format=1,
+        features=None if extractor is None else extractor.fingerprint(),
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        renoise=flow_map.jumps is Jumps.TO_DATA if renoise is None else renoise,
+    )
+    generated = collect(SampleSet, folder, num_samples, block_of_samples)
+    if generated is None or truth is None:
+        return {}
+
+    # The figures, their noise floors and their spreads.
+    figures = measure(metrics, generated, truth)
+    if noise_floor:
+        again = None if extractor is not None else reference_set(None, run.teacher, num_samples, seed + 1)
+        figures |= _noise_floors(metrics, num_samples, truth, again)
+    if bootstrap:
+        figures |= {f"{name}_std": v for name, v in spread(metrics, generated, truth, bootstrap, seed).items()}
+    return figures
+
+
+def _noise_floors(metrics: Sequence[str], n: int, truth: SampleSet, again: SampleSet | None) -> dict[str, float]:
+    """The metrics between two true sets: ``again`` and all of the truth, or n and the others of a reference."""
+    pair = split(truth, n) if again is None else (again, truth)
+    floors: dict[str, float] = {}
+    if pair is not None:
+        for name in metrics:
+            with contextlib.suppress(ConfigError):  # of a metric that needs what true samples lack, such as labels
+                floors[f"{name}_noise_floor"] = measure([name], *pair)[name]
+    missing = [name for name in metrics if f"{name}_noise_floor" not in floors]
+    if missing:
+        if pair is not None:
+            why = "true samples do not have what it is measured on"
+        elif len(truth):
+            why = f"the reference holds {len(truth)} samples, and {2 * n} are needed"
+        else:
+            why = "the reference holds a mean and a covariance alone"
+        warnings.warn(f"no noise floor of {', '.join(missing)}: {why}", RuntimeWarning, stacklevel=3)
+    return floors

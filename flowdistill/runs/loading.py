@@ -1,0 +1,112 @@
+"""Loading trained models: students of runs, and teachers by name, from runs and from files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import gin
+
+from flowdistill.interfaces import FlowMap, Teacher
+from flowdistill.plumbing.errors import CheckpointError, ConfigError
+from flowdistill.plumbing.registry import NETWORKS, TEACHERS, unknown_name
+from flowdistill.runs.pretrained import is_model, load_file, load_model, locate, save_model
+from flowdistill.runs.run import Run
+from flowdistill.wrapped_teachers import FlowMapTeacher
+
+
+def load_flow_map(run: Run | str | Path) -> FlowMap:
+    """The trained student of a run, with averaged weights where an average was kept, on the CPU.
+
+    Args:
+        run: a run directory, or a checkpoint in it; or a `Run`, whose own student it is.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    return Run.of(run).student
+
+
+def load_teacher(name_or_path: str | Path | Run, **kwargs: Any) -> Teacher:
+    """A registered teacher by its name, or one from a file.
+
+    In a gin file it is ``train.teacher = @load_teacher()`` with bindings such as
+    ``load_teacher.name_or_path = 'sit-xl/2-256'`` and ``load_teacher.checkpoint = 'SiT-XL-2-256x256.pt'``.
+
+    Args:
+        name_or_path: a name that ``flowdistill list teachers`` shows; a published architecture, such as
+            ``sit-xl/2-256``, ``sit-xl/2-repa-256`` or ``edm2-s-512``, whose weights are the argument ``checkpoint``, a
+            file of its authors or a model folder, here or on HuggingFace; a run (see `Run`), or its directory, of an
+            objective such as ``flow_matching``; a model folder, as ``flowdistill convert`` writes it; a checkpoint file
+            of the authors of SiT, REPA or EDM2; or ``hf://owner/repository`` of a model folder on HuggingFace.
+        **kwargs: arguments of a registered teacher; for a model folder those of its decoder, such as ``vae``.
+
+    Raises:
+        ConfigError: neither a name (the nearest are listed) nor a path.
+        CheckpointError: the weights are missing, damaged, or of another architecture.
+
+    Examples:
+        >>> load_teacher("ring").velocity(torch.zeros(3, 2), torch.ones(3)).shape
+        torch.Size([3, 2])
+    """
+    name, path = str(name_or_path), Path(str(name_or_path))
+    if isinstance(name_or_path, Run):
+        teacher: Teacher = _of_run(name_or_path, kwargs)
+    elif name in TEACHERS:
+        folder = locate(kwargs["checkpoint"]) if "checkpoint" in kwargs else None
+        if folder is not None and is_model(folder):
+            teacher = load_model(folder, **{key: v for key, v in kwargs.items() if key != "checkpoint"})
+            family = NETWORKS.name_of(type(teacher.network))
+            if not name.startswith(family):
+                raise CheckpointError(f"{folder} holds a network of {family}, not {name}")
+        else:
+            teacher = TEACHERS.build(name, **kwargs)
+    elif not path.exists() and not name.startswith("hf://"):
+        raise unknown_name("teacher", name, TEACHERS.all_names())
+    else:
+        path = locate(name_or_path)
+        if path.is_file():
+            teacher = load_file(path, **kwargs)
+        elif is_model(path):
+            teacher = load_model(path, **kwargs)
+        else:
+            teacher = _of_run(Run(path), kwargs)
+    return teacher.eval().requires_grad_(False)
+
+
+def _of_run(run: Run, arguments: Mapping[str, Any]) -> Teacher:
+    if arguments:
+        raise ConfigError(f"{run.workdir} takes no arguments, not {', '.join(arguments)}")
+    return FlowMapTeacher(run.student)
+
+
+gin.register("load_teacher", module="teachers")(load_teacher)
+
+
+def convert(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    teacher: str | None = None,
+    dtype: Literal["float32", "float16"] = "float32",
+    **kwargs: Any,
+) -> Path:
+    """Write a teacher as a model folder: safetensors and a JSON configuration, which load without anything else.
+
+    Args:
+        source: a checkpoint file of others, or a run whose student is a plain velocity field.
+        folder: where to; it must not exist, or be empty.
+        teacher: the architecture of a checkpoint file, such as ``sit-xl/2-256``; None is what the file itself says.
+        dtype: in which weights are stored; they are always loaded as float32.
+        **kwargs: further arguments of the teacher that reads the file.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: the source cannot be read, or the folder not be written.
+        ConfigError: the source is not a velocity network alone, or the folder is taken.
+    """
+    loaded = load_teacher(source, **kwargs) if teacher is None else load_teacher(teacher, checkpoint=source, **kwargs)
+    return save_model(loaded, folder, dtype)
