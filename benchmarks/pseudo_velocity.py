@@ -17,11 +17,11 @@ import torch
 from trainings import RESULTS, SEEDS, cell
 
 from flowdistill.algorithms.freeflow import FreeFlow, FreeFlowCorrection, FreeFlowPrediction, FreeFlowPseudo
-from flowdistill.evaluation.report import machine
 from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.interfaces import Condition, NoisingVelocity, Teacher
 from flowdistill.networks import MLP
 from flowdistill.paths import interpolate
+from flowdistill.plumbing.machine import machine
 from flowdistill.states import Prior
 from flowdistill.teachers.gaussian import GaussianTeacher, Ring
 from flowdistill.training import Schedule

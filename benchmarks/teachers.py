@@ -16,8 +16,9 @@ from typing import Literal
 import attrs
 
 import flowdistill
-from flowdistill.evaluation.report import Evaluation, compare, machine
+from flowdistill.evaluation.comparison import Evaluation, compare
 from flowdistill.guidance import GuidedTeacher
+from flowdistill.plumbing.machine import machine
 
 SEEDS = (1, 2, 3)
 METRICS = ("fid", "precision", "recall", "accuracy")

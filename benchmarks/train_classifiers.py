@@ -19,7 +19,7 @@ from torch import Tensor
 from flowdistill.data import Digits, FashionMnist, IdxImages, Mnist
 from flowdistill.evaluation.features import WEIGHTS, SmallClassifier
 from flowdistill.evaluation.metrics import frechet_distance, label_agreement
-from flowdistill.evaluation.report import machine
+from flowdistill.plumbing.machine import machine
 
 SEED = 0
 STEPS = 3000

@@ -184,7 +184,7 @@ def _plan(options: argparse.Namespace) -> None:
 def _sample(options: argparse.Namespace) -> None:
     import numpy as np
 
-    from flowdistill.evaluation.report import images_of, save_picture
+    from flowdistill.evaluation.pictures import images_of, save_picture
     from flowdistill.runs.run import load_flow_map, sample
 
     if options.out.suffix not in (".png", ".npz"):
@@ -217,7 +217,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         features = FEATURES.build(features, weights=options.weights)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
-        figures = evaluate(
+        metrics = evaluate(
             options.run,
             metrics=options.metrics,
             num_samples=options.num_samples,
@@ -233,7 +233,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         )
     for warning in caught:
         print(f"flowdistill: {warning.message}", file=sys.stderr)
-    for name, value in figures.items():
+    for name, value in metrics.items():
         print(f"{name}: {value:.4g}")
 
 

@@ -110,7 +110,7 @@ def test_an_evaluation_may_be_left_out_and_made_up_for(tmp_path):
     text = "include 'freeflow/ring.gin'\ntrain.steps = 2\ntrain.sample_every = 0\n"
     file.write_text(f"{text}train.evaluation = None\n")
     first = flowdistill.train(gin_file=file, workdir=run)
-    assert not (run / "figures.json").exists()
+    assert not (run / "evaluation.json").exists()
     saved = first.checkpoint.stat().st_mtime_ns
     for metric in ("w2", "mmd"):
         file.write_text(f"{text}evaluation.num_samples = 10\nevaluation.metrics = ('{metric}',)\n")

@@ -24,8 +24,8 @@ from rich.progress import Progress
 
 from flowdistill.bench.suite import Job, Row, Suite, load_suite
 from flowdistill.bench.tables import write_tables
+from flowdistill.evaluation.comparison import compare, teacher_samples, trajectory_errors, write_metrics
 from flowdistill.evaluation.features import fingerprint
-from flowdistill.evaluation.report import compare, teacher_samples, trajectory_errors, write_figures
 from flowdistill.evaluation.samples import SampleSet
 from flowdistill.interfaces import FlowMap
 from flowdistill.plumbing import config
@@ -244,7 +244,7 @@ def _measure(student: FlowMap | None, gin_file: Path, figures: Path, cache: Path
             best = teacher_samples(teacher, evaluation)
             best.save(path)
     rows = compare(student, teacher, evaluation, best)
-    write_figures(figures, rows, evaluation, trajectory_errors(student, teacher, evaluation))
+    write_metrics(figures, rows, evaluation, trajectory_errors(student, teacher, evaluation))
 
 
 def _training(workdir: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowdistill.evaluation.blocks import BLOCK, collect
 from flowdistill.evaluation.features import FeatureExtractor, load_features
-from flowdistill.evaluation.measure import measure, spread
+from flowdistill.evaluation.metrics import measure, spread
 from flowdistill.evaluation.references import Reference, reference_set, split
 from flowdistill.evaluation.samples import SampleSet, sample_set
 from flowdistill.flow_maps import FlowMapTeacher

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flowdistill.evaluation.blocks import collect
 from flowdistill.evaluation.features import fingerprint
-from flowdistill.evaluation.report import images_of
+from flowdistill.evaluation.pictures import images_of
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import FlowMap, Teacher, Verifier
 from flowdistill.plumbing import config

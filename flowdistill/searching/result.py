@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from flowdistill.evaluation.report import save_picture
+from flowdistill.evaluation.pictures import save_picture
 from flowdistill.evaluation.samples import read_tensors, write_tensors
 
 

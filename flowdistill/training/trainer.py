@@ -14,7 +14,9 @@ import gin
 import torch
 
 from flowdistill.ema import Averaging, Ema
-from flowdistill.evaluation.report import Evaluation, save_samples, write_report
+from flowdistill.evaluation.comparison import Evaluation
+from flowdistill.evaluation.pictures import save_samples
+from flowdistill.evaluation.report import write_report
 from flowdistill.interfaces import FlowMap, Objective, StateSource, Teacher
 from flowdistill.plumbing import config
 from flowdistill.plumbing.distributed import barrier, find_device, process_group, rank_and_world

@@ -1,0 +1,198 @@
+"""A student beside its teacher: what is measured, how samples are drawn, and the record of the metrics."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import attrs
+import gin
+import torch
+from attrs.validators import ge, in_, min_len
+from torch import Tensor
+
+from flowdistill.evaluation.features import FeatureExtractor
+from flowdistill.evaluation.metrics import measure
+from flowdistill.evaluation.references import NOTHING_TO_COMPARE, reference_set
+from flowdistill.evaluation.samples import SampleSet, sample_set
+from flowdistill.evaluation.trajectories import ErrorAt, checked_deltas, trajectory_error
+from flowdistill.interfaces import Condition, FlowMap, Teacher
+from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.machine import machine
+from flowdistill.plumbing.randomness import step_generator
+from flowdistill.plumbing.registry import FEATURES, METRICS
+from flowdistill.solvers import Euler
+
+
+@gin.register("evaluation", module="evaluation")
+@attrs.frozen(kw_only=True)
+class Evaluation:
+    """What is measured at the end of a run.
+
+    Attributes:
+        metrics: names of registered metrics.
+        features: a feature extractor or its name; None compares samples with an exact teacher's own distribution.
+        reference: a folder of images, an ``.npz`` file, or the name of a data set; None is the features of real data
+            that come with the extractor.
+        num_samples: samples of each model.
+        teacher_steps: Euler steps at which the teacher is measured beside the student; the last is its best.
+        student_steps: jumps at which the student is measured; one that knows a single jump is measured at that alone.
+        deltas: durations at which the student's distance from the teacher's trajectories is measured, see
+            `flowdistill.evaluation.trajectory_error`; for a map to data only (1.0,).
+        guidance: guidance scale of teacher and student; None is their own.
+        precision: "bf16" draws the samples under autocast, several times faster.
+        seed: of the noise.
+    """
+
+    metrics: Sequence[str] = ("fid", "recall", "accuracy")
+    features: str | FeatureExtractor | None = None
+    reference: str | None = None
+    num_samples: int = attrs.field(default=2000, validator=ge(1))
+    teacher_steps: Sequence[int] = attrs.field(default=(1, 4, 64), validator=min_len(1))
+    student_steps: Sequence[int] = attrs.field(default=(1,), validator=min_len(1))
+    deltas: Sequence[float] = ()
+    guidance: float | None = None
+    precision: Literal["float32", "bf16"] = attrs.field(default="float32", validator=in_(("float32", "bf16")))
+    seed: int = 0
+
+    def check(self, teacher: Teacher | None) -> None:
+        """ConfigError for what is not registered, for impossible durations, or if there is nothing to compare with."""
+        for name in self.metrics:
+            METRICS.get(name)
+        if self.deltas:
+            checked_deltas(self.deltas)
+        if isinstance(self.features, str):
+            FEATURES.get(self.features)
+        if self.features is None and not hasattr(teacher, "sample_data"):
+            raise ConfigError(NOTHING_TO_COMPARE)
+
+
+class Sampler(Protocol):
+    """Noise and its condition to samples; the generator draws what further noise it needs."""
+
+    def __call__(self, noise: Tensor, condition: Condition, generator: torch.Generator | None = None) -> Tensor:
+        """Samples of the shape of the noise."""
+
+
+def compare(
+    student: FlowMap | None, teacher: Teacher | None, evaluation: Evaluation, best: SampleSet | None = None
+) -> dict[str, dict[str, float]]:
+    """The metrics of teacher and student, a row each, by the row's name.
+
+    Columns are the network evaluations spent on a sample, as counted, the metrics against the reference and, for
+    ``fid`` and ``w2``, the same distance to the teacher's samples at its most steps, drawn from other noise. The row
+    ``noise floor`` is a second such set of teacher samples, the best that a student can look.
+
+    Args:
+        student: None measures the teacher alone.
+        teacher: None measures the student alone.
+        evaluation: what is measured.
+        best: `teacher_samples` of this teacher and evaluation; with them the student's rows alone are measured.
+    """
+    model = student if student is not None else teacher
+    assert model is not None
+    reference = reference_set(
+        evaluation.features,
+        teacher,
+        evaluation.num_samples,
+        evaluation.seed,
+        evaluation.reference,
+        model.decoder,
+        device_of(model),
+    )
+    samplers: dict[str, tuple[Sampler, str]] = {}
+    most = ""
+    if teacher is not None and best is None:
+        for steps in evaluation.teacher_steps:
+            most = f"teacher, {in_words(steps)}"
+            samplers[most] = euler(teacher, steps), "evaluation"
+        samplers["noise floor"] = samplers[most][0], "evaluation, again"
+    if student is not None:
+        for steps in (1,) if student.anchored else evaluation.student_steps:
+            samplers[f"student, {in_words(steps)}"] = _jumps(student, steps), "evaluation, student"
+    distances = [metric for metric in ("fid", "w2") if metric in evaluation.metrics]
+    rows: dict[str, dict[str, float]] = {}
+    for name, (sampler, stream) in samplers.items():
+        before = _evaluations(student, teacher)
+        generated = _drawn(sampler, stream, model, evaluation)
+        evaluations = (_evaluations(student, teacher) - before) / evaluation.num_samples
+        rows[name] = {"evaluations": evaluations, **measure(evaluation.metrics, generated, reference)}
+        if best is not None:
+            to_teacher = measure(distances, generated, best)
+            rows[name] |= {f"{metric}_to_teacher": value for metric, value in to_teacher.items()}
+        if name == most:
+            best = generated
+    return rows
+
+
+def teacher_samples(teacher: Teacher, evaluation: Evaluation) -> SampleSet:
+    """The teacher's samples at its most steps, which students are measured against."""
+    return _drawn(euler(teacher, evaluation.teacher_steps[-1]), "evaluation", teacher, evaluation)
+
+
+def trajectory_errors(student: FlowMap | None, teacher: Teacher | None, evaluation: Evaluation) -> list[ErrorAt]:
+    """The student's distances from the teacher's trajectories at the durations of an evaluation, if any."""
+    if student is None or teacher is None or not evaluation.deltas:
+        return []
+    return trajectory_error(student, teacher, evaluation.deltas, guidance=evaluation.guidance, seed=evaluation.seed)
+
+
+def write_metrics(
+    path: Path, rows: dict[str, dict[str, float]], evaluation: Evaluation, errors: Sequence[ErrorAt] = ()
+) -> None:
+    """Write the rows of `compare` and what they rest on as a JSON file, all at once."""
+    record = {"num_samples": evaluation.num_samples, "seed": evaluation.seed, "machine": machine(), "rows": rows}
+    record |= {"trajectory_errors": [attrs.asdict(error) for error in errors]} if errors else {}
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.replace(path)
+
+
+def _drawn(sampler: Sampler, stream: str, model: FlowMap | Teacher, evaluation: Evaluation) -> SampleSet:
+    n, device = evaluation.num_samples, device_of(model)
+    size = 100 if device.type == "cpu" else 500  # what fits a processor's caches is faster there
+    generator = step_generator(evaluation.seed, 0, stream)
+    noise = torch.randn((n, *model.sample_shape), generator=generator).to(device)
+    condition = Condition.in_turn(model.num_classes, n, evaluation.guidance).to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=evaluation.precision == "bf16"):
+        parts = [slice(i, i + size) for i in range(0, n, size)]
+        samples = torch.cat([sampler(noise[part], condition[part], generator) for part in parts])
+    return sample_set(samples, condition.labels, evaluation.features, model.decoder)
+
+
+def _evaluations(*models: FlowMap | Teacher | None) -> int:
+    return sum(model.evaluations for model in models if model is not None)
+
+
+def euler(teacher: Teacher, steps: int) -> Sampler:
+    """The sampler of a teacher by Euler's method."""
+
+    def sampler(noise: Tensor, condition: Condition, generator: torch.Generator | None = None) -> Tensor:
+        with torch.no_grad():
+            return Euler(steps=steps).solve(teacher, noise, condition)
+
+    return sampler
+
+
+def _jumps(student: FlowMap, steps: int) -> Sampler:
+    def sampler(noise: Tensor, condition: Condition, generator: torch.Generator | None = None) -> Tensor:
+        fresh = torch.randn((steps - 1, *noise.shape), generator=generator).to(noise) if student.to_data else None
+        return student.sample(noise, steps, condition, renoise=fresh)
+
+    return sampler
+
+
+def device_of(*models: FlowMap | Teacher | None) -> torch.device:
+    """Where the first of the models is; exact teachers have buffers and no parameters."""
+    for model in filter(None, models):
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
+            return tensor.device
+    return torch.device("cpu")
+
+
+def in_words(steps: int) -> str:
+    """A number of steps, as titles name it."""
+    return "1 step" if steps == 1 else f"{steps} steps"
