@@ -159,4 +159,4 @@ def test_a_terminal_sees_a_live_bar(folder):
         output += chunk
     assert process.wait() == 0
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output.decode())
-    assert re.search(r"bar .*12/12 loss [\d.]+ [\d.]+ steps/s \d:\d\d:\d\d", text)
+    assert re.search(r"bar .*12/12 +loss [\d.]+ +[\d.]+ steps/s +\d:\d\d:\d\d", text)

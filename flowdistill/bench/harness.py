@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -19,8 +18,6 @@ from typing import Any
 
 import gin
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from flowdistill.bench.suite import Job, Row, Suite, load_suite
 from flowdistill.bench.tables import write_tables
@@ -30,6 +27,7 @@ from flowdistill.evaluation.samples import SampleSet
 from flowdistill.interfaces import FlowMap
 from flowdistill.plumbing import config
 from flowdistill.plumbing.errors import ConfigError, FlowDistillError, RunsFailedError
+from flowdistill.plumbing.progress import bars, progress
 from flowdistill.runs.run import load_flow_map
 from flowdistill.training import train
 from flowdistill.training.run_log import read_records
@@ -94,14 +92,12 @@ def bench(
         if job.figures not in known and (job.teacher or job.row in chosen):
             tasks.setdefault(job.run, []).append(job)
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    console = Console(file=sys.stderr)
     # Processes that start afresh, since a GPU's context does not survive a fork; one does many trainings in turn.
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker, (threads,))
-    with Progress(console=console, disable=not console.is_terminal) as bar, pool, _stopped_by_errors(pool):
-        progress = bar.add_task(name, total=len(tasks))
+    with progress(f"bench {name}", len(tasks)) as phase, bars() as display, pool, _stopped_by_errors(pool):
         futures = [pool.submit(_run, jobs, Path(runs), device) for jobs in tasks.values()]
         for future in as_completed(futures):
-            bar.advance(progress)
+            phase.advance(1)
             try:
                 found = future.result()
             except BrokenProcessPool:
@@ -111,8 +107,8 @@ def bench(
                 ) from None
             for record in found:
                 known[record["figures"]] = record
-                if "error" in record or not console.is_terminal:
-                    console.print(_line(record), markup=False, highlight=False, soft_wrap=True)
+                if "error" in record or not display.console.is_terminal:
+                    display.console.print(_line(record), markup=False, highlight=False, soft_wrap=True)
     # Under the titles that they have now
     titles = [{"group": job.row.group, "name": job.row.name} for job in wanted]
     records = [known[job.figures] | title for job, title in zip(wanted, titles, strict=True) if job.figures in known]

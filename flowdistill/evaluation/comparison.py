@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import attrs
 import gin
@@ -21,10 +21,12 @@ from flowdistill.evaluation.samples import SampleSet, sample_set
 from flowdistill.evaluation.trajectories import ErrorAt, checked_deltas, trajectory_error
 from flowdistill.interfaces import Condition, FlowMap, Teacher
 from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.flops import Flops
 from flowdistill.plumbing.machine import machine
+from flowdistill.plumbing.progress import progress
 from flowdistill.plumbing.randomness import step_generator
 from flowdistill.plumbing.registry import FEATURES, METRICS
-from flowdistill.solvers import Euler
+from flowdistill.solvers import Euler, RungeKutta4
 
 
 @gin.register("evaluation", module="evaluation")
@@ -70,11 +72,35 @@ class Evaluation:
             raise ConfigError(NOTHING_TO_COMPARE)
 
 
-class Sampler(Protocol):
-    """Noise and its condition to samples; the generator draws what further noise it needs."""
+@attrs.frozen
+class Sampler:
+    """A model that makes samples in some steps: of Euler's method for a teacher, jumps for a student.
 
+    Attributes:
+        model: the teacher or the student.
+        steps: how many.
+    """
+
+    model: FlowMap | Teacher
+    steps: int
+
+    @torch.no_grad()
     def __call__(self, noise: Tensor, condition: Condition, generator: torch.Generator | None = None) -> Tensor:
-        """Samples of the shape of the noise."""
+        """Samples of the shape of the noise; the generator draws what further noise a map to data needs."""
+        if isinstance(self.model, Teacher):
+            return Euler(steps=self.steps).solve(self.model, noise, condition)
+        again = (self.steps - 1, *noise.shape)
+        fresh = torch.randn(again, generator=generator).to(noise) if self.model.to_data else None
+        return self.model.sample(noise, self.steps, condition, renoise=fresh)
+
+    def cost(self, guidance: float | None = None) -> tuple[int, int]:
+        """Evaluations and floating-point operations that one sample takes, as one step of it counts them."""
+        like = next(itertools.chain(self.model.parameters(), self.model.buffers()), torch.zeros(()))
+        noise = torch.zeros((1, *self.model.sample_shape), dtype=like.dtype, device=like.device)
+        before = self.model.evaluations
+        with Flops() as flops:  # type: ignore[no-untyped-call]
+            Sampler(self.model, 1)(noise, Condition.in_turn(self.model.num_classes, 1, guidance).to(like.device))
+        return self.steps * (self.model.evaluations - before), self.steps * flops.total
 
 
 def compare(
@@ -108,17 +134,15 @@ def compare(
     if teacher is not None and best is None:
         for steps in evaluation.teacher_steps:
             most = f"teacher, {in_words(steps)}"
-            samplers[most] = euler(teacher, steps), "evaluation"
+            samplers[most] = Sampler(teacher, steps), "evaluation"
         samplers["noise floor"] = samplers[most][0], "evaluation, again"
     if student is not None:
         for steps in (1,) if student.anchored else evaluation.student_steps:
-            samplers[f"student, {in_words(steps)}"] = _jumps(student, steps), "evaluation, student"
+            samplers[f"student, {in_words(steps)}"] = Sampler(student, steps), "evaluation, student"
     distances = [metric for metric in ("fid", "w2") if metric in evaluation.metrics]
     rows: dict[str, dict[str, float]] = {}
     for name, (sampler, stream) in samplers.items():
-        before = _evaluations(student, teacher)
-        generated = _drawn(sampler, stream, model, evaluation)
-        evaluations = (_evaluations(student, teacher) - before) / evaluation.num_samples
+        generated, evaluations = _drawn(name, sampler, stream, model, evaluation)
         rows[name] = {"evaluations": evaluations, **measure(evaluation.metrics, generated, reference)}
         if best is not None:
             to_teacher = measure(distances, generated, best)
@@ -130,14 +154,21 @@ def compare(
 
 def teacher_samples(teacher: Teacher, evaluation: Evaluation) -> SampleSet:
     """The teacher's samples at its most steps, which students are measured against."""
-    return _drawn(euler(teacher, evaluation.teacher_steps[-1]), "evaluation", teacher, evaluation)
+    steps = evaluation.teacher_steps[-1]
+    return _drawn(f"teacher, {in_words(steps)}", Sampler(teacher, steps), "evaluation", teacher, evaluation)[0]
 
 
 def trajectory_errors(student: FlowMap | None, teacher: Teacher | None, evaluation: Evaluation) -> list[ErrorAt]:
     """The student's distances from the teacher's trajectories at the durations of an evaluation, if any."""
     if student is None or teacher is None or not evaluation.deltas:
         return []
-    return trajectory_error(student, teacher, evaluation.deltas, guidance=evaluation.guidance, seed=evaluation.seed)
+    n, solver = 256, RungeKutta4()
+    total = n * len(evaluation.deltas) * 4 * solver.steps * Sampler(teacher, 1).cost(evaluation.guidance)[0]
+    before = teacher.evaluations
+    with progress("following the teacher's trajectories", total, lambda: teacher.evaluations - before):
+        return trajectory_error(
+            student, teacher, evaluation.deltas, n, guidance=evaluation.guidance, solver=solver, seed=evaluation.seed
+        )
 
 
 def write_metrics(
@@ -151,38 +182,23 @@ def write_metrics(
     partial.replace(path)
 
 
-def _drawn(sampler: Sampler, stream: str, model: FlowMap | Teacher, evaluation: Evaluation) -> SampleSet:
+def _drawn(
+    name: str, sampler: Sampler, stream: str, model: FlowMap | Teacher, evaluation: Evaluation
+) -> tuple[SampleSet, float]:
+    """Samples as metrics see them, and the evaluations that one of them has taken."""
     n, device = evaluation.num_samples, device_of(model)
     size = 100 if device.type == "cpu" else 500  # what fits a processor's caches is faster there
     generator = step_generator(evaluation.seed, 0, stream)
     noise = torch.randn((n, *model.sample_shape), generator=generator).to(device)
     condition = Condition.in_turn(model.num_classes, n, evaluation.guidance).to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=evaluation.precision == "bf16"):
-        parts = [slice(i, i + size) for i in range(0, n, size)]
-        samples = torch.cat([sampler(noise[part], condition[part], generator) for part in parts])
-    return sample_set(samples, condition.labels, evaluation.features, model.decoder)
-
-
-def _evaluations(*models: FlowMap | Teacher | None) -> int:
-    return sum(model.evaluations for model in models if model is not None)
-
-
-def euler(teacher: Teacher, steps: int) -> Sampler:
-    """The sampler of a teacher by Euler's method."""
-
-    def sampler(noise: Tensor, condition: Condition, generator: torch.Generator | None = None) -> Tensor:
-        with torch.no_grad():
-            return Euler(steps=steps).solve(teacher, noise, condition)
-
-    return sampler
-
-
-def _jumps(student: FlowMap, steps: int) -> Sampler:
-    def sampler(noise: Tensor, condition: Condition, generator: torch.Generator | None = None) -> Tensor:
-        fresh = torch.randn((steps - 1, *noise.shape), generator=generator).to(noise) if student.to_data else None
-        return student.sample(noise, steps, condition, renoise=fresh)
-
-    return sampler
+    total = n * sampler.cost(evaluation.guidance)[0]
+    before, parts = sampler.model.evaluations, []
+    with progress(f"drawing samples ({name})", total, lambda: sampler.model.evaluations - before):
+        for part in (slice(i, i + size) for i in range(0, n, size)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=evaluation.precision == "bf16"):
+                samples = sampler(noise[part], condition[part], generator)
+            parts.append(sample_set(samples, condition[part].labels, evaluation.features, model.decoder))
+    return SampleSet.join(parts), (sampler.model.evaluations - before) / n
 
 
 def device_of(*models: FlowMap | Teacher | None) -> torch.device:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowdistill.plumbing.errors import ConfigError, DataError
+from flowdistill.plumbing.progress import progress
 from flowdistill.plumbing.registry import METRICS, register_metric
 from flowdistill.plumbing.torch_fidelity import torch_fidelity
 
@@ -286,7 +287,12 @@ def mode_coverage(generated: SampleSet, reference: SampleSet) -> float:
 
 def measure(names: Sequence[str], generated: SampleSet, reference: SampleSet) -> dict[str, float]:
     """The metrics of those names."""
-    return {name: float(METRICS.get(name)(generated, reference)) for name in names}
+    metrics = {}
+    with progress(f"measuring {', '.join(names)}", len(names)) as phase:
+        for name in names:
+            metrics[name] = float(METRICS.get(name)(generated, reference))
+            phase.advance(1)
+    return metrics
 
 
 def spread(

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from flowdistill.evaluation.comparison import Evaluation, compare, trajectory_errors, write_metrics
-from flowdistill.evaluation.pictures import save_comparison
+from flowdistill.evaluation.comparison import (
+    Evaluation,
+    Sampler,
+    compare,
+    in_words,
+    trajectory_errors,
+    write_metrics,
+)
+from flowdistill.evaluation.pictures import pictured, save_comparison
 from flowdistill.evaluation.plots import loss_curves
 from flowdistill.flow_maps import FlowMapTeacher
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import FlowMap, Teacher
 from flowdistill.plumbing.machine import machine
 from flowdistill.training.run_log import read_records
+
+_STEPS = 64  # of the teacher in the picture
+_LIGHT = 1e12  # floating-point operations that any machine does in seconds
 
 
 def write_report(
@@ -20,31 +32,44 @@ def write_report(
     """Write ``report.md``, its pictures, and its table as ``evaluation.json``; returns the student's metrics.
 
     A run without a teacher may have trained one: a plain velocity field is measured as such, in several steps.
+
+    The picture shows the teacher at 64 steps and at one, beside the student. Without an evaluation nobody has asked
+    for the teacher's samples, and it is drawn only where that costs little, as counted: at most 10^12 floating-point
+    operations, or a tenth of the network evaluations of the training. Otherwise the page says what is left out.
     """
     plots = workdir / "plots"
     plots.mkdir(exist_ok=True)
     records = read_records(workdir)
-    loss_curves(records, plots / "curves.png")
+    lines = [f"# {workdir.name}", ""]
+
+    # A velocity field is its own teacher.
     distilled: FlowMap | None = student
     if teacher is None and getattr(student, "instantaneous", False):
         distilled, teacher = None, FlowMapTeacher(student)
         if evaluation is not None and evaluation.guidance is not None:
             teacher = GuidedTeacher(teacher, evaluation.guidance)
-    lines = [f"# {workdir.name}", ""]
-    guidance = None if evaluation is None else evaluation.guidance
-    seed = 0 if evaluation is None else evaluation.seed
-    if save_comparison(distilled, teacher, guidance, seed, plots / "samples.png"):
+
+    # The picture.
+    shown, steps = teacher, _STEPS
+    left_out = None if teacher is None or evaluation is not None else _costly(teacher, records)
+    if left_out is not None:
+        shown, steps = (teacher, 1) if distilled is None else (None, 1)
+    guidance, seed = (None, 0) if evaluation is None else (evaluation.guidance, evaluation.seed)
+    if save_comparison(distilled, shown, plots / "samples.png", guidance=guidance, seed=seed, most=steps):
         lines += ["The same noise and labels for all:", "", "![samples](plots/samples.png)", ""]
+        lines += [] if left_out is None else [left_out, ""]
+
+    # The table.
     metrics: dict[str, float] = {}
     if evaluation is not None:
         rows = compare(distilled, teacher, evaluation)
         ours = [name for name in rows if name.startswith("student")] or list(rows)[-1:]
         metrics = rows[ours[0]]
+        floor = "" if teacher is None else " The noise floor is a second set of samples of the teacher."
         lines += [*table(rows), ""]
         lines += [
             f"{evaluation.num_samples} samples a row. Evaluations are those of a network for one sample: two a step "
-            "under classifier-free guidance."
-            + ("" if teacher is None else " The noise floor is a second set of samples of the teacher."),
+            f"under classifier-free guidance.{floor}",
             "",
         ]
         errors = trajectory_errors(distilled, teacher, evaluation)
@@ -55,7 +80,10 @@ def write_report(
             ]
             lines += [*table({"student": {f"{error.delta:g}": error.mean for error in errors}}), ""]
         write_metrics(workdir / "evaluation.json", rows, evaluation, errors)
-    lines += ["![curves](plots/curves.png)", ""]
+
+    # The training.
+    if loss_curves(records, plots / "curves.png"):
+        lines += ["![curves](plots/curves.png)", ""]
     if records:
         last = records[-1]
         lines.append(
@@ -65,6 +93,19 @@ def write_report(
     lines += [f"{machine()}. Configuration: [config.gin](config.gin).", ""]
     (workdir / "report.md").write_text("\n".join(lines))
     return metrics
+
+
+def _costly(teacher: Teacher, records: Sequence[Mapping[str, Any]]) -> str | None:
+    """Why the teacher is left out of the picture of a run without an evaluation; None where it costs little."""
+    evaluations, operations = (pictured(teacher) * amount for amount in Sampler(teacher, _STEPS).cost())
+    last: Mapping[str, Any] = records[-1] if records else {}
+    spent = sum(last.get(f"{name}_evaluations", 0) for name in ("student", "teacher"))
+    if operations <= _LIGHT or 10 * evaluations <= spent:
+        return None
+    return (
+        f"The picture leaves the teacher at {in_words(_STEPS)} out: it takes {evaluations:.0f} evaluations of a "
+        f"network, and the training took {spent:.0f}. A recipe with `train.evaluation` draws it."
+    )
 
 
 def table(rows: dict[str, dict[str, float]]) -> list[str]:

@@ -25,6 +25,7 @@ from flowdistill.interfaces import Condition, FlowMap, Teacher
 from flowdistill.plumbing import config
 from flowdistill.plumbing.distributed import find_device, rank_and_world
 from flowdistill.plumbing.errors import CheckpointError, ConfigError
+from flowdistill.plumbing.progress import Phase, progress
 from flowdistill.plumbing.randomness import step_generator
 from flowdistill.plumbing.registry import METRICS, NETWORKS, TEACHERS, unknown_name
 from flowdistill.runs.checkpoints import checkpoint_paths, load_module, verify_checkpoint
@@ -201,7 +202,8 @@ def sample(
     flow_map = load_flow_map(run)
     condition = make_condition(flow_map.num_classes, num_samples, labels, guidance)
     noise, fresh = _noise(flow_map, num_samples, steps, seed, 0, renoise)
-    return torch.cat(_draw(flow_map, noise, fresh, condition, steps, batch_size or num_samples))
+    with progress("drawing samples", num_samples) as phase:
+        return torch.cat(_draw(flow_map, noise, fresh, condition, steps, batch_size or num_samples, phase))
 
 
 def check_counts(**counts: int | None) -> None:
@@ -226,7 +228,7 @@ def _noise(
 
 @torch.no_grad()
 def _draw(
-    flow_map: FlowMap, noise: Tensor, fresh: Tensor | None, condition: Condition, steps: int, size: int
+    flow_map: FlowMap, noise: Tensor, fresh: Tensor | None, condition: Condition, steps: int, size: int, phase: Phase
 ) -> list[Tensor]:
     """Samples of a flow map in batches of ``size``, where the map lies."""
     if condition.guidance is not None and getattr(flow_map, "guidance", None) is None:
@@ -236,6 +238,7 @@ def _draw(
     for part in (slice(i, i + size) for i in range(0, len(noise), size)):
         again = None if fresh is None else fresh[:, part].to(device)
         samples.append(flow_map.sample(noise[part].to(device), steps, condition[part].to(device), renoise=again))
+        phase.advance(len(samples[-1]))
     return samples
 
 
@@ -311,10 +314,11 @@ def evaluate(
         truth = reference_set(extractor, teacher, num_samples, seed, reference, flow_map.decoder, place)
 
     def draw(block: int, n: int) -> SampleSet:
+        phase.completed = block * BLOCK
         noise, fresh = _noise(flow_map, BLOCK, steps, seed, block, renoise)
         rows = condition[block * BLOCK :][:n]
         size = batch_size or (100 if place.type == "cpu" else BLOCK)
-        batches = _draw(flow_map, noise[:n], None if fresh is None else fresh[:, :n], rows, steps, size)
+        batches = _draw(flow_map, noise[:n], None if fresh is None else fresh[:, :n], rows, steps, size, phase)
         return sample_set(torch.cat(batches), rows.labels, extractor, flow_map.decoder)
 
     measured = {
@@ -328,7 +332,8 @@ def evaluate(
         "renoise": flow_map.to_data if renoise is None else renoise,
     }
     key = hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:16]
-    generated = collect(SampleSet, workdir / "evaluations" / key, num_samples, draw)
+    with progress("drawing samples", num_samples) as phase:
+        generated = collect(SampleSet, workdir / "evaluations" / key, num_samples, draw)
     if generated is None or truth is None:
         return {}
     figures = measure(metrics, generated, truth)

@@ -5,14 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from flowdistill.evaluation.blocks import collect
@@ -23,6 +20,7 @@ from flowdistill.interfaces import FlowMap, Teacher, Verifier
 from flowdistill.plumbing import config
 from flowdistill.plumbing.distributed import find_device
 from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.progress import progress
 from flowdistill.plumbing.randomness import step_generator
 from flowdistill.plumbing.registry import SEARCH_STRATEGIES, VERIFIERS
 from flowdistill.runs.checkpoints import verify_checkpoint
@@ -117,13 +115,10 @@ def search(
     bf16 = evaluation is not None and evaluation.precision == "bf16"
     expensive = PricedModel(model, unit, condition, bf16)
     cheap = expensive if proposer == "teacher" else PricedModel(student, unit, condition, bf16)
-    console = Console(file=sys.stderr)
-    bar = Progress(console=console, disable=not console.is_terminal)
-    task = bar.add_task("search", total=num_samples * budget)
 
     def draw(block: int, n: int) -> SearchResult:
         first = block * _BLOCK
-        bar.update(task, completed=first * budget)
+        phase.completed = first * budget
         trials = Trials(
             proposer=cheap,
             teacher=expensive,
@@ -134,7 +129,7 @@ def search(
             condition=condition[first:][:n],
             generators=[step_generator(seed, row, "search") for row in range(first, first + n)],
             batch_size=batch_size or (100 if place.type == "cpu" else 500),
-            progress=lambda cost: bar.advance(task, cost),
+            progress=phase.advance,
         )
         return find(plan, trials)
 
@@ -159,9 +154,8 @@ def search(
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     folder = workdir / "searches" / key
-    with bar:
+    with progress("searching", num_samples * budget) as phase:
         result = collect(SearchResult, folder, num_samples, draw, _BLOCK)
-        bar.update(task, completed=num_samples * budget)
     if result is None:
         return None
     pictured = images_of(result.samples[:_PICTURE].to(place), model).cpu()

@@ -22,6 +22,7 @@ from flowdistill.plumbing import config
 from flowdistill.plumbing.distributed import barrier, find_device, process_group, rank_and_world
 from flowdistill.plumbing.dry import placed
 from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.progress import progress
 from flowdistill.runs.checkpoints import checkpoint_paths, read_meta
 from flowdistill.states import Prior
 from flowdistill.training.loop import Loop, LoopSettings, OptimizerBuilder
@@ -284,7 +285,8 @@ def _run(run: _Run, report: bool) -> TrainResult:
             if log is not None:
                 log.advance(loop.step)
             if last or loop.step % run.checkpoint_every == 0:
-                loop.save(run.keep_checkpoints)
+                with progress("saving a checkpoint", None):
+                    loop.save(run.keep_checkpoints)
             if first and run.sample_every and (last or loop.step % run.sample_every == 0):
                 picture = workdir / "samples" / f"step_{loop.step:08d}.png"
                 save_samples(loop.result, picture, loop.settings.seed)
