@@ -106,7 +106,10 @@ def _drawable(model: FlowMap | Teacher) -> bool:
 
 def images_of(samples: Tensor, model: FlowMap | Teacher) -> Tensor:
     """The images of a model's samples, or the samples themselves where nothing decodes them."""
-    return samples if model.decoder is None or not model.decoder.ready else model.decoder.decode(samples)
+    if model.decoder is None or not model.decoder.ready:
+        return samples
+    with progress("decoding images", None):
+        return model.decoder.decode(samples)
 
 
 def _is_picture(samples: Tensor) -> bool:
