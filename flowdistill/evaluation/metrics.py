@@ -319,5 +319,9 @@ def spread(
         raise ConfigError(f"a spread takes at least 2 resamples, not {resamples}")
     generator = torch.Generator().manual_seed(seed)
     halves = [torch.randperm(len(generated), generator=generator)[: len(generated) // 2] for _ in range(resamples)]
-    halved = [measure(names, generated[half], reference) for half in halves]
+    halved = []
+    with progress("estimating spreads", resamples) as phase:
+        for half in halves:
+            halved.append(measure(names, generated[half], reference))
+            phase.advance(1)
     return {name: float(torch.tensor([row[name] for row in halved], dtype=torch.float64).std()) for name in names}
