@@ -84,7 +84,8 @@ def bench(
     shown = [row for row in rows if row in chosen or (row.group, row.name) in before]
     groups = {row.group for row in shown}
     wanted = [job for job in description.teachers(rows) if job.row.group in groups]
-    wanted += _jobs(description, shown, Path(runs) / "costs.json")
+    with progress("counting what the rows cost", None):
+        wanted += _jobs(description, shown, Path(runs) / "costs.json")
     # A process does all measurements of one training, one after another. Seed by seed, so that an interrupted suite has
     # measured all its rows on some seeds, and not some of its rows on all.
     tasks: dict[str, list[Job]] = {}
