@@ -1,6 +1,6 @@
 """The trained teachers against real images, by guidance scale and number of Euler steps.
 
-    python benchmarks/teachers.py digits|mnist_sit|mnist_edm2
+    python benchmarks/teachers.py digits|mnist_sit|mnist_edm2|fashion_sit
 
 Prints a Markdown table, mean ± standard deviation over seeds, and writes it to benchmarks/results/.
 """
@@ -41,6 +41,7 @@ STUDIES = {
     "digits": Study("digits_teacher", "digits", (1.0, 1.1, 1.25, 1.5), (1, 4, 16, 64)),
     "mnist_sit": Study("mnist_sit", "mnist", (1.0, 1.5), (1, 4, 16), 1000, "bf16"),
     "mnist_edm2": Study("mnist_edm2", "mnist", (1.0, 1.5), (1, 4, 16), 1000, "bf16"),
+    "fashion_sit": Study("fashion_sit", "fashion_mnist", (1.0, 1.5), (1, 4, 16), 1000, "bf16"),
 }
 
 

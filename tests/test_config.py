@@ -1,5 +1,7 @@
 """Gin files: what is wrong with them is said once, clearly, with the place."""
 
+import re
+
 import pytest
 from runs import RING, write
 
@@ -148,12 +150,12 @@ def starts(recipe, tmp_path):
     bindings = ["train.steps = 2", "train.batch_size = 8", "train.sample_every = 0"]
     if "train.evaluation" in text:
         bindings += ["evaluation.num_samples = 20", "evaluation.teacher_steps = (1,)"]
-    if "@mnist()" in text:
+    if data := re.search(r"@((?:fashion_)?mnist)\(\)", text):
         for part in ("train", "t10k"):
             images = bytes([0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 28, 0, 0, 0, 28]) + bytes(2 * 28 * 28)
             (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(images)
             (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 2, 3, 9]))
-        bindings += [f"mnist.folder = {str(tmp_path)!r}"]
+        bindings += [f"{data[1]}.folder = {str(tmp_path)!r}"]
     if "freeflow.correction_start" in text:
         bindings += ["freeflow.correction_start = 1"]
     result = flowdistill.train(gin_file=recipe, gin_bindings=bindings, workdir=tmp_path / "run")
