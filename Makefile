@@ -37,6 +37,7 @@ benchmarks: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/teachers.py digits
 	$(VENV)/bin/python benchmarks/teachers.py mnist_sit
 	$(VENV)/bin/python benchmarks/teachers.py mnist_edm2
+	$(VENV)/bin/python benchmarks/teachers.py fashion_sit
 	$(VENV)/bin/python benchmarks/freeflow.py mnist
 	$(VENV)/bin/python benchmarks/freeflow.py digits --jobs 2
 	$(VENV)/bin/python benchmarks/freeflow.py ring --jobs 2

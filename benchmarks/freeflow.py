@@ -18,7 +18,7 @@ from typing import Any
 from trainings import RESULTS, SEEDS, Variant, cell, figures_of, train
 
 import flowdistill
-from flowdistill.evaluation import mode_coverage
+from flowdistill.evaluation import modes_found
 
 PREDICTION_ALONE = ("train.objective = @freeflow_prediction()",)
 CORRECTION = ("freeflow", "freeflow_correction")
@@ -79,7 +79,7 @@ def ring_modes(workdir: Path, seed: int) -> dict[str, float]:
     """Modes that the student finds, of 8, and the fraction of its samples within three deviations of a mode."""
     ring: Any = flowdistill.load_teacher("ring")
     samples = flowdistill.sample(workdir, 2000, seed=seed)
-    found, near = mode_coverage(samples, ring.means, radius=3 * 0.08)
+    found, near = modes_found(samples, ring.means, radius=3 * 0.08)
     return {"modes": 8 * found, "near_a_mode": near}
 
 

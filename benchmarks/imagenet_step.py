@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import save_file
 
 import flowdistill
-from flowdistill.evaluation.report import machine
 from flowdistill.networks.sit import SiT
 from flowdistill.plumbing import config
+from flowdistill.plumbing.machine import machine
 from flowdistill.training.loop import Loop
 from flowdistill.training.trainer import build
 

@@ -14,19 +14,19 @@ import tempfile
 from pathlib import Path
 
 import torch
+from flowdistill.velocities.estimators import FiniteDifference, Minibatch, OnlineNetwork, PseudoVelocity
 from trainings import RESULTS, SEEDS, cell
 
 from flowdistill.algorithms.freeflow import FreeFlow, FreeFlowCorrection, FreeFlowPrediction, FreeFlowPseudo
-from flowdistill.evaluation.report import machine
 from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.interfaces import Condition, NoisingVelocity, Teacher
 from flowdistill.networks import MLP
 from flowdistill.paths import interpolate
+from flowdistill.plumbing.machine import machine
 from flowdistill.states import Prior
 from flowdistill.teachers.gaussian import GaussianTeacher, Ring
 from flowdistill.training import Schedule
 from flowdistill.training.loop import Loop, LoopSettings
-from flowdistill.velocities.estimators import FiniteDifference, Minibatch, OnlineNetwork, PseudoVelocity
 
 STEPS, BATCH = 600, 256
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)

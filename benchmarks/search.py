@@ -32,8 +32,8 @@ import flowdistill
 from flowdistill import Condition, Teacher
 from flowdistill.evaluation import measure, reference_set, sample_set
 from flowdistill.evaluation.plots import curves
-from flowdistill.evaluation.report import machine
 from flowdistill.plumbing import config
+from flowdistill.plumbing.machine import machine
 from flowdistill.plumbing.randomness import step_generator
 from flowdistill.searching import FeatureDistance
 from flowdistill.solvers import Euler

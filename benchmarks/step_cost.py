@@ -25,10 +25,10 @@ from flowdistill.velocities.estimators import FiniteDifference, Jvp
 import flowdistill
 from flowdistill.algorithms.freeflow import FreeFlowCorrection, FreeFlowPrediction
 from flowdistill.ema import AveragedModel
-from flowdistill.evaluation.report import machine
 from flowdistill.flow_maps import from_teacher
 from flowdistill.interfaces import Objective, States
 from flowdistill.networks import sit
+from flowdistill.plumbing.machine import machine
 from flowdistill.states import Prior
 from flowdistill.training import Ema, Schedule, step_generator
 from flowdistill.training.loop import Loop, LoopSettings

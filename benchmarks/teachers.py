@@ -1,6 +1,6 @@
 """The trained teachers against real images, by guidance scale and number of Euler steps.
 
-    python benchmarks/teachers.py digits|mnist_sit|mnist_edm2
+    python benchmarks/teachers.py digits|mnist_sit|mnist_edm2|fashion_sit
 
 Prints a Markdown table, mean ± standard deviation over seeds, and writes it to benchmarks/results/.
 """
@@ -16,8 +16,9 @@ from typing import Literal
 import attrs
 
 import flowdistill
-from flowdistill.evaluation.report import Evaluation, compare, machine
+from flowdistill.evaluation.comparison import Evaluation, compare
 from flowdistill.guidance import GuidedTeacher
+from flowdistill.plumbing.machine import machine
 
 SEEDS = (1, 2, 3)
 METRICS = ("fid", "precision", "recall", "accuracy")
@@ -40,6 +41,7 @@ STUDIES = {
     "digits": Study("digits_teacher", "digits", (1.0, 1.1, 1.25, 1.5), (1, 4, 16, 64)),
     "mnist_sit": Study("mnist_sit", "mnist", (1.0, 1.5), (1, 4, 16), 1000, "bf16"),
     "mnist_edm2": Study("mnist_edm2", "mnist", (1.0, 1.5), (1, 4, 16), 1000, "bf16"),
+    "fashion_sit": Study("fashion_sit", "fashion_mnist", (1.0, 1.5), (1, 4, 16), 1000, "bf16"),
 }
 
 

@@ -1,7 +1,7 @@
-"""Train the classifiers whose features judge digits; writes weights, reference features and a card into the package.
+"""Train the classifiers whose features judge small images; write weights, reference features and a card.
 
 python benchmarks/train_classifiers.py digits
-python benchmarks/train_classifiers.py mnist [--folder FOLDER]
+python benchmarks/train_classifiers.py mnist|fashion_mnist [--folder FOLDER]
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowdistill.data import Digits, Mnist
-from flowdistill.evaluation.features import WEIGHTS, DigitClassifier
+from flowdistill.data import Digits, FashionMnist, IdxImages, Mnist
+from flowdistill.evaluation.features import WEIGHTS, SmallClassifier
 from flowdistill.evaluation.metrics import frechet_distance, label_agreement
-from flowdistill.evaluation.report import machine
+from flowdistill.plumbing.machine import machine
 
 SEED = 0
 STEPS = 3000
@@ -48,7 +48,7 @@ class Data:
     described: tuple[str, str, str]
 
 
-def digits(folder: str | None) -> Data:
+def digits() -> Data:
     """Scikit-learn's 8x8 digits, of which 360 are held out."""
     data = Digits()
     order = torch.randperm(len(data.images))
@@ -77,9 +77,9 @@ def digits(folder: str | None) -> Data:
     )
 
 
-def mnist(folder: str | None) -> Data:
-    """MNIST; the truth is its test part."""
-    train, test = Mnist(folder), Mnist(folder, train=False)
+def idx_images(kind: type[IdxImages], folder: str | None) -> Data:
+    """MNIST or Fashion-MNIST; the truth is its test part."""
+    train, test = kind(folder), kind(folder, train=False)
 
     def distance(features: Callable[[Tensor], Tensor]) -> float:
         truth, distances = features(test.images), []
@@ -96,7 +96,7 @@ def mnist(folder: str | None) -> Data:
         distance,
         {},
         (
-            "MNIST",
+            kind.title,
             "2000 training images to the 10 000 test images",
             "The file also holds the features of all test images (`reference`, half precision), so that a model can\n"
             "be judged without the data set.",
@@ -118,13 +118,14 @@ def augment(images: Tensor) -> Tensor:
 def main() -> None:
     """Train a classifier and write its files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=["digits", "mnist"])
-    parser.add_argument("--folder", help="where the files of MNIST are; by default they are downloaded")
+    parser.add_argument("name", choices=["digits", "mnist", "fashion_mnist"])
+    parser.add_argument("--folder", help="where the files of the data set are; by default they are downloaded")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
-    data = {"digits": digits, "mnist": mnist}[options.name](options.folder)
-    network = DigitClassifier(data.reference.shape[-1])
+    kinds = {"mnist": Mnist, "fashion_mnist": FashionMnist}
+    data = digits() if options.name == "digits" else idx_images(kinds[options.name], options.folder)
+    network = SmallClassifier(data.reference.shape[-1])
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, STEPS)
     images, labels = data.train
@@ -150,7 +151,7 @@ def main() -> None:
     source, sets, stored = data.described
     card = f"""# The {options.name} classifier
 
-Three convolutions and a linear layer on {source}; its 64 features and its labels judge generated digits.
+Three convolutions and a linear layer on {source}; its 64 features and its labels judge generated images.
 Written by `python benchmarks/train_classifiers.py {options.name}` (seed {SEED}, {STEPS} steps of 128 images; small
 shifts, zooms, rotations and noise).
 

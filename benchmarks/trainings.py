@@ -38,7 +38,7 @@ def train(variant: Variant, seed: int, threads: int, steps: int | None) -> Path:
     kept = [str(binding) for binding in statements(variant.recipe) if binding.part not in variant.without]
     configuration = "\n".join([*kept, *changes]) + "\n"
     workdir = RUNS / fingerprint(configuration)[:16]
-    if not (workdir / "figures.json").is_file():
+    if not (workdir / "evaluation.json").is_file():
         workdir.parent.mkdir(parents=True, exist_ok=True)
         gin_file = workdir.with_suffix(".gin")
         gin_file.write_text(configuration)
@@ -49,9 +49,9 @@ def train(variant: Variant, seed: int, threads: int, steps: int | None) -> Path:
 
 
 def figures_of(workdir: Path) -> dict[str, Any]:
-    """The figures.json of a run."""
-    figures: dict[str, Any] = json.loads((workdir / "figures.json").read_text())
-    return figures
+    """The evaluation.json of a run."""
+    record: dict[str, Any] = json.loads((workdir / "evaluation.json").read_text())
+    return record
 
 
 def cell(values: Sequence[float]) -> str:

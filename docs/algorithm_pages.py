@@ -11,7 +11,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 from flowdistill import OBJECTIVES
-from flowdistill.cli import needs
+from flowdistill.cli.listing import needs
 
 _ROOT = Path(__file__).parents[1]
 _TABLE = "<!-- the table of objectives -->"

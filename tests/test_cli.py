@@ -1,5 +1,6 @@
 """The command line, in processes of its own: what it prints, what it leaves, and its exit codes."""
 
+import inspect
 import json
 import os
 import pty
@@ -12,7 +13,10 @@ import pytest
 from runs import command, write
 
 import flowdistill
+from flowdistill import NETWORKS, TEACHERS
 from flowdistill.cli import main
+from flowdistill.plumbing.config import recipes
+from flowdistill.plumbing.registry import REGISTRIES
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +87,30 @@ def test_list_show_cite(folder, capsys, monkeypatch):
     for source in ("run", "freeflow/ring.gin"):
         assert "@article{tong2025freeflow" in said("cite", source)
     assert re.fullmatch(r"flowdistill \d+\.\d+\.\d+\n", command("--version", cwd=folder).stdout)
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_a_list_fits_the_terminal(columns, monkeypatch, capsys):
+    """A heading for each kind, a row for each name, and what does not fit is cut after a whole word."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+
+    def listed(*kind):
+        with pytest.raises(SystemExit):
+            main(["list", *kind])
+        return capsys.readouterr().out
+
+    blocks = {block.splitlines()[0]: block.splitlines()[1:] for block in listed().rstrip().split("\n\n")}
+    assert blocks.keys() == {*REGISTRIES, "recipes"}
+    for kind, rows in blocks.items():
+        names = REGISTRIES[kind].names() if kind in REGISTRIES else recipes()
+        assert [row.split()[0] for row in rows] == names
+        assert max(map(len, rows)) <= columns
+        assert max(map(len, listed(kind).splitlines())) <= columns
+    ring, networks = blocks["teachers"][TEACHERS.names().index("ring")], blocks["networks"]
+    assert ring.endswith("Equal round Gaussians on a circle.")
+    description = inspect.getdoc(flowdistill.networks.MLP).splitlines()[0]
+    shown = networks[NETWORKS.names().index("mlp")].split(maxsplit=1)[1]
+    assert shown == description or (shown.endswith(" …") and description.startswith(f"{shown[:-1]}"))
 
 
 def test_mistakes_end_with_one_message_and_exit_code_2(folder, capsys, monkeypatch):
@@ -159,4 +187,4 @@ def test_a_terminal_sees_a_live_bar(folder):
         output += chunk
     assert process.wait() == 0
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output.decode())
-    assert re.search(r"bar .*12/12 loss [\d.]+ [\d.]+ steps/s \d:\d\d:\d\d", text)
+    assert re.search(r"bar .*12/12 +loss [\d.]+ +[\d.]+ steps/s +\d:\d\d:\d\d", text)

@@ -118,7 +118,7 @@ def test_an_evaluation_may_be_left_out_and_made_up_for(tmp_path):
     text = "include 'freeflow/ring.gin'\ntrain.steps = 2\ntrain.sample_every = 0\n"
     file.write_text(f"{text}train.evaluation = None\n")
     first = flowdistill.train(gin_file=file, workdir=run)
-    assert not (run / "figures.json").exists()
+    assert not (run / "evaluation.json").exists()
     saved = first.checkpoint.stat().st_mtime_ns
     for metric in ("w2", "mmd"):
         file.write_text(f"{text}evaluation.num_samples = 10\nevaluation.metrics = ('{metric}',)\n")
@@ -228,14 +228,14 @@ def starts(recipe, tmp_path):
     bindings = ["train.steps = 2", "train.batch_size = 8", "train.sample_every = 0"]
     if "train.evaluation" in names:
         bindings += ["evaluation.num_samples = 20", "evaluation.teacher_steps = (1,)"]
-    if "mnist" in config.parts_of(*found):
+    if data := {"mnist", "fashion_mnist"} & config.parts_of(*found):
         for part in ("train", "t10k"):
             images = bytes([0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 28, 0, 0, 0, 28]) + bytes(2 * 28 * 28)
             (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(images)
             (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 2, 3, 9]))
-        bindings += [f"mnist.folder = {str(tmp_path)!r}"]
+        bindings += [f"{name}.folder = {str(tmp_path)!r}" for name in data]
     if "freeflow.correction_start" in names:
-        bindings += ["freeflow.correction_start = 1"]
+        bindings += ["freeflow.correction_start = 0.5"]
     result = flowdistill.train(gin_file=recipe, gin_bindings=bindings, workdir=tmp_path / "run")
     assert result.steps == 2
 

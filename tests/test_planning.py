@@ -89,7 +89,7 @@ def test_no_file_is_read(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(safetensors.torch, "load_file", refuse)
-        patch.setattr("flowdistill.data.mnist._read", refuse)
+        patch.setattr("flowdistill.data.mnist.IdxImages._read", refuse)
         plan("meanflow/mnist_sit.gin", gin_bindings=["train.batch_size = 2"])
     teacher = flowdistill.load_teacher("digits_teacher")
     assert bool(teacher.velocity(teacher.sample_prior(1), torch.ones(1)).isfinite().all())

@@ -126,7 +126,7 @@ def test_configurations_of_the_caller_survive(folder):
 
 def test_a_student_without_a_teacher_is_measured_in_its_own_jumps(tmp_path):
     result = flowdistill.train(gin_file=write(tmp_path / "jumps.gin", JUMPS), workdir=tmp_path / "run")
-    rows = json.loads((tmp_path / "run" / "figures.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "run" / "evaluation.json").read_text())["rows"]
     assert {name: row["evaluations"] for name, row in rows.items()} == {"student, 1 step": 1, "student, 2 steps": 2}
     assert result.metrics["fid"] == rows["student, 1 step"]["fid"]
     report = (tmp_path / "run" / "report.md").read_text()

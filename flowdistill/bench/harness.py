@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -17,17 +16,16 @@ from typing import Any
 
 import gin
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from flowdistill.bench.suite import Job, Row, Suite, load_suite
 from flowdistill.bench.tables import write_tables
-from flowdistill.evaluation.report import compare, teacher_samples, trajectory_errors, write_figures
+from flowdistill.evaluation.comparison import compare, teacher_samples, trajectory_errors, write_metrics
 from flowdistill.evaluation.samples import SampleSet
 from flowdistill.interfaces import FlowMap
 from flowdistill.plumbing import config
 from flowdistill.plumbing.errors import ConfigError, FlowDistillError, RunsFailedError
 from flowdistill.plumbing.files import fingerprint, module_fingerprint, write_json
+from flowdistill.plumbing.progress import bars, progress
 from flowdistill.runs.records import read_records
 from flowdistill.runs.run import Run
 from flowdistill.training import train
@@ -84,7 +82,8 @@ def bench(
     shown = [row for row in rows if row in chosen or (row.group, row.name) in before]
     groups = {row.group for row in shown}
     wanted = [job for job in description.teachers(rows) if job.row.group in groups]
-    wanted += _jobs(description, shown, Path(runs) / "costs.json")
+    with progress("counting what the rows cost", None):
+        wanted += _jobs(description, shown, Path(runs) / "costs.json")
     # A process does all measurements of one training, one after another. Seed by seed, so that an interrupted suite has
     # measured all its rows on some seeds, and not some of its rows on all.
     tasks: dict[str, list[Job]] = {}
@@ -92,14 +91,12 @@ def bench(
         if job.figures not in known and (job.teacher or job.row in chosen):
             tasks.setdefault(job.run, []).append(job)
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    console = Console(file=sys.stderr)
     # Processes that start afresh, since a GPU's context does not survive a fork; one does many trainings in turn.
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker, (threads,))
-    with Progress(console=console, disable=not console.is_terminal) as bar, pool, _stopped_by_errors(pool):
-        progress = bar.add_task(name, total=len(tasks))
+    with progress(f"bench {name}", len(tasks)) as phase, bars() as display, pool, _stopped_by_errors(pool):
         futures = [pool.submit(_run, jobs, Path(runs), device) for jobs in tasks.values()]
         for future in as_completed(futures):
-            bar.advance(progress)
+            phase.advance(1)
             try:
                 found = future.result()
             except BrokenProcessPool:
@@ -109,8 +106,8 @@ def bench(
                 ) from None
             for record in found:
                 known[record["figures"]] = record
-                if "error" in record or not console.is_terminal:
-                    console.print(_line(record), markup=False, highlight=False, soft_wrap=True)
+                if "error" in record or not display.console.is_terminal:
+                    display.console.print(_line(record), markup=False, highlight=False, soft_wrap=True)
     # Under the titles that they have now
     titles = [{"group": job.row.group, "name": job.row.name} for job in wanted]
     records = [known[job.figures] | title for job, title in zip(wanted, titles, strict=True) if job.figures in known]
@@ -240,7 +237,7 @@ def _measure(student: FlowMap | None, gin_file: Path, figures: Path, cache: Path
             best = teacher_samples(teacher, evaluation)
             best.save(path)
     rows = compare(student, teacher, evaluation, best)
-    write_figures(figures, rows, evaluation, trajectory_errors(student, teacher, evaluation))
+    write_metrics(figures, rows, evaluation, trajectory_errors(student, teacher, evaluation))
 
 
 def _training(workdir: Path) -> dict[str, Any]:

@@ -3,6 +3,16 @@
 from flowdistill.data.augmentations import RandomAffine
 from flowdistill.data.datasets import Dataset, Digits, ExactSamples, ImageDataset
 from flowdistill.data.latents import Latents
-from flowdistill.data.mnist import Mnist
+from flowdistill.data.mnist import FashionMnist, IdxImages, Mnist
 
-__all__ = ["Dataset", "Digits", "ExactSamples", "ImageDataset", "Latents", "Mnist", "RandomAffine"]
+__all__ = [
+    "Dataset",
+    "Digits",
+    "ExactSamples",
+    "FashionMnist",
+    "IdxImages",
+    "ImageDataset",
+    "Latents",
+    "Mnist",
+    "RandomAffine",
+]

@@ -1,16 +1,17 @@
 """Metrics over feature extractors and exact distributions, and the report of a run."""
 
 from flowdistill.evaluation.features import FeatureExtractor, load_features, load_reference
-from flowdistill.evaluation.measure import measure, spread
 from flowdistill.evaluation.metrics import (
+    class_information,
     energy_distance,
     frechet_distance,
-    inception_score,
     kernel_distance,
     label_agreement,
-    mode_coverage,
+    measure,
+    modes_found,
     precision_recall,
     sliced_wasserstein2,
+    spread,
     wasserstein2,
 )
 from flowdistill.evaluation.references import load_images, reference_set
@@ -22,16 +23,16 @@ __all__ = [
     "FeatureExtractor",
     "SampleSet",
     "class_agreement",
+    "class_information",
     "energy_distance",
     "frechet_distance",
-    "inception_score",
     "kernel_distance",
     "label_agreement",
     "load_features",
     "load_images",
     "load_reference",
     "measure",
-    "mode_coverage",
+    "modes_found",
     "precision_recall",
     "reference_set",
     "sample_set",

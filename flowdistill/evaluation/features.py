@@ -50,10 +50,10 @@ class FeatureExtractor(nn.Module, ABC):
         return module_fingerprint(self)
 
 
-class DigitClassifier(FeatureExtractor):
-    """A classifier of handwritten digits: three convolutions and two linear layers, between which lie the 64 features.
+class SmallClassifier(FeatureExtractor):
+    """A classifier of small grey images: three convolutions and two linear layers, between which lie the 64 features.
 
-    Features are multiplied by ``scale``, chosen when the network was trained such that two sets of real digits are at
+    Features are multiplied by ``scale``, chosen when the network was trained such that two sets of real images are at
     the Frechet distance that its card names. The labels of the reference are what the classifier says of it.
 
     Args:
@@ -85,8 +85,8 @@ class DigitClassifier(FeatureExtractor):
         return hidden * self.scale, self.head(F.silu(hidden))
 
 
-def _trained(name: str, size: int) -> DigitClassifier:
-    network = DigitClassifier(size)
+def _trained(name: str, size: int) -> SmallClassifier:
+    network = SmallClassifier(size)
     tensors = load_tensors(WEIGHTS / f"{name}.safetensors")
     network.load_state_dict({key: tensors[key] for key in network.state_dict()})
     network.reference = tensors["reference"].float()
@@ -96,7 +96,7 @@ def _trained(name: str, size: int) -> DigitClassifier:
 
 
 @register_features("digits")
-def digits() -> DigitClassifier:
+def digits() -> SmallClassifier:
     """A classifier of 8x8 digits, with the features of all real ones.
 
     Examples:
@@ -108,9 +108,15 @@ def digits() -> DigitClassifier:
 
 
 @register_features("mnist")
-def mnist() -> DigitClassifier:
+def mnist() -> SmallClassifier:
     """A classifier of MNIST's 28x28 digits, with the features of its 10 000 test images."""
     return _trained("mnist", 28)
+
+
+@register_features("fashion_mnist")
+def fashion_mnist() -> SmallClassifier:
+    """A classifier of Fashion-MNIST's 28x28 clothes, with the features of its 10 000 test images."""
+    return _trained("fashion_mnist", 28)
 
 
 class _TorchFidelity(FeatureExtractor):

@@ -54,7 +54,7 @@ def side_by_side(panels: Mapping[str, Tensor], path: Path, columns: int = 10) ->
     for axes, (title, images) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         _show(axes, images, columns)
         axes.set_title(title)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.05)
 
 
 def scatter_side_by_side(panels: Mapping[str, Tensor], path: Path) -> None:
@@ -65,32 +65,68 @@ def scatter_side_by_side(panels: Mapping[str, Tensor], path: Path) -> None:
         axes.scatter(*points.T.numpy(), s=2, alpha=0.4, linewidths=0, color="#2a6f97")
         axes.set_title(title)
         axes.set_aspect("equal")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.05)
 
 
-def loss_curves(records: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Write the training curves of all metrics: raw values faint, a running median over them."""
-    ignored = {"step", "steps_per_second", "student_evaluations", "teacher_evaluations"}
-    names = [name for name in dict.fromkeys(k for r in records for k in r) if name not in ignored]
-    if not names:
-        return
-    figure = _figure(3.4 * min(len(names), 3), 2.4 * math.ceil(len(names) / 3))
-    grid = figure.subplots(math.ceil(len(names) / 3), min(len(names), 3), squeeze=False).flat
-    for axes, name in zip(grid, names, strict=False):
-        points = [(r["step"], r[name]) for r in records if name in r]
-        steps, values = np.array(points).T
+def loss_curves(records: Sequence[Mapping[str, float]], path: Path) -> bool:
+    """Write the training curves: raw values faint, a running median over them.
+
+    Counters and speeds are left out, and so is a metric that never changes or repeats an earlier one. Six panels at
+    most, in the order of the records. An axis is logarithmic where values are positive and span more than a decade.
+
+    Args:
+        records: as ``metrics.jsonl`` holds them.
+        path: of the picture.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    curves = _curves(records)
+    if not curves:
+        return False
+    columns = min(len(curves), 3)
+    rows = math.ceil(len(curves) / columns)
+    figure = _figure(3.4 * columns, 2.4 * rows)
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, (name, (steps, values)) in zip(grid, curves.items(), strict=False):
         window = max(1, len(values) // 40)
         smooth = [np.median(values[max(0, i - window) : i + window + 1]) for i in range(len(values))]
         axes.plot(steps, values, color="#2a6f97", alpha=0.25, linewidth=0.8)
         axes.plot(steps, smooth, color="#2a6f97", linewidth=1.5)
-        if (values > 0).all():
+        if values.min() > 0 and values.max() > 10 * values.min():
             axes.set_yscale("log")
+            _plain_log(axes.yaxis)
         axes.set_title(name.replace("_", " "), fontsize=10)
         axes.grid(alpha=0.2)
+        axes.locator_params(axis="x", nbins=5, integer=True)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.tick_params(which="both", labelsize=8)
         axes.set_xlabel("step", fontsize=8)
-    for axes in list(grid)[len(names) :]:
+    for axes in grid[len(curves) :]:
         axes.set_axis_off()
     figure.savefig(path, dpi=130)
+    return True
+
+
+def _curves(records: Sequence[Mapping[str, float]]) -> dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    """Steps and finite values of the metrics that a person wants to see, by their names."""
+    curves: dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = {}
+    for name in dict.fromkeys(key for record in records for key in record):
+        if name == "step" or name.endswith(("_evaluations", "_per_second")):
+            continue
+        points = [(r["step"], r[name]) for r in records if name in r and math.isfinite(r[name])]
+        if len({value for _, value in points}) < 2:
+            continue
+        steps, values = np.array(points).T
+        if not any(values.shape == shown.shape and np.allclose(values, shown) for _, shown in curves.values()):
+            curves[name] = steps, values
+    return dict(list(curves.items())[:6])
+
+
+def _plain_log(axis: Any) -> None:
+    """Ticks of a logarithmic axis as plain numbers, of which 2, 3 and 5 stand between the powers of ten."""
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "235" else "")  # all would overlap
 
 
 def ranking(
@@ -120,8 +156,7 @@ def ranking(
     axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "235" else "")  # all would overlap
+    _plain_log(axes.xaxis)
     axes.tick_params(axis="x", which="both", labelsize=7)
     axes.set_xlabel(metric)
     axes.grid(alpha=0.2, which="both")

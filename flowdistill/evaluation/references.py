@@ -22,6 +22,7 @@ from flowdistill.evaluation.samples import SampleSet, sample_set
 from flowdistill.interfaces import Decoder, ExactTeacher, Teacher
 from flowdistill.plumbing.errors import ConfigError, DataError
 from flowdistill.plumbing.files import file_parts, fingerprint
+from flowdistill.plumbing.progress import progress
 from flowdistill.plumbing.registry import DATASETS, unknown_name
 
 _BATCH = 100
@@ -128,7 +129,11 @@ def load_images(
     cached = root / "flowdistill" / "references" / f"{key}.safetensors"
     found = SampleSet.load(cached)
     if found is None:
-        parts = [sample_set(images.to(device), labels, extractor) for images, labels in batches]
+        parts = []
+        with progress("features of the reference's images", None) as phase:
+            for images, labels in batches:
+                parts.append(sample_set(images.to(device), labels, extractor))
+                phase.advance(len(images))
         joined = SampleSet.join(parts)
         found = SampleSet(joined.features, joined.labels, joined.logits, published)
         found.save(cached)

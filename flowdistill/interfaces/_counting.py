@@ -18,8 +18,9 @@ def counted(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(method)
     def counting(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result = method(self, x, *args, **kwargs)
         if getattr(type(self), method.__name__) is counting:
-            self._evaluations += len(x)
-        return method(self, x, *args, **kwargs)
+            self._evaluations += len(x)  # afterwards, since a bar shows what has been done
+        return result
 
     return counting

@@ -1,6 +1,6 @@
 """Samples in blocks on disk, so that a large job can be interrupted, continued, and shared out over processes.
 
-A block is always of the same samples: those of its number. So figures depend neither on where a job was interrupted nor
+A block is always of the same samples: those of its number. So metrics depend neither on where a job was interrupted nor
 on how many ranks it had, and one with more samples or other metrics continues an earlier one.
 """
 

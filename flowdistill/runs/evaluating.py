@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 
 from flowdistill.evaluation.features import FeatureExtractor, load_features
-from flowdistill.evaluation.measure import measure, spread
+from flowdistill.evaluation.metrics import measure, spread
 from flowdistill.evaluation.references import Reference, reference_set, split
 from flowdistill.evaluation.samples import SampleSet, sample_set
 from flowdistill.interfaces import Jumps
 from flowdistill.plumbing.distributed import find_device, rank_and_world
 from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.progress import progress
 from flowdistill.plumbing.registry import METRICS
 from flowdistill.runs.blocks import BLOCK, collect
 from flowdistill.runs.run import Run, on_device
@@ -94,10 +95,11 @@ def evaluate(
 
     # The student's samples, of which all ranks draw blocks.
     def block_of_samples(block: int, n: int) -> SampleSet:
+        phase.completed = block * BLOCK
         noise, fresh = draw_noise(flow_map, BLOCK, steps, seed, block, renoise)
         rows = condition[block * BLOCK :][:n]
         size = batch_size or default_batch_size(place)
-        batches = draw(flow_map, noise[:n], None if fresh is None else fresh[:, :n], rows, steps, size)
+        batches = draw(flow_map, noise[:n], None if fresh is None else fresh[:, :n], rows, steps, size, phase)
         return sample_set(torch.cat(batches), rows.labels, extractor, flow_map.decoder)
 
     folder = run.folder(
@@ -109,7 +111,8 @@ def evaluate(
         seed=seed,
         renoise=flow_map.jumps is Jumps.TO_DATA if renoise is None else renoise,
     )
-    generated = collect(SampleSet, folder, num_samples, block_of_samples)
+    with progress("drawing samples", num_samples) as phase:
+        generated = collect(SampleSet, folder, num_samples, block_of_samples)
     if generated is None or truth is None:
         return {}
 

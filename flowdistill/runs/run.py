@@ -19,7 +19,7 @@ from flowdistill.plumbing.files import file_fingerprint, json_fingerprint, load_
 from flowdistill.runs.checkpoints import checkpoint_paths, verify_checkpoint
 
 if TYPE_CHECKING:
-    from flowdistill.evaluation.report import Evaluation
+    from flowdistill.evaluation.comparison import Evaluation
 
 _M = TypeVar("_M", bound=nn.Module)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flowdistill.interfaces import Condition, FlowMap, Jumps
 from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.progress import Phase, progress
 from flowdistill.plumbing.randomness import step_generator
 from flowdistill.runs.run import Run
 
@@ -47,7 +48,8 @@ def sample(
     flow_map = Run.of(run).student
     condition = make_condition(flow_map.num_classes, num_samples, labels, guidance)
     noise, fresh = draw_noise(flow_map, num_samples, steps, seed, 0, renoise)
-    return torch.cat(draw(flow_map, noise, fresh, condition, steps, batch_size or num_samples))
+    with progress("drawing samples", num_samples) as phase:
+        return torch.cat(draw(flow_map, noise, fresh, condition, steps, batch_size or num_samples, phase))
 
 
 def make_condition(
@@ -85,7 +87,7 @@ def draw_noise(
 
 @torch.no_grad()
 def draw(
-    flow_map: FlowMap, noise: Tensor, fresh: Tensor | None, condition: Condition, steps: int, size: int
+    flow_map: FlowMap, noise: Tensor, fresh: Tensor | None, condition: Condition, steps: int, size: int, phase: Phase
 ) -> list[Tensor]:
     """Samples of a flow map in batches of ``size``, where the map lies."""
     if condition.scale is not None and flow_map.guidance is None:
@@ -95,6 +97,7 @@ def draw(
     for part in (slice(i, i + size) for i in range(0, len(noise), size)):
         again = None if fresh is None else fresh[:, part].to(device)
         samples.append(flow_map.sample(noise[part].to(device), steps, condition[part].to(device), renoise=again))
+        phase.advance(len(samples[-1]))
     return samples
 
 

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
-from flowdistill.evaluation.report import images_of
+from flowdistill.evaluation.pictures import images_of
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import Teacher, Verifier
 from flowdistill.plumbing.distributed import find_device
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.files import module_fingerprint
+from flowdistill.plumbing.progress import progress
 from flowdistill.plumbing.randomness import step_generator
 from flowdistill.plumbing.registry import SEARCH_STRATEGIES, VERIFIERS
 from flowdistill.runs.blocks import collect
@@ -115,14 +113,11 @@ def search(
     bf16 = evaluation is not None and evaluation.precision == "bf16"
     expensive = PricedModel(model, unit, condition, bf16)
     cheap = expensive if proposer == "teacher" else PricedModel(student, unit, condition, bf16)
-    console = Console(file=sys.stderr)
-    bar = Progress(console=console, disable=not console.is_terminal)
-    task = bar.add_task("search", total=num_samples * budget)
 
     # The search of a block of samples, and the settings that its result depends on.
     def draw(block: int, n: int) -> SearchResult:
         first = block * _BLOCK
-        bar.update(task, completed=first * budget)
+        phase.completed = first * budget
         trials = Trials(
             proposer=cheap,
             teacher=expensive,
@@ -133,7 +128,7 @@ def search(
             condition=condition[first:][:n],
             generators=[step_generator(seed, row, "search") for row in range(first, first + n)],
             batch_size=batch_size or default_batch_size(place),
-            progress=lambda cost: bar.advance(task, cost),
+            progress=phase.advance,
         )
         return find(plan, trials)
 
@@ -157,9 +152,8 @@ def search(
     )
 
     # All blocks, and the files of the result.
-    with bar:
+    with progress("searching", num_samples * budget) as phase:
         result = collect(SearchResult, folder, num_samples, draw, _BLOCK)
-        bar.update(task, completed=num_samples * budget)
     if result is None:
         return None
     pictured = images_of(result.samples[:_PICTURE].to(place), model).cpu()

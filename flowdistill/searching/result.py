@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from flowdistill.evaluation.report import save_picture
+from flowdistill.evaluation.pictures import save_picture
 from flowdistill.plumbing.files import read_tensors, write_json, write_tensors
 
 

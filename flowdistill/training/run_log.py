@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from flowdistill.plumbing.files import write_text
+from flowdistill.plumbing.progress import bars
 from flowdistill.runs.records import read_records
 
 
@@ -36,23 +34,14 @@ class RunLog:
         write_text(self._path, "".join(kept))
         self._file = self._path.open("a")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
-        self._console = Console(file=sys.stderr)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4g}"),
-            TextColumn("{task.fields[rate]:.1f} steps/s"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._steps = steps
-        self._task = self._bar.add_task(workdir.name, total=steps, completed=first_step, loss=float("nan"), rate=0.0)
-        self._last_line = time.monotonic()
+        self._name, self._first_step, self._steps = workdir.name, first_step, steps
+        self._speed, self._last_line = "", time.monotonic()
+        self._open = contextlib.ExitStack()
 
     def __enter__(self) -> RunLog:
-        self._bar.start()
+        self._bars = self._open.enter_context(bars())
+        self._console = self._bars.console
+        self._bar = self._bars.add_task(self._name, total=self._steps, completed=self._first_step, note="")
         return self
 
     def __exit__(
@@ -61,13 +50,13 @@ class RunLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        self._open.close()
         self._file.close()
         self._board.close()
 
     def advance(self, step: int) -> None:
         """Move the bar."""
-        self._bar.update(self._task, completed=step)
+        self._bars.update(self._bar, completed=step, note=f"{step}/{self._steps}  {self._speed}")
 
     def write(self, step: int, record: Mapping[str, float]) -> None:
         """Log the averages of the steps since the last record."""
@@ -75,15 +64,12 @@ class RunLog:
         self._file.flush()
         for name, value in record.items():
             self._board.add_scalar(name, value, step)
-        self._bar.update(self._task, loss=record["loss"], rate=record["steps_per_second"])
+        self._speed = f"loss {record['loss']:.4g}  {record['steps_per_second']:.1f} steps/s"
         now = time.monotonic()
         if not self._console.is_terminal and (now - self._last_line > 10 or step == self._steps):
             self._last_line = now
             left = (self._steps - step) / max(record["steps_per_second"], 1e-9)
-            self.say(
-                f"step {step}/{self._steps}  loss {record['loss']:.4g}  "
-                f"{record['steps_per_second']:.1f} steps/s  {left:.0f} s left"
-            )
+            self.say(f"step {step}/{self._steps}  {self._speed}  {left:.0f} s left")
 
     def say(self, message: str) -> None:
         """Print a line above the bar."""

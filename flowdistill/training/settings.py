@@ -13,7 +13,7 @@ from attrs.validators import in_
 from torch import nn
 
 from flowdistill.ema import Averaging, Ema
-from flowdistill.evaluation.report import Evaluation
+from flowdistill.evaluation.comparison import Evaluation
 from flowdistill.interfaces import FlowMap, Objective, StateSource, Teacher
 from flowdistill.plumbing import config
 from flowdistill.plumbing.distributed import rank_and_world

@@ -11,12 +11,14 @@ import attrs
 import gin
 import torch
 
-from flowdistill.evaluation.report import save_samples, write_report
+from flowdistill.evaluation.pictures import save_samples
+from flowdistill.evaluation.report import write_report
 from flowdistill.interfaces import FlowMap
 from flowdistill.plumbing import config
 from flowdistill.plumbing.distributed import barrier, find_device, process_group, rank_and_world
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.files import write_text
+from flowdistill.plumbing.progress import progress
 from flowdistill.runs.checkpoints import checkpoint_paths, read_meta
 from flowdistill.training.loop import Loop
 from flowdistill.training.run_log import RunLog
@@ -128,7 +130,8 @@ def _run(loop: Loop, report: bool) -> TrainResult:
             if log is not None:
                 log.advance(loop.step)
             if last or loop.step % run.checkpoint_every == 0:
-                loop.save(run.keep_checkpoints)
+                with progress("saving a checkpoint", None):
+                    loop.save(run.keep_checkpoints)
             if first and run.sample_every and (last or loop.step % run.sample_every == 0):
                 picture = workdir / "samples" / f"step_{loop.step:08d}.png"
                 save_samples(loop.result, picture, run.seed)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import flowdistill
-from flowdistill.evaluation import mode_coverage, wasserstein2
+from flowdistill.evaluation import modes_found, wasserstein2
 
 
 @pytest.mark.slow
@@ -15,7 +15,7 @@ def test_the_ring_is_learnt_from_noise_alone(tmp_path):
     noise = torch.randn(2000, 2, generator=torch.Generator().manual_seed(1))
     samples = result.flow_map.sample(noise)
     assert wasserstein2(samples, ring.sample_data(2000, torch.Generator().manual_seed(2))) <= 0.24
-    found, near = mode_coverage(samples, ring.means, radius=0.24)
+    found, near = modes_found(samples, ring.means, radius=0.24)
     assert found == 1.0
     assert near >= 0.7
 

@@ -236,7 +236,7 @@ def test_the_distance_to_the_teacher_is_that_of_a_report(folder, tmp_path):
     record = json.loads((out / "results.json").read_text())["records"][-1]
     (tmp_path / "one.gin").write_text(record["configuration"])
     flowdistill.train(tmp_path / "one.gin", workdir=tmp_path / "run")
-    figures = json.loads((tmp_path / "run" / "figures.json").read_text())
+    figures = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     for row in ("student, 1 step", "student, 2 steps"):
         assert figures["rows"][row] == pytest.approx(record["rows"][row], rel=1e-6)
     assert len(list((folder / "runs" / "bench" / "teacher_samples").glob("*.safetensors"))) == 4  # seeds, 50 and 60

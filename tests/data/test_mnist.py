@@ -1,4 +1,4 @@
-"""MNIST from files that are made here: as published, damaged, missing, and downloaded from a server of our own."""
+"""MNIST and Fashion-MNIST from files made here: as published, damaged, missing, and downloaded from our own server."""
 
 import gzip
 import hashlib
@@ -12,9 +12,9 @@ import torch
 from runs import command
 
 from flowdistill import DATASETS, DataError
-from flowdistill.data import mnist
-from flowdistill.data.mnist import Mnist
+from flowdistill.data import FashionMnist, Mnist
 
+both = pytest.mark.parametrize("kind", [Mnist, FashionMnist])
 PARTS = ("train", "t10k")
 
 
@@ -51,14 +51,15 @@ def folder(tmp_path):
 # Whole files.
 
 
+@both
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("part", PARTS)
-def test_images_and_labels_of_both_parts(folder, compressed, part):
+def test_images_and_labels_of_both_parts(folder, compressed, part, kind):
     if compressed:
         for path in list(folder.iterdir()):
             path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
             path.unlink()
-    data = Mnist(folder, train=part == "train")
+    data = kind(folder, train=part == "train")
     images, labels = digits(part)
     assert data.sample_shape == (1, 28, 28)
     assert data.images.dtype == torch.float32
@@ -88,8 +89,9 @@ def test_padded_by_background(folder, size, before, after):
         Mnist(folder, size=27)
 
 
-def test_batches_are_images_with_their_labels(folder):
-    data = DATASETS.build("mnist", folder=str(folder))
+@both
+def test_batches_are_images_with_their_labels(folder, kind):
+    data = DATASETS.build(kind.name, folder=str(folder))
     images, labels = data.sample(50, torch.Generator().manual_seed(0))
     assert images.shape == (50, 1, 28, 28)
     for image, label in zip(images, labels, strict=True):
@@ -102,21 +104,22 @@ def test_batches_are_images_with_their_labels(folder):
 # Files that are not.
 
 
-def refused(folder, **kwargs):
+def refused(folder, kind=Mnist, **kwargs):
     """The message, which says where the files can be had and where to put them."""
     with pytest.raises(DataError) as error:
-        Mnist(folder, **kwargs)
-    assert "https://" in str(error.value)
-    assert "mnist.folder" in str(error.value)
+        kind(folder, **kwargs)
+    assert f"{kind.source}/train-images-idx3-ubyte.gz" in str(error.value)
+    assert f" {kind.name}.folder is where they lie" in str(error.value)
     return str(error.value)
 
 
+@both
 @pytest.mark.parametrize("name", content())
-def test_one_file_is_missing(folder, name):
+def test_one_file_is_missing(folder, name, kind):
     (folder / name).unlink()
-    message = refused(folder, train=name.startswith("train"))
+    message = refused(folder, kind, train=name.startswith("train"))
     assert message.startswith(f"{folder} holds no {name} or {name}.gz; ")
-    Mnist(folder, train=not name.startswith("train"))  # the other part is whole
+    kind(folder, train=not name.startswith("train"))  # the other part is whole
 
 
 def test_there_is_no_such_folder(tmp_path):
@@ -140,9 +143,9 @@ def damaged():
     yield "a page of the web", b"<html>not found</html>"
 
 
-@pytest.mark.parametrize(("kind", "data"), [pytest.param(*item, id=item[0]) for item in damaged()])
+@pytest.mark.parametrize(("damage", "data"), [pytest.param(*item, id=item[0]) for item in damaged()])
 @pytest.mark.parametrize("compressed", [False, True])
-def test_a_file_is_damaged(folder, kind, data, compressed):
+def test_a_file_is_damaged(folder, damage, data, compressed):
     path = folder / "train-images-idx3-ubyte"
     path.unlink()
     path = path.with_name(f"{path.name}.gz") if compressed else path
@@ -190,7 +193,7 @@ def test_the_command_line_says_how_to_get_the_data(tmp_path):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.startswith("flowdistill: error: mnist: nowhere holds no train-images-idx3-ubyte")
-    assert mnist._SOURCE in done.stderr
+    assert Mnist.source in done.stderr
     assert "mnist.folder: binding" in done.stderr  # where it was set
     assert list(tmp_path.iterdir()) == []
 
@@ -203,7 +206,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.server.requests.append(self.path)
-        data = self.server.files.get(self.path.removeprefix("/mnist/"))
+        data = self.server.files.get(self.path.rsplit("/", 1)[-1])
         self.send_response(200 if data is not None else 404)
         self.send_header("Content-Length", str(len(data or b"") + self.server.missing))
         self.end_headers()
@@ -219,8 +222,10 @@ def server(tmp_path, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     server.requests, server.missing = [], 0
     server.files = {f"{name}.gz": gzip.compress(data) for name, data in content().items()}
-    monkeypatch.setattr(mnist, "_SOURCE", f"http://127.0.0.1:{server.server_port}/mnist")
-    monkeypatch.setattr(mnist, "_SHA256", {name: hashlib.sha256(data).hexdigest() for name, data in content().items()})
+    for kind in (Mnist, FashionMnist):
+        monkeypatch.setattr(kind, "source", f"http://127.0.0.1:{server.server_port}/{kind.name}")
+        checksums = {name: hashlib.sha256(data).hexdigest() for name, data in content().items()}
+        monkeypatch.setattr(kind, "sha256", checksums)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -234,19 +239,29 @@ def kept(tmp_path):
     return sorted(path.name for path in (tmp_path / "cache").rglob("*") if path.is_file())
 
 
-def test_downloaded_once_and_then_read_from_the_cache(server, tmp_path, folder):
-    first = Mnist()
-    assert torch.equal(first.images, Mnist(folder).images)
+@both
+def test_downloaded_once_and_then_read_from_the_cache(server, tmp_path, folder, kind):
+    first = kind()
+    assert torch.equal(first.images, kind(folder).images)
     names = ["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"]
-    assert server.requests == [f"/mnist/{name}" for name in names]
+    assert server.requests == [f"/{kind.name}/{name}" for name in names]
     assert kept(tmp_path) == names
-    assert (tmp_path / "cache" / "flowdistill" / "mnist" / names[0]).is_file()
+    assert (tmp_path / "cache" / "flowdistill" / kind.name / names[0]).is_file()
     server.stop()
-    again = Mnist()
+    again = kind()
     assert torch.equal(again.images, first.images)
     assert torch.equal(again.labels, first.labels)
     with pytest.raises(DataError, match=r"t10k-images-idx3-ubyte.gz"):  # which was not downloaded
-        Mnist(train=False)
+        kind(train=False)
+
+
+def test_the_two_data_sets_never_take_each_others_files(server, tmp_path):
+    Mnist()
+    cache = tmp_path / "cache" / "flowdistill"
+    server.files["train-images-idx3-ubyte.gz"] = gzip.compress(idx(np.zeros((7, 28, 28))))
+    with pytest.raises(DataError, match=r"its SHA-256 differs"):  # so that it asked the server, not MNIST's cache
+        FashionMnist()
+    assert {path.name for path in cache.iterdir()} == {"mnist"}
 
 
 def test_another_file_than_expected_is_not_kept(server, tmp_path):

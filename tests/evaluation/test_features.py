@@ -1,5 +1,7 @@
 """Registered feature extractors, those of users among them."""
 
+import re
+
 import gin
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 import flowdistill
 from flowdistill import ConfigError, DataError
 from flowdistill.evaluation import FeatureExtractor, load_features, load_images, measure, sample_set
-from flowdistill.evaluation.features import Inception
+from flowdistill.evaluation.features import WEIGHTS, Inception
 from flowdistill.plumbing import config
 
 
@@ -48,13 +50,25 @@ def test_names_for_gin_files():
         assert isinstance(
             gin.query_parameter("noised_data.dataset").scoped_configurable_fn(), flowdistill.DATASETS.get("digits")
         )
-    assert {"digits", "mnist", "inception", "dinov2"} <= set(flowdistill.FEATURES.names())
+    assert {"digits", "mnist", "fashion_mnist", "inception", "dinov2"} <= set(flowdistill.FEATURES.names())
 
 
 def test_fingerprints_tell_classes_and_weights_apart():
     prints = {e.fingerprint() for e in (Brightness(), Brightness(2.0), load_features("digits"), load_features("mnist"))}
-    assert len(prints) == 4
+    prints.add(load_features("fashion_mnist").fingerprint())
+    assert len(prints) == 5
     assert Brightness(2.0).fingerprint() in prints
+
+
+@pytest.mark.parametrize(("name", "accuracy"), [("digits", 0.98), ("mnist", 0.98), ("fashion_mnist", 0.88)])
+def test_the_cards_accuracy_and_a_reference_that_holds_each_class(name, accuracy):
+    """The reference is of real data, whose ten classes are about equally common."""
+    card = (WEIGHTS / f"{name}.md").read_text()
+    assert float(re.search(r"held-out images \| ([\d.]+)", card)[1]) >= accuracy
+    extractor = load_features(name)
+    counts = torch.bincount(extractor.reference_labels, minlength=10) / len(extractor.reference)
+    assert len(counts) == 10
+    assert 0.07 < counts.min() <= counts.max() < 0.13
 
 
 def test_images_that_an_extractor_does_not_take():

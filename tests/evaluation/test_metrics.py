@@ -11,7 +11,7 @@ from scipy.spatial.distance import cdist, pdist
 from flowdistill import METRICS, ConfigError, DataError
 from flowdistill.data import Digits
 from flowdistill.evaluation import features, metrics
-from flowdistill.evaluation.measure import measure
+from flowdistill.evaluation.metrics import measure
 from flowdistill.evaluation.references import reference_set
 from flowdistill.evaluation.samples import sample_set
 from flowdistill.teachers.gaussian import Ring
@@ -93,13 +93,13 @@ def test_kernel_distance_of_equal_sets_is_unbiased():
     assert metrics.kernel_distance(x, y) == pytest.approx(float(wanted), rel=1e-6)
 
 
-def test_inception_score_of_known_classes():
+def test_class_information_of_known_classes():
     sure = 100.0 * torch.eye(5).repeat(400, 1)
-    assert metrics.inception_score(sure) == pytest.approx(5.0, rel=0.03)  # all classes, each certain
-    assert metrics.inception_score(torch.zeros(100, 5)) == pytest.approx(1.0)  # nothing known
-    assert metrics.inception_score(sure[:1].repeat(100, 1)) == pytest.approx(1.0)  # one class alone
+    assert metrics.class_information(sure) == pytest.approx(5.0, rel=0.03)  # all classes, each certain
+    assert metrics.class_information(torch.zeros(100, 5)) == pytest.approx(1.0)  # nothing known
+    assert metrics.class_information(sure[:1].repeat(100, 1)) == pytest.approx(1.0)  # one class alone
     with pytest.raises(DataError, match="N >= 10"):
-        metrics.inception_score(sure[:9])
+        metrics.class_information(sure[:9])
 
 
 def test_label_agreement():
@@ -107,10 +107,10 @@ def test_label_agreement():
     assert metrics.label_agreement(logits, torch.tensor([0, 1, 2, 3])) == 0.75
 
 
-def test_mode_coverage():
+def test_modes_found():
     centres = torch.tensor([[0.0, 0.0], [5.0, 0.0], [0.0, 5.0], [5.0, 5.0]])
     samples = centres[[0, 0, 0, 1, 1, 1, 2, 2]] + 0.01
-    found, near = metrics.mode_coverage(torch.cat([samples, torch.full((2, 2), 9.0)]), centres, radius=0.1)
+    found, near = metrics.modes_found(torch.cat([samples, torch.full((2, 2), 9.0)]), centres, radius=0.1)
     assert (found, near) == (0.75, 0.8)
 
 
@@ -148,15 +148,15 @@ def test_registered_metrics_have_their_ideal_values_at_the_truth():
     teacher = Ring()
     truth = reference_set(None, teacher, 400, 0)
     again = reference_set(None, teacher, 400, 1)
-    figures = measure([name for name in METRICS.names() if name not in ("accuracy", "inception_score")], again, truth)
-    assert figures["fid"] < 0.05
-    assert figures["precision"] > 0.9
-    assert figures["recall"] > 0.9
-    assert figures["w2"] < 0.4
-    assert figures["sliced_w2"] < 0.2
-    assert abs(figures["kid"]) < 0.05
-    assert abs(figures["mmd"]) < 0.01
-    assert figures["mode_coverage"] == 1.0
+    measured = measure([name for name in METRICS.names() if name not in ("accuracy", "inception_score")], again, truth)
+    assert measured["fid"] < 0.05
+    assert measured["precision"] > 0.9
+    assert measured["recall"] > 0.9
+    assert measured["w2"] < 0.4
+    assert measured["sliced_w2"] < 0.2
+    assert abs(measured["kid"]) < 0.05
+    assert abs(measured["mmd"]) < 0.01
+    assert measured["mode_coverage"] == 1.0
 
 
 def test_what_cannot_be_measured():

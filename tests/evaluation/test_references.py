@@ -9,7 +9,7 @@ from flowdistill import ConfigError, DataError
 from flowdistill.data import Digits, ImageDataset
 from flowdistill.decoders import Pixels
 from flowdistill.evaluation import frechet_distance, load_features, load_images, measure, reference_set, sample_set
-from flowdistill.evaluation.features import DigitClassifier
+from flowdistill.evaluation.features import SmallClassifier
 from flowdistill.evaluation.references import split
 from flowdistill.teachers.gaussian import Ring
 
@@ -83,8 +83,8 @@ def test_a_data_set_by_name_or_as_it_is():
 
 def test_features_are_computed_once_for_the_same_content(folder, cache, monkeypatch):
     seen = []
-    forward = DigitClassifier.forward
-    monkeypatch.setattr(DigitClassifier, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
+    forward = SmallClassifier.forward
+    monkeypatch.setattr(SmallClassifier, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
 
     def computed(extractor="digits"):
         seen.clear()
@@ -93,7 +93,7 @@ def test_features_are_computed_once_for_the_same_content(folder, cache, monkeypa
 
     assert computed() == 250
     assert computed() == 0
-    other = DigitClassifier(8).eval()
+    other = SmallClassifier(8).eval()
     assert computed(other) == 250  # other weights
     assert computed(other) == 0
     assert len(list(cache.iterdir())) == 2
@@ -140,4 +140,4 @@ def test_what_is_no_reference(tmp_path, folder):
     (folder / "0" / "000.png").write_bytes(b"no image")
     refused(DataError, "not a whole image", folder)
     with pytest.raises(ConfigError, match="without features of real data"):
-        reference_set(DigitClassifier(8), None, 10, 0)
+        reference_set(SmallClassifier(8), None, 10, 0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import flowdistill
-from flowdistill.evaluation.report import Evaluation, compare
+from flowdistill.evaluation.comparison import Evaluation, compare
 from flowdistill.guidance import GuidedTeacher
 
 METRICS = ("fid", "recall", "accuracy")

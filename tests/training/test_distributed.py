@@ -71,7 +71,7 @@ def agree(run, other):
         assert left.keys() == right.keys()
         for name in left.keys() - {"steps_per_second"}:
             assert left[name] == pytest.approx(right[name], rel=1e-3), name
-    rows, expected_rows = (json.loads((r / "figures.json").read_text())["rows"] for r in (run, other))
+    rows, expected_rows = (json.loads((r / "evaluation.json").read_text())["rows"] for r in (run, other))
     assert rows.keys() == expected_rows.keys()
     for name, row in rows.items():
         assert row == pytest.approx(expected_rows[name], rel=1e-3), name

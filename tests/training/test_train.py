@@ -57,7 +57,7 @@ def test_what_a_run_leaves(tmp_path):
     assert [record["step"] for record in records] == [2, 4, 6, 8, 10, 12]
     assert records[-1]["teacher_evaluations"] == 12 * 16
     assert list((run / "tensorboard").glob("events*"))
-    rows = json.loads((run / "figures.json").read_text())["rows"]
+    rows = json.loads((run / "evaluation.json").read_text())["rows"]
     assert {name: row["evaluations"] for name, row in rows.items()} == {
         "teacher, 1 step": 1,
         "teacher, 4 steps": 4,
@@ -81,7 +81,7 @@ def test_the_report_of_a_run_may_follow_later(tmp_path):
     few = ["evaluation.metrics = ('w2',)", "evaluation.num_samples = 20"]
     result = flowdistill.train(gin_file=config, gin_bindings=few, workdir=tmp_path / "run", report=False)
     assert "w2" not in result.metrics
-    assert not any((result.workdir / name).exists() for name in ("report.md", "figures.json", "plots"))
+    assert not any((result.workdir / name).exists() for name in ("report.md", "evaluation.json", "plots"))
     again = flowdistill.train(gin_file=config, gin_bindings=few, workdir=tmp_path / "run")
     assert again.metrics["w2"] > 0
     assert (result.workdir / "report.md").is_file()

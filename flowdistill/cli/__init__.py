@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import os
 import sys
-import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from flowdistill.cli.listing import cite_command, list_command, show_command
 from flowdistill.plumbing.errors import ConfigError, FlowDistillError
 
 
@@ -143,16 +142,16 @@ def _parser() -> argparse.ArgumentParser:
 
     listing = commands.add_parser("list", help="list what is registered, and the packaged recipes")
     listing.add_argument("kind", nargs="?", help="objectives, teachers, ..., or recipes; by default all")
-    listing.set_defaults(command=_list)
+    listing.set_defaults(command=list_command)
 
     show = commands.add_parser("show", help="show the documentation of something registered, or a recipe")
     show.add_argument("kind")
     show.add_argument("name")
-    show.set_defaults(command=_show)
+    show.set_defaults(command=show_command)
 
     cite = commands.add_parser("cite", help="print the BibTeX of what a run or gin file uses")
     cite.add_argument("source", metavar="RUN|GIN_FILE")
-    cite.set_defaults(command=_cite)
+    cite.set_defaults(command=cite_command)
     return parser
 
 
@@ -183,7 +182,7 @@ def _plan(options: argparse.Namespace) -> None:
 def _sample(options: argparse.Namespace) -> None:
     import numpy as np
 
-    from flowdistill.evaluation.report import images_of, save_picture
+    from flowdistill.evaluation.pictures import images_of, save_picture
     from flowdistill.runs.run import Run
     from flowdistill.runs.sampling import sample
 
@@ -218,7 +217,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         features = FEATURES.build(features, weights=options.weights)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
-        figures = evaluate(
+        metrics = evaluate(
             options.run,
             metrics=options.metrics,
             num_samples=options.num_samples,
@@ -234,7 +233,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         )
     for warning in caught:
         print(f"flowdistill: {warning.message}", file=sys.stderr)
-    for name, value in figures.items():
+    for name, value in metrics.items():
         print(f"{name}: {value:.4g}")
 
 
@@ -296,86 +295,3 @@ def _convert(options: argparse.Namespace) -> None:
     from flowdistill.runs.loading import convert
 
     print(convert(options.source, options.folder, teacher=options.teacher, dtype=options.dtype))
-
-
-def _list(options: argparse.Namespace) -> None:
-    from flowdistill.plumbing.config import recipes
-    from flowdistill.plumbing.registry import REGISTRIES, unknown_name
-
-    kinds = {kind: registry.names() for kind, registry in REGISTRIES.items()} | {"recipes": recipes()}
-    if options.kind is None:
-        for kind, names in kinds.items():
-            print(f"{kind}: {', '.join(names)}")
-    elif options.kind in kinds:
-        for name in kinds[options.kind]:
-            print(_line(options.kind, name))
-            variants = REGISTRIES[options.kind].variants(name) if options.kind in REGISTRIES else []
-            if variants:
-                print(
-                    textwrap.fill(
-                        ", ".join(variants),
-                        100,
-                        initial_indent="    ",
-                        subsequent_indent="    ",
-                        break_on_hyphens=False,
-                    )
-                )
-    else:
-        raise unknown_name("kind", options.kind, list(kinds))
-
-
-def _line(kind: str, name: str) -> str:
-    """A name with the first sentence of its documentation, and for an objective what it needs."""
-    from flowdistill.plumbing.registry import REGISTRIES
-
-    if kind not in REGISTRIES:
-        return name
-    entry = REGISTRIES[kind].get(name)
-    summary = (inspect.getdoc(entry) or "").splitlines()[0]
-    return f"{name:24}{needs(entry):16}{summary}" if kind == "objectives" else f"{name:24}{summary}"
-
-
-def needs(objective: Any) -> str:
-    """What an objective needs as it stands by default."""
-    try:
-        built = objective()
-    except TypeError:  # it has parts without a default
-        return "of its parts"
-    return ", ".join(word for word in ("data", "teacher") if getattr(built, f"needs_{word}")) or "nothing"
-
-
-def _show(options: argparse.Namespace) -> None:
-    from flowdistill.plumbing.config import find_gin_file, parts_of, recipes, statements
-    from flowdistill.plumbing.registry import REGISTRIES, unknown_name
-
-    if options.kind == "recipes":
-        print(find_gin_file(options.name).read_text(), end="")
-        return
-    if options.kind not in REGISTRIES:
-        raise unknown_name("kind", options.kind, [*REGISTRIES, "recipes"])
-    entry: Any = REGISTRIES[options.kind].get(options.name)
-    parameters = inspect.signature(entry).parameters.values()
-    print(f"{options.name}({', '.join(map(_default, parameters))})\n")
-    print(inspect.getdoc(entry))
-    if isinstance(citation := getattr(entry, "citation", None), str):
-        print(f"\n{citation}")
-    used = [recipe for recipe in recipes() if options.name in parts_of(*statements(recipe))]
-    if used:
-        print(textwrap.fill(f"Recipes: {', '.join(used)}", 100, initial_indent="\n", break_on_hyphens=False))
-
-
-def _default(parameter: inspect.Parameter) -> str:
-    value = parameter.default
-    simple = isinstance(value, (bool, int, float, str, tuple, type(None)))
-    return parameter.name if value is parameter.empty or not simple else f"{parameter.name}={value!r}"
-
-
-def _cite(options: argparse.Namespace) -> None:
-    from flowdistill.plumbing.config import Configuration
-    from flowdistill.runs.run import Run
-
-    source = Path(options.source)
-    objective: Any = Run(source).objective if source.is_dir() else Configuration(source).build("train.objective")
-    if objective is None:
-        raise ConfigError(f"{source} sets no train.objective")
-    print(objective.citation)

@@ -1,0 +1,208 @@
+"""A student beside its teacher: what is measured, how samples are drawn, and the record of the metrics."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import attrs
+import gin
+import torch
+from attrs.validators import ge, in_, min_len
+from torch import Tensor
+
+from flowdistill.evaluation.features import FeatureExtractor
+from flowdistill.evaluation.metrics import measure
+from flowdistill.evaluation.references import NOTHING_TO_COMPARE, reference_set
+from flowdistill.evaluation.samples import SampleSet, sample_set
+from flowdistill.evaluation.trajectories import ErrorAt, checked_deltas, trajectory_error
+from flowdistill.interfaces import Condition, ExactTeacher, FlowMap, Jumps, Teacher
+from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.files import write_json
+from flowdistill.plumbing.flops import Flops
+from flowdistill.plumbing.machine import machine
+from flowdistill.plumbing.progress import progress
+from flowdistill.plumbing.randomness import step_generator
+from flowdistill.plumbing.registry import FEATURES, METRICS
+from flowdistill.runs.sampling import default_batch_size
+from flowdistill.solvers import Euler, RungeKutta4
+
+
+@gin.register("evaluation", module="evaluation")
+@attrs.frozen(kw_only=True)
+class Evaluation:
+    """What is measured at the end of a run."""
+
+    metrics: Sequence[str] = ("fid", "recall", "accuracy")
+    """The names of registered metrics."""
+    features: str | FeatureExtractor | None = None
+    """A feature extractor or its name; None compares samples with an exact teacher's own distribution."""
+    reference: str | None = None
+    """A folder of images, an ``.npz`` file, or the name of a data set; None is the features of real data that come with
+    the extractor."""
+    num_samples: int = attrs.field(default=2000, validator=ge(1))
+    """The samples of each model."""
+    teacher_steps: Sequence[int] = attrs.field(default=(1, 4, 64), validator=min_len(1))
+    """The Euler steps at which the teacher is measured beside the student; the last is its best."""
+    student_steps: Sequence[int] = attrs.field(default=(1,), validator=min_len(1))
+    """The jumps at which the student is measured; one that knows a single jump is measured at that alone."""
+    deltas: Sequence[float] = ()
+    """The durations at which the student's distance from the teacher's trajectories is measured, see
+    `flowdistill.evaluation.trajectory_error`; for a map to data only (1.0,)."""
+    guidance: float | None = None
+    """The guidance scale of teacher and student; None is their own."""
+    precision: Literal["float32", "bf16"] = attrs.field(default="float32", validator=in_(("float32", "bf16")))
+    """"bf16" draws the samples under autocast, several times faster."""
+    seed: int = 0
+    """The seed of the noise."""
+
+    def check(self, teacher: Teacher | None) -> None:
+        """ConfigError for what is not registered, for impossible durations, or if there is nothing to compare with."""
+        for name in self.metrics:
+            METRICS.get(name)
+        if self.deltas:
+            checked_deltas(self.deltas)
+        if isinstance(self.features, str):
+            FEATURES.get(self.features)
+        if self.features is None and not isinstance(teacher, ExactTeacher):
+            raise ConfigError(NOTHING_TO_COMPARE)
+
+
+@attrs.frozen
+class Sampler:
+    """A model that makes samples in some steps: of Euler's method for a teacher, jumps for a student."""
+
+    model: FlowMap | Teacher
+    """The teacher or the student."""
+    steps: int
+    """The number of steps."""
+
+    @torch.no_grad()
+    def __call__(self, noise: Tensor, condition: Condition, generator: torch.Generator | None = None) -> Tensor:
+        """Samples of the shape of the noise; the generator draws what further noise a map to data needs."""
+        if isinstance(self.model, Teacher):
+            return Euler(steps=self.steps).solve(self.model, noise, condition)
+        again = (self.steps - 1, *noise.shape)
+        renoised = self.model.jumps is Jumps.TO_DATA
+        fresh = torch.randn(again, generator=generator).to(noise) if renoised else None
+        return self.model.sample(noise, self.steps, condition, renoise=fresh)
+
+    def cost(self, guidance: float | None = None) -> tuple[int, int]:
+        """Evaluations and floating-point operations that one sample takes, as one step of it counts them."""
+        like = next(itertools.chain(self.model.parameters(), self.model.buffers()), torch.zeros(()))
+        noise = torch.zeros((1, *self.model.sample_shape), dtype=like.dtype, device=like.device)
+        before = self.model.evaluations
+        with Flops() as flops:  # type: ignore[no-untyped-call]
+            Sampler(self.model, 1)(noise, Condition.in_turn(self.model.num_classes, 1, guidance).to(like.device))
+        return self.steps * (self.model.evaluations - before), self.steps * flops.total
+
+
+def compare(
+    student: FlowMap | None, teacher: Teacher | None, evaluation: Evaluation, best: SampleSet | None = None
+) -> dict[str, dict[str, float]]:
+    """The metrics of teacher and student, a row each, by the row's name.
+
+    Columns are the network evaluations spent on a sample, as counted, the metrics against the reference and, for
+    ``fid`` and ``w2``, the same distance to the teacher's samples at its most steps, drawn from other noise. The row
+    ``noise floor`` is a second such set of teacher samples, the best that a student can look.
+
+    Args:
+        student: None measures the teacher alone.
+        teacher: None measures the student alone.
+        evaluation: what is measured.
+        best: `teacher_samples` of this teacher and evaluation; with them the student's rows alone are measured.
+    """
+    model = student if student is not None else teacher
+    assert model is not None
+    reference = reference_set(
+        evaluation.features,
+        teacher,
+        evaluation.num_samples,
+        evaluation.seed,
+        evaluation.reference,
+        model.decoder,
+        device_of(model),
+    )
+    samplers: dict[str, tuple[Sampler, str]] = {}
+    most = ""
+    if teacher is not None and best is None:
+        for steps in evaluation.teacher_steps:
+            most = f"teacher, {in_words(steps)}"
+            samplers[most] = Sampler(teacher, steps), "evaluation"
+        samplers["noise floor"] = samplers[most][0], "evaluation, again"
+    if student is not None:
+        for steps in evaluation.student_steps if student.has_velocity else (1,):
+            samplers[f"student, {in_words(steps)}"] = Sampler(student, steps), "evaluation, student"
+    distances = [metric for metric in ("fid", "w2") if metric in evaluation.metrics]
+    rows: dict[str, dict[str, float]] = {}
+    for name, (sampler, stream) in samplers.items():
+        generated, evaluations = _drawn(name, sampler, stream, model, evaluation)
+        rows[name] = {"evaluations": evaluations, **measure(evaluation.metrics, generated, reference)}
+        if best is not None:
+            to_teacher = measure(distances, generated, best)
+            rows[name] |= {f"{metric}_to_teacher": value for metric, value in to_teacher.items()}
+        if name == most:
+            best = generated
+    return rows
+
+
+def teacher_samples(teacher: Teacher, evaluation: Evaluation) -> SampleSet:
+    """The teacher's samples at its most steps, which students are measured against."""
+    steps = evaluation.teacher_steps[-1]
+    return _drawn(f"teacher, {in_words(steps)}", Sampler(teacher, steps), "evaluation", teacher, evaluation)[0]
+
+
+def trajectory_errors(student: FlowMap | None, teacher: Teacher | None, evaluation: Evaluation) -> list[ErrorAt]:
+    """The student's distances from the teacher's trajectories at the durations of an evaluation, if any."""
+    if student is None or teacher is None or not evaluation.deltas:
+        return []
+    n, solver = 256, RungeKutta4()
+    total = n * len(evaluation.deltas) * 4 * solver.steps * Sampler(teacher, 1).cost(evaluation.guidance)[0]
+    before = teacher.evaluations
+    with progress("following the teacher's trajectories", total, lambda: teacher.evaluations - before):
+        return trajectory_error(
+            student, teacher, evaluation.deltas, n, guidance=evaluation.guidance, solver=solver, seed=evaluation.seed
+        )
+
+
+def write_metrics(
+    path: Path, rows: dict[str, dict[str, float]], evaluation: Evaluation, errors: Sequence[ErrorAt] = ()
+) -> None:
+    """Write the rows of `compare` and what they rest on as a JSON file, all at once."""
+    record = {"num_samples": evaluation.num_samples, "seed": evaluation.seed, "machine": machine(), "rows": rows}
+    record |= {"trajectory_errors": [attrs.asdict(error) for error in errors]} if errors else {}
+    write_json(path, record)
+
+
+def _drawn(
+    name: str, sampler: Sampler, stream: str, model: FlowMap | Teacher, evaluation: Evaluation
+) -> tuple[SampleSet, float]:
+    """Samples as metrics see them, and the evaluations that one of them has taken."""
+    n, device = evaluation.num_samples, device_of(model)
+    size = default_batch_size(device)
+    generator = step_generator(evaluation.seed, 0, stream)
+    noise = torch.randn((n, *model.sample_shape), generator=generator).to(device)
+    condition = Condition.in_turn(model.num_classes, n, evaluation.guidance).to(device)
+    total = n * sampler.cost(evaluation.guidance)[0]
+    before, parts = sampler.model.evaluations, []
+    with progress(f"drawing samples ({name})", total, lambda: sampler.model.evaluations - before):
+        for part in (slice(i, i + size) for i in range(0, n, size)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=evaluation.precision == "bf16"):
+                samples = sampler(noise[part], condition[part], generator)
+            parts.append(sample_set(samples, condition[part].labels, evaluation.features, model.decoder))
+    return SampleSet.join(parts), (sampler.model.evaluations - before) / n
+
+
+def device_of(*models: FlowMap | Teacher | None) -> torch.device:
+    """Where the first of the models is; exact teachers have buffers and no parameters."""
+    for model in filter(None, models):
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
+            return tensor.device
+    return torch.device("cpu")
+
+
+def in_words(steps: int) -> str:
+    """A number of steps, as titles name it."""
+    return "1 step" if steps == 1 else f"{steps} steps"
