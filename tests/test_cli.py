@@ -91,7 +91,7 @@ def test_list_show_cite(folder, capsys, monkeypatch):
     assert "freeflow/ring.gin" not in shown
     assert "freeflow/freeflow.gin" in shown
     assert "2511.19428" in shown
-    assert "The weight of the correction" in shown
+    assert "The fraction of the batch for the correction" in shown
     assert "from data" in said("show", "methods", "meanflow")
     assert "train.teacher = @ring()" in said("show", "recipes", "freeflow/ring.gin")
     for source in ("run", "freeflow/ring.gin"):
