@@ -28,7 +28,7 @@ def test_every_variant_is_a_training(tmp_path, monkeypatch):
         gin_file = tmp_path / "variant.gin"
         gin_file.write_text(variant.configuration("train.seed = 1", "evaluation.seed = 1", "train.steps = 2"))
         with config.parsed([gin_file], []):
-            configured_loop(tmp_path, "cpu").train_step()
+            configured_loop(tmp_path, "cpu")
 
 
 def test_recipes_of_the_step_on_imagenet(monkeypatch):
