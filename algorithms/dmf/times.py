@@ -28,18 +28,16 @@ class SortedPair(EndSampler):
         P(the first is t) = f_1(t) G_2(t) / (f_1(t) G_2(t) + f_2(t) G_1(t))
 
     with densities f and distribution functions G, and then s from the other law conditioned on s <= t.
-
-    Attributes:
-        first: a law.
-        second: the other law.
     """
 
     first: ContinuousLaw = attrs.field(
         factory=lambda: LogitNormal(mean=0.4, std=1.0), validator=instance_of(ContinuousLaw)
     )
+    """A law."""
     second: ContinuousLaw = attrs.field(
         factory=lambda: LogitNormal(mean=-1.2, std=1.0), validator=instance_of(ContinuousLaw)
     )
+    """The other law."""
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Draw ``n`` of the larger times."""
