@@ -93,7 +93,7 @@ def test_list_show_cite(folder, capsys, monkeypatch):
     assert "2511.19428" in shown
     assert "The fraction of the batch for the correction" in shown
     assert "from data" in said("show", "methods", "meanflow")
-    assert "train.teacher = @ring()" in said("show", "recipes", "freeflow/ring.gin")
+    assert "@freeflow_prediction()" in said("show", "recipes", "freeflow/ring.gin")
     for source in ("run", "freeflow/ring.gin"):
         assert "@article{tong2025freeflow" in said("cite", source)
     assert re.fullmatch(r"flowdistill \d+\.\d+\.\d+\n", command("--version", cwd=folder).stdout)

@@ -13,7 +13,8 @@ from flowdistill.plumbing import config
 
 
 @pytest.mark.parametrize(
-    ("recipe", "setting"), [("meanflow/imagenet.gin", None), ("freeflow/imagenet.gin", None), ("freeflow", "mnist_edm2")]
+    ("recipe", "setting"),
+    [("meanflow/imagenet.gin", None), ("freeflow/imagenet.gin", None), ("freeflow", "mnist_edm2")],
 )
 def test_recipes_at_scale_are_planned(recipe, setting):
     """In little memory, though the weights alone would take gigabytes."""
@@ -100,9 +101,7 @@ def test_a_teacher_of_a_file_needs_its_variant():
 
 
 def test_command_line(tmp_path):
-    planned = command(
-        "plan", "meanflow", "--on", "plane", "--gin.train.steps=7", "--flops", "1e12", cwd=tmp_path
-    )
+    planned = command("plan", "meanflow", "--on", "plane", "--gin.train.steps=7", "--flops", "1e12", cwd=tmp_path)
     assert planned.returncode == 0, planned.stderr
     assert planned.stdout.startswith("7 steps of 256 states")
     assert "at 1e+12 FLOP/s" in planned.stdout

@@ -16,10 +16,10 @@ from flowdistill import CheckpointError, CheckpointWriteError, Condition, Config
 from flowdistill.decoders import StableDiffusionVae
 from flowdistill.flow_maps import from_teacher
 from flowdistill.guidance import GuidedTeacher
-from flowdistill.interfaces import Decoder
+from flowdistill.interfaces import Decoder, Jumps
 from flowdistill.networks import SiT
 from flowdistill.runs.pretrained import is_model, load_model, save_model
-from flowdistill.wrapped_teachers import NetworkTeacher
+from flowdistill.wrapped_teachers import FlowMapTeacher, NetworkTeacher
 
 # Written and read.
 
@@ -152,7 +152,7 @@ class Foreign(Decoder):
 
 
 def test_what_no_model_folder_can_hold(tmp_path):
-    two_time = flowdistill.flow_maps.FlowMapTeacher(from_teacher(teacher_of()))
+    two_time = FlowMapTeacher(from_teacher(teacher_of()))
     foreign = NetworkTeacher(teacher_of().network, Foreign())
     for teacher in (load_teacher("ring"), GuidedTeacher(teacher_of(), 2.0), two_time, foreign):
         with pytest.raises(ConfigError, match=r"not a velocity network alone|not a registered decoder"):
@@ -367,7 +367,7 @@ def test_a_model_folder_is_distilled_by_its_name_in_a_gin_file(tmp_path, monkeyp
     result = flowdistill.train(gin_file="student.gin", gin_bindings=bindings, workdir="run")
     assert "load_teacher.name_or_path = 'model folder'" in (tmp_path / "run" / "config.gin").read_text()
     student = flowdistill.load_flow_map("run")
-    assert student.anchored
+    assert student.jumps is Jumps.FROM_NOISE
     assert student.decoder == teacher.decoder
     x, one = torch.randn(3, 2, 4, 4), torch.ones(3)
     condition = Condition(torch.tensor([0, 1, 2]))

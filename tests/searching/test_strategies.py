@@ -11,6 +11,7 @@ from hypothesis import given
 from flowdistill import Condition, ConfigError, DataError, Verifier
 from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.guidance import GuidedTeacher
+from flowdistill.interfaces import Jumps
 from flowdistill.networks import MLP
 from flowdistill.plumbing.flops import Flops
 from flowdistill.plumbing.randomness import step_generator
@@ -142,7 +143,7 @@ def test_halving_lets_the_teacher_decide_between_the_finalists():
     teacher, student = gaussian()
     with torch.no_grad():
         student.log_variances.fill_(-60.0)
-    student.anchored = True
+    student.jumps = Jumps.FROM_NOISE
     result = find(SuccessiveHalving(finalists=10), trials(teacher, student, budget=10 * 4 + 10.0, rows=4000, steps=4))
     assert result.noise.mean().item() == pytest.approx(LARGEST_OF_TEN, abs=4 * 0.587 / math.sqrt(4000))
 
@@ -155,7 +156,7 @@ def test_budgets_are_kept_and_used_up(strategy, budget, price, anchored, guided)
     """For any budget and price: what was counted is within the budget, and one more noise would not have been."""
     plain, student = gaussian(dim=2)
     teacher = GuidedTeacher(plain, 1.5, guide=gaussian(dim=2)[0]) if guided else plain
-    student.anchored = anchored
+    student.jumps = Jumps.FROM_NOISE if anchored else Jumps.ANY
     problem = trials(teacher, student, budget=budget, rows=2, steps=8, price=price)
     before = student.evaluations, teacher.evaluations
     result = find(strategy, problem)

@@ -183,7 +183,7 @@ def test_a_killed_process_continues_bit_for_bit(tmp_path):
 
 def test_metrics_are_averaged_over_the_steps_that_have_them(tmp_path):
     """The correction starts at the last of four steps: its metrics are that step's, the loss is the mean of four."""
-    bindings = ["freeflow.correction_start = 3", "train.steps = 4"]
+    bindings = ["freeflow.correction_start = 0.75", "train.steps = 4"]
     records = {}
     for every in (1, 4):
         config = write(tmp_path / f"{every}.gin", log_every=every)
@@ -223,11 +223,10 @@ class Counted(flowdistill.Objective):
     nan_from: int | None = None
     seen: ClassVar[list[torch.Tensor]] = []
 
-    def loss(self, student, teacher, states, *, step, generator):
+    def loss(self, states, step):
         self.seen.append(states.x.clone())
-        average = student.average_velocity(states.x, states.t, 0 * states.t, states.condition)
-        loss = (average - states.x).square().mean()
-        if self.nan_from is not None and step >= self.nan_from:
+        loss = (self.student.average_velocity(*states.to(0.0)) - states.x).square().mean()
+        if self.nan_from is not None and step.number >= self.nan_from:
             loss = loss * math.nan
         return flowdistill.ObjectiveOutput(loss)
 
@@ -277,14 +276,15 @@ class Poisoned(Counted):
     """Has an auxiliary network whose loss is finite and whose gradient is not, at step 5."""
 
     def setup(self, student, teacher):
+        super().setup(student, teacher)
         self.network = nn.Linear(2, 2)
 
     def modules(self):
         return {"auxiliary": self.network}
 
-    def auxiliary_loss(self, name, student, teacher, states, *, step, generator):
+    def auxiliary_loss(self, name, states, step):
         output = self.network(states.x)
-        return flowdistill.ObjectiveOutput((output - output.detach() + (step != 5)).abs().pow(0.5).mean())
+        return flowdistill.ObjectiveOutput((output - output.detach() + (step.number != 5)).abs().pow(0.5).mean())
 
 
 def test_an_auxiliary_gradient_that_is_not_finite_is_noticed(tmp_path):
@@ -333,7 +333,7 @@ def test_power_average_has_its_width(width):
 
 
 def test_schedules():
-    schedule = Schedule(warmup=10, decay="cosine", final=0.1)
+    schedule = Schedule(warmup=10 / 110, decay="cosine", final=0.1)
     factors = [schedule.factor(step, 110) for step in range(110)]
     assert factors[:10] == pytest.approx([(k + 1) / 10 for k in range(10)])
     assert factors[60] == pytest.approx(0.55, abs=0.02)
