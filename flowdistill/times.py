@@ -40,8 +40,7 @@ class ContinuousLaw(EndSampler):
     def sample_below(self, t: Tensor, generator: torch.Generator) -> Tensor:
         """Draw one time for each of t (B,) from this law conditioned on T <= t.
 
-        If t is the larger of two independent draws of the law, as `Maximum` gives, the result has the law of the
-        smaller one.
+        If t is the larger of two independent draws of the law, the result has the law of the smaller one.
         """
         unit = torch.rand(len(t), generator=generator, device=generator.device)
         return torch.minimum(self.quantile(unit * self.cdf(t)), t)
@@ -108,22 +107,6 @@ class ArctanLogNormal(ContinuousLaw):
     def quantile(self, p: Tensor) -> Tensor:
         """(2/pi) atan(exp(mean + std Phi^-1(p)))."""
         return torch.atan(torch.exp(self.mean + self.std * torch.special.ndtri(p))) * (2 / torch.pi)
-
-
-@register_time_sampler("maximum")
-@attrs.frozen(kw_only=True)
-class Maximum(TimeSampler):
-    """The larger of two independent draws of a law: the start time of MeanFlow's pairs.
-
-    Attributes:
-        law: the law of both draws.
-    """
-
-    law: TimeSampler = attrs.field(factory=Uniform, validator=instance_of(TimeSampler))
-
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """Draw ``n`` times."""
-        return torch.maximum(self.law.sample(n, generator), self.law.sample(n, generator))
 
 
 @register_time_sampler("always")

@@ -30,25 +30,25 @@ def fail(tmp_path, text="", bindings=(), **changes):
         ("finite_difference.scheme = 'forward'", ["scheme", "forward", "backward"]),
         ("train.steps = = 3", ["bad.gin", "line 20"]),
         ("train.steps = (3", ["bad.gin"]),
-        ("train.steps = 0", ["train.steps must be positive"]),
-        ("train.steps = 1.5", ["train.steps must be of type int", "1.5"]),
-        ("train.steps = True", ["train.steps must be of type int", "True"]),
-        ("train.batch_size = '4'", ["train.batch_size must be of type int"]),
-        ("train.seed = 'x'", ["train.seed must be of type int"]),
+        ("train.steps = 0", ["train: steps must be positive"]),
+        ("train.steps = 1.5", ["train: steps must be of type int", "1.5"]),
+        ("train.steps = True", ["train: steps must be of type int", "True"]),
+        ("train.batch_size = '4'", ["train: batch_size must be of type int"]),
+        ("train.seed = 'x'", ["train: seed must be of type int"]),
         ("train.gradient_clip = 'x'", ["train.gradient_clip"]),
-        ("train.gradient_clip = -1.0", ["train.gradient_clip must be positive"]),
+        ("train.gradient_clip = -1.0", ["train: gradient_clip must be positive"]),
         ("train.evaluation = @evaluation()\nevaluation.metrics = ('w3',)", ["w3", "did you mean"]),
         ("train.evaluation = @evaluation()\nevaluation.features = 'digit'", ["digit", "did you mean"]),
         ("train.evaluation = @evaluation()\nevaluation.teacher_steps = ()", ["teacher_steps"]),
         ("train.evaluation = @evaluation()\nring.modes = 1\nevaluation.deltas = (2.0,)", ["deltas"]),
-        ("train.precision = 'fp8'", ["train.precision must be", "fp8"]),
-        ("train.objective = 3", ["train.objective must be of type Objective"]),
-        ("train.teacher = @mlp()", ["train.teacher must be of type Teacher"]),
+        ("train.precision = 'fp8'", ["precision", "fp8", "bf16"]),
+        ("train.objective = 3", ["train: objective must be of type Objective"]),
+        ("train.teacher = @mlp()", ["train: teacher must be of type Teacher"]),
         ("train.teacher = None", ["needs a teacher"]),
         ("train.flow_map = 3", ["train.flow_map"]),
         ("train.flow_map = @freeflow", ["freeflow", "takes 1 positional argument"]),
         ("train.optimizer = 3", ["train.optimizer"]),
-        ("train.states = @ring()", ["train.states must be of type StateSource"]),
+        ("train.states = @ring()", ["train: states must be of type StateSource"]),
         ("train.objective = @meanflow()", ["MeanFlow needs data", "noised_data"]),
         ("mlp.dim = 3", ["shape"]),
         ("mlp.num_classes = 4", ["num_classes"]),
@@ -79,9 +79,14 @@ def test_bad_bindings_of_the_command_line_are_located(tmp_path):
 
 
 def test_a_binding_that_nothing_uses(tmp_path):
-    message = fail(tmp_path, "heun.steps = 3\nlogit_normal.mean = 1.0\nmine = 4\n")
-    assert "heun.steps, logit_normal.mean" in message
-    assert "mine" in message
+    message = fail(tmp_path, "heun.steps = 3\nlogit_normal.mean = 1.0\n", bindings=["guidence = 4"])
+    assert "guidence, heun.steps, logit_normal.mean" in message
+
+
+def test_files_may_offer_macros_that_nothing_uses(tmp_path):
+    """As settings do; nor does the part that only such a macro names have to be used."""
+    file = write(tmp_path / "mine.gin", RING + "data = @noised_data()\nnoised_data.label_dropout = 0.1\n")
+    assert flowdistill.train(gin_file=file, workdir=tmp_path / "run").steps == 12
 
 
 def test_missing_required_bindings(tmp_path):
@@ -178,13 +183,17 @@ def test_a_configuration_as_data():
     assert again == found
 
 
-@pytest.mark.parametrize("recipe", ["freeflow/digits.gin", "meanflow/plane.gin", "imm/mnist_sit.gin"])
-def test_data_are_what_gin_reads(recipe):
+@pytest.mark.parametrize(
+    "files",
+    [["freeflow/digits.gin"], config.composed("meanflow", "plane"), config.composed("imm", "mnist_sit")],
+    ids=["whole", "meanflow-plane", "imm-mnist_sit"],
+)
+def test_data_are_what_gin_reads(files):
     """Of every binding, those of included files and macros among them, the value in force is the last one's."""
     import gin
 
-    last = {binding.name: binding for binding in config.statements(recipe)}
-    with config.parsed([recipe], []):
+    last = {binding.name: binding for file in files for binding in config.statements(file)}
+    with config.parsed(files, []):
         assert sum(len(parameters) for parameters in gin.config._CONFIG.values()) == len(last)
         for name, binding in last.items():
             key = name if binding.selector else f"{name}/macro.value"
@@ -217,38 +226,94 @@ def test_text_that_is_no_configuration(text, wanted):
         config.statements_of(text, "text")
 
 
-RECIPES = [name for name in config.recipes() if "imagenet" not in name]  # those are planned, see test_plan.py
-QUICK = [name for name in RECIPES if name.endswith(("plane.gin", "ring.gin"))]
+RECIPES = [name for name in config.recipes() if "imagenet" not in name]  # those are planned, see test_planning.py
+QUICK = [name for name in RECIPES if "mnist" not in name and "fashion" not in name]
+SETTINGS = [name for name in config.settings() if not name.startswith(("imagenet", "plane"))]
 
 
-def starts(recipe, tmp_path):
-    """A packaged recipe takes two steps, with every one of its bindings used."""
-    found = config.statements(recipe)
+def starts(tmp_path, recipe, on=None):
+    """Two steps are taken, with every binding used."""
+    files = config.chosen(recipe, on, None, ())
+    found = [binding for file in files for binding in config.statements(file)]
     names = {binding.name for binding in found}
     bindings = ["train.steps = 2", "train.batch_size = 8", "train.sample_every = 0"]
     if "train.evaluation" in names:
         bindings += ["evaluation.num_samples = 20", "evaluation.teacher_steps = (1,)"]
-    if data := {"mnist", "fashion_mnist"} & config.parts_of(*found):
+    data = {"mnist", "fashion_mnist"} & config.parts_of(*found)
+    if data:
         for part in ("train", "t10k"):
             images = bytes([0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 28, 0, 0, 0, 28]) + bytes(2 * 28 * 28)
             (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(images)
             (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 2, 3, 9]))
         bindings += [f"{name}.folder = {str(tmp_path)!r}" for name in data]
-    if "freeflow.correction_start" in names:
-        bindings += ["freeflow.correction_start = 0.5"]
-    result = flowdistill.train(gin_file=recipe, gin_bindings=bindings, workdir=tmp_path / "run")
+    result = flowdistill.train(recipe, on=on, gin_bindings=bindings, workdir=tmp_path / "run")
     assert result.steps == 2
 
 
-@pytest.mark.parametrize("recipe", [*QUICK, "freeflow/digits.gin", "digits/train.gin"])
+@pytest.mark.parametrize("recipe", QUICK)
 def test_recipes_start(recipe, tmp_path):
-    starts(recipe, tmp_path)
+    starts(tmp_path, recipe)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in QUICK])
 def test_every_recipe_of_images_starts(recipe, tmp_path):
-    starts(recipe, tmp_path)
+    starts(tmp_path, recipe)
+
+
+@pytest.mark.parametrize("method", config.methods())
+def test_methods_start_in_the_plane(method, tmp_path):
+    starts(tmp_path, method, "plane")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("method", config.methods())
+def test_every_method_starts_on_images(method, setting, tmp_path):
+    starts(tmp_path, method, setting)
+
+
+SETTING = """
+train.teacher = @gaussian()
+gaussian.mean = (1.0, 0.0)
+gaussian.covariance = 0.25
+student = @from_teacher
+train.flow_map = %student
+from_teacher.conditioning = %conditioning
+from_teacher.guidance = %told_guidance
+from_teacher.network = @mlp()
+mlp.hidden_size = 16
+data = @noised_data()
+noised_data.dataset = @exact_samples()
+exact_samples.teacher = @gaussian()
+data_std = 1.0
+guidance = 1.0
+guidance_range = 1.0
+conditioning = 'two_time'
+told_guidance = None
+guided_interval = (0.0, 1.0)
+fresh_network = @mlp
+train.optimizer = @AdamW
+AdamW.lr = 1e-3
+train.steps = 2
+train.batch_size = 8
+train.sample_every = 0
+"""
+
+
+@pytest.mark.parametrize("method", config.methods())
+def test_one_file_makes_a_setting_for_every_method(method, tmp_path):
+    """A setting of one's own, in another folder; methods know nothing of it."""
+    setting = tmp_path / "mine.gin"
+    setting.write_text(SETTING)
+    assert flowdistill.train(method, on=setting, workdir=tmp_path / "run").steps == 2
+
+
+def test_a_demo_fits_on_a_page_and_the_recipes_in_a_hundred_files():
+    assert len(config.gin_files()) <= 100
+    for demo in ("freeflow/digits.gin", "freeflow/mnist.gin", "freeflow/ring.gin"):
+        lines = config.find_gin_file(demo).read_text().splitlines()
+        assert sum("=" in line.partition("#")[0] for line in lines) <= 25, demo
 
 
 def test_registering_a_name_twice_names_both_places():

@@ -7,16 +7,22 @@ import torch
 from edm2_files import released
 
 import flowdistill
-from flowdistill import FLOW_MAPS, OBJECTIVES, STATE_SOURCES, TEACHERS, VELOCITY_ESTIMATORS, Condition, ConfigError
-from flowdistill.algorithms.freeflow import FreeFlow, FreeFlowCorrection
+from flowdistill import (
+    FLOW_MAPS,
+    OBJECTIVES,
+    PAIRS,
+    STATE_SOURCES,
+    TEACHERS,
+    VELOCITY_ESTIMATORS,
+    Condition,
+)
+from flowdistill.algorithms.freeflow import FreeFlow
 from flowdistill.algorithms.trajectory import VelocityObjective
 from flowdistill.data import ExactSamples
 from flowdistill.flow_maps import NetworkFlowMap, from_teacher
 from flowdistill.guidance import GuidedTeacher
-from flowdistill.interfaces import FlowMap, GeneratingVelocity, Objective, ObjectiveOutput
+from flowdistill.interfaces import FlowMap, GeneratingVelocity, Objective, ObjectiveOutput, OneStep
 from flowdistill.networks import EDM2, MLP, SiT
-from flowdistill.pairs import Grouped
-from flowdistill.states import NoisedData
 from flowdistill.teachers.gaussian import (
     GaussianFlowMap,
     GaussianTeacher,
@@ -27,11 +33,13 @@ from flowdistill.testing import (
     check_exact_start,
     check_flow_map,
     check_objective,
+    check_pairs,
     check_teacher,
     check_velocity_estimator,
+    objective_checks,
 )
-from flowdistill.times import Uniform
 from flowdistill.velocities import ConditionalVelocity, FiniteDifference, OnlineNetwork, TeacherVelocity
+from flowdistill.wrapped_teachers import NetworkTeacher
 
 
 def classes():
@@ -65,11 +73,12 @@ def edm2_file(folder):
     return {"checkpoint": folder / "edm2.pkl"}
 
 
-def trained(network):
+def trained(network, change=0.3):
+    """A network whose weights are no longer the fresh ones."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
+            parameter.add_(change * torch.randn_like(parameter))
     return network
 
 
@@ -126,7 +135,7 @@ def test_velocity_estimators(name):
     check_velocity_estimator(estimator, student_of(classes(), conditioning), classes())
 
 
-@pytest.mark.parametrize("kwargs", [{"scheme": "central"}, {"final_h": 0.01, "anneal": (0, 10)}])
+@pytest.mark.parametrize("kwargs", [{"scheme": "central"}, {"final_h": 0.01, "anneal": (0.0, 0.5)}])
 def test_finite_differences(kwargs):
     check_velocity_estimator(FiniteDifference(**kwargs), student_of(classes(), "anchored"), classes())
 
@@ -138,67 +147,79 @@ def test_online_network_with_low_rank_updates():
     check_velocity_estimator(estimator, from_teacher(teacher, "anchored", 1.25), teacher)
 
 
-def correction():
-    return FreeFlowCorrection(noising=OnlineNetwork(network=lambda: MLP(dim=2, hidden_size=16, num_classes=2)))
-
-
-OBJECTIVE_ARGUMENTS = {
-    "freeflow_correction": lambda: {"noising": correction().noising},
-    "freeflow": lambda: {"correction": correction()},
-    "vsd": lambda: {"noising": correction().noising},
-    "dmd2": lambda: {"noising": correction().noising},
-    "scd_vsd": lambda: {"correction": correction()},
-    "combined": lambda: {"prediction": OBJECTIVES.build("freeflow_prediction"), "correction": correction()},
+PARTS = {
+    "combined": lambda: {
+        "prediction": OBJECTIVES.build("freeflow_prediction"),
+        "correction": OBJECTIVES.build("freeflow_correction"),
+    },
 }
 
 
+def objective_of(name, **arguments):
+    return OBJECTIVES.build(name, **PARTS.get(name, dict)(), **arguments)
+
+
+def network_teacher():
+    return NetworkTeacher(trained(MLP(dim=2, hidden_size=16, num_classes=2), 0.1)).eval().requires_grad_(False)
+
+
+def student_for(objective, teacher):
+    """The student that an objective asks for, away from its start."""
+    return trained(FLOW_MAPS.get(objective.flow_map)(teacher), 0.1)
+
+
+CHECKS = [check.name for check in objective_checks(None, None, None)]  # which touch nothing until they are called
+
+
+@pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("name", OBJECTIVES.names())
-def test_objectives(name):
-    objective = OBJECTIVES.build(name, **OBJECTIVE_ARGUMENTS.get(name, dict)())
-    assert objective.citation.startswith("@")
-    needs_times = objective.needs_data or name == "sdee"
-    times = Grouped() if name == "imm" else Uniform()
-    source = NoisedData(dataset=ExactSamples(classes()), times=times) if needs_times else None
-    student = policy_of(classes()) if name == "piflow" else student_of(classes())
-    check_objective(objective, student, classes() if objective.needs_teacher else None, source)
+def test_objectives(name, check):
+    objective, teacher = objective_of(name), network_teacher()
+    student = student_for(objective, teacher)
+    checks = objective_checks(objective, student, teacher if objective.needs_teacher else None)
+    next(found for found in checks if found.name == check)()
 
 
-TRAJECTORY = [name for name in OBJECTIVES.names() if issubclass(OBJECTIVES.get(name), VelocityObjective)]
-UNIFORM_TIMES = ("sdee", "stee")  # which refuse states at one time
+@pytest.mark.parametrize("name", OBJECTIVES.names())
+def test_objectives_are_cited(name):
+    assert objective_of(name).citation.startswith("@")
+
+
+TARGETED = [name for name in OBJECTIVES.names() if isinstance(objective_of(name), VelocityObjective)]
 
 
 @pytest.mark.parametrize("source", STATE_SOURCES.names())
-@pytest.mark.parametrize("name", [*TRAJECTORY, "freeflow_prediction", "ayf_lmd"])
-def test_trajectory_objectives_take_states_from_anywhere(name, source):
+@pytest.mark.parametrize("name", TARGETED)
+def test_objectives_of_the_teachers_velocity_take_states_from_anywhere(name, source):
     """With the teacher's velocity they need no data, whatever they are made for."""
+    teacher = network_teacher()
     arguments = {"dataset": ExactSamples(classes())} if source == "noised_data" else {}
-    if source != "prior":
-        arguments["times"] = Grouped() if name == "imm" else Uniform()
     states = STATE_SOURCES.build(source, **arguments)
-    objective = OBJECTIVES.build(name, **({"target": TeacherVelocity()} if name in TRAJECTORY else {}))
+    objective = objective_of(name, target=TeacherVelocity())
     assert objective.needs_teacher
     assert not objective.needs_data
-    if source == "prior" and name in UNIFORM_TIMES:
-        with pytest.raises(ConfigError, match="uniform times"):
-            check_objective(objective, student_of(classes()), classes(), states)
-    else:
-        check_objective(objective, student_of(classes()), classes(), states)
+    if states.knows_all_times or not objective.needs_all_times:
+        check_objective(objective, student_for(objective, teacher), teacher, states)
 
 
-@pytest.mark.parametrize("name", TRAJECTORY)
-def test_trajectory_objectives_train_from_data(name):
+@pytest.mark.parametrize("name", TARGETED)
+def test_objectives_of_the_datas_velocity_need_no_teacher(name):
     """With the velocity of the data they need no teacher, whatever they are made for."""
-    objective = OBJECTIVES.build(name, target=ConditionalVelocity())
+    objective = objective_of(name, target=ConditionalVelocity())
     assert objective.needs_data
     assert not objective.needs_teacher
-    times = Grouped() if name == "imm" else Uniform()
-    check_objective(objective, student_of(classes()), None, NoisedData(dataset=ExactSamples(classes()), times=times))
+    check_objective(objective, student_for(objective, network_teacher()), None)
 
 
-def test_freeflow_on_a_network_teacher():
+def test_freeflow_on_a_guided_teacher():
     teacher = GuidedTeacher(flowdistill.load_teacher("digits_teacher"), 1.25)
     torch.manual_seed(0)
     check_objective(FreeFlow(), from_teacher(teacher, "anchored", 1.25), teacher)
+
+
+@pytest.mark.parametrize("name", PAIRS.names())
+def test_laws_of_times(name):
+    check_pairs(PAIRS.build(name))
 
 
 # The kit fails what is wrong.
@@ -271,12 +292,14 @@ class _WrongObjective(Objective):
     def __init__(self, fault):
         self.fault = fault
         self.module = torch.nn.Linear(2, 2)
+        self.pairs = OneStep()
 
     def modules(self):
         return {"extra": self.module}
 
-    def loss(self, student, teacher, states, *, step, generator):
-        average = student.average_velocity(states.x, states.t, 0 * states.t, states.condition)
+    def loss(self, states, step):
+        average = self.student.average_velocity(*states.to(0.0))
+        teacher = self.teacher
         per_row = (average - teacher.velocity(states.x, states.t, states.condition).detach()).square().mean(1)
         if self.fault == "shape":
             return ObjectiveOutput(per_row)
@@ -291,8 +314,8 @@ class _WrongObjective(Objective):
             )
         return ObjectiveOutput(loss, {"error": loss if self.fault == "metric" else loss.detach()})
 
-    def auxiliary_loss(self, name, student, teacher, states, *, step, generator):
-        samples = student(states.x, states.t, 0 * states.t, states.condition)
+    def auxiliary_loss(self, name, states, step):
+        samples = self.student(*states.to(0.0))
         samples = samples if self.fault == "student" else samples.detach()
         return ObjectiveOutput((self.module(samples) - states.x).square().mean())
 
@@ -321,8 +344,8 @@ class _WrongEstimator(GeneratingVelocity):
     def __init__(self, fault):
         self.fault = fault
 
-    def derivative(self, student, x, t, s, condition, *, dx=None, dt=0.0, ds=0.0, step=0):
-        average = student.average_velocity(x, t, s, condition)
+    def derivative(self, jump, *, dx=None, dt=0.0, ds=0.0, progress=0.0):
+        average = self.student.average_velocity(*jump)
         if self.fault == "value":
             return average + 1, torch.zeros_like(average)
         if self.fault == "no graph":
@@ -340,7 +363,8 @@ def test_kit_finds_wrong_estimators(fault):
 def test_kit_leaves_what_it_checks_as_it_was():
     student, teacher = student_of(classes()), classes()
     before = copy.deepcopy(student.state_dict())
-    check_objective(FreeFlow(correction=correction()), student, teacher)
+    teacher = network_teacher()
+    check_objective(FreeFlow(), student, teacher)
     check_flow_map(student)
     for name, value in student.state_dict().items():
         assert torch.equal(value, before[name])

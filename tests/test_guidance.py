@@ -103,10 +103,17 @@ def test_the_first_channels_are_guided_and_the_others_are_not(channels, k, autog
     assert (whole - plain).abs().min() > 1e-6
 
 
-def test_channels_stay_guided_at_other_times(channels):
-    teacher = GuidedTeacher(channels, 2.5, channels=3)
-    assert teacher.with_interval((0.1, 0.2)).channels == 3
-    assert teacher.held(torch.ones(2)).channels == 3
+def test_a_condition_names_its_own_interval_and_channels(channels):
+    """In place of the teacher's; what it does not name is the teacher's."""
+    x, t, condition = inputs()
+    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    teacher = GuidedTeacher(channels, 2.5, (0.0, 0.1), channels=3)
+    for changes, own in (
+        ({"interval": (0.3, 0.8)}, GuidedTeacher(channels, 2.5, (0.3, 0.8), channels=3)),
+        ({"channels": 2}, GuidedTeacher(channels, 2.5, (0.0, 0.1), channels=2)),
+        ({"scale": torch.full((6,), 4.0)}, GuidedTeacher(channels, 4.0, (0.0, 0.1), channels=3)),
+    ):
+        assert torch.equal(teacher.velocity(x, t, condition.guided(**changes)), own.velocity(x, t, condition))
 
 
 @pytest.mark.parametrize("k", [-1, 0, 6])
@@ -124,24 +131,23 @@ def test_a_decision_that_is_held_is_made_by_the_given_time(plain):
     teacher = GuidedTeacher(plain, 3.0, interval=(0.2, 0.6))
     always, never = GuidedTeacher(plain, 3.0).velocity(x, t, condition), plain.velocity(x, t, condition)
     decided_by = torch.tensor([0.1, 0.2, 0.4, 0.6, 0.7, 1.0], dtype=torch.float64)
-    held = teacher.held(decided_by).velocity(x, t, condition)
+    held = teacher.velocity(x, t, condition.guided(asked_at=decided_by))
     inside = torch.tensor([False, True, True, True, False, False])
     assert torch.equal(held[inside], always[inside])
     assert torch.equal(held[~inside], never[~inside])
     assert (always - never).abs().sum(1).min() > 1e-6
-    assert not torch.equal(held, teacher.velocity(x, t, condition))  # which is as it was
+    assert not torch.equal(held, teacher.velocity(x, t, condition))
 
 
-def test_holding_counts_evaluations_and_keeps_the_rest(plain):
+def test_a_decision_held_at_the_time_itself_changes_nothing(plain):
     guide = GaussianTeacher(torch.zeros(2).double(), 2.0, class_means=torch.eye(2).double())
     teacher = GuidedTeacher(plain, 3.0, interval=(0.2, 0.6), guide=guide)
     x, t, condition = inputs()
-    held = teacher.held(t)
-    assert (held.scale, held.interval, held.guide) == (3.0, (0.2, 0.6), guide)
     before = teacher.evaluations
-    assert torch.equal(held.velocity(x, t, condition), teacher.velocity(x, t, condition))
+    held = condition.guided(asked_at=t)
+    assert torch.equal(teacher.velocity(x, t, held), teacher.velocity(x, t, condition))
     assert teacher.evaluations - before == 4 * len(x)
-    assert plain.held(t) is plain
+    assert torch.equal(plain.velocity(x, t, held), plain.velocity(x, t, condition))
 
 
 # Scale 1.
@@ -168,4 +174,4 @@ def test_scale_one_is_no_guidance(x, t, interval, labels, autoguidance, channels
     assert torch.equal(own.velocity(x, t, Condition(labels)), expected)
     other = GuidedTeacher(plain, 4.0, tuple(interval), guide, channels)
     assert torch.equal(other.velocity(x, t, Condition(labels, torch.ones(3))), expected)
-    assert torch.equal(other.held(t.flip(0)).velocity(x, t, Condition(labels, torch.ones(3))), expected)
+    assert torch.equal(other.velocity(x, t, Condition(labels, torch.ones(3)).guided(asked_at=t.flip(0))), expected)

@@ -126,7 +126,7 @@ def test_what_a_run_holds(path):
     assert run.checkpoint.name == "step_00000012"
     assert run.meta["step"] == 12
     assert isinstance(run.teacher, CountedRing)
-    assert run.student.anchored
+    assert run.student.jumps is Jumps.FROM_NOISE
     assert not run.student.training
     assert not any(p.requires_grad for p in run.student.parameters())
     assert type(run.objective).__name__ == "FreeFlow"

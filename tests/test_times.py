@@ -4,8 +4,8 @@ import torch
 from hypothesis import given
 
 from flowdistill import TIME_SAMPLERS, ConfigError
-from flowdistill.pairs import Dyadic, Grouped
-from flowdistill.times import Always, EndSampler, Grid, LogitNormal, Maximum, Uniform, WithPointMass
+from flowdistill.interfaces import TimeSampler
+from flowdistill.times import Always, EndSampler, Grid, LogitNormal, Uniform, WithPointMass
 
 LAWS = [Uniform(), Uniform(low=0.2, high=0.7), LogitNormal(mean=-0.4, std=1.0), LogitNormal(mean=0.8, std=1.6)]
 
@@ -41,21 +41,13 @@ def test_quantile_inverts_the_distribution_function(law, p):
 def test_draws_below_the_larger_of_two_have_the_law_of_the_smaller(law):
     """MeanFlow's sorted pairs: t = max and s = min of two draws, made from t and a draw conditioned on s <= t."""
     g = generator()
-    t = Maximum(law=law).sample(40_000, g)
+    t = torch.maximum(law.sample(40_000, g), law.sample(40_000, g))
     s = law.sample_below(t, g)
     assert (s <= t).all()
     a, b = law.sample(40_000, g), law.sample(40_000, g)
     levels = torch.linspace(0.05, 0.95, 19)
     for ours, theirs in ((t, torch.maximum(a, b)), (s, torch.minimum(a, b)), (t - s, (a - b).abs())):
         torch.testing.assert_close(ours.quantile(levels), theirs.quantile(levels), rtol=0, atol=0.015)
-
-
-def test_logit_normal_quantiles_of_meanflow():
-    """The quantiles of t that the MeanFlow recipe is known for: the larger of two logit-normal(-0.4, 1) draws."""
-    t = Maximum(law=LogitNormal(mean=-0.4, std=1.0)).sample(100_000, generator())
-    wanted = torch.tensor([0.24, 0.40, 0.54, 0.67, 0.83])
-    levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
-    torch.testing.assert_close(t.quantile(levels), wanted, rtol=0, atol=0.01)
 
 
 def test_point_mass():
@@ -109,33 +101,6 @@ def test_grid_from_a_time_between_its_steps():
     assert shares(s, [0.0, 0.25, 0.5]) == pytest.approx([1 / 3] * 3, abs=0.015)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dyadic_jumps_are_a_uniform_level_and_a_uniform_step_of_it(dtype):
-    law, g = Dyadic(levels=4), generator()
-    t = law.sample(64_000, g).to(dtype)
-    s = law.sample_below(t, g)
-    level = torch.log2(1 / (t - s))
-    assert torch.equal(level, level.round())
-    assert shares(level, range(4)) == pytest.approx([0.25] * 4, abs=0.01)
-    for number in range(4):
-        ends = s[level == number] * 2**number
-        assert shares(ends, range(2**number)) == pytest.approx([0.5**number] * 2**number, abs=0.02)
-    assert law.shortest == 1 / 8
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dyadic_from_a_time_off_its_grid_is_the_shortest_jump(dtype):
-    t = torch.tensor([0.3, 0.9, 1 / 128, 0.0], dtype=dtype)
-    s = Dyadic(levels=7).sample_below(t, generator())
-    assert torch.equal(s, (t - 1 / 64).clamp(min=0))
-
-
-def test_grouped():
-    times = Grouped(law=Uniform(), size=4).sample(10, generator())
-    assert times.shape == (10,)
-    assert torch.equal(times, Uniform().sample(3, generator()).repeat_interleave(4)[:10])
-
-
 def test_point_mass_below_a_time():
     """The value where it is below t, else t; the other draws are those of the other law below t."""
     law = WithPointMass(value=0.25, fraction=0.4)
@@ -146,8 +111,15 @@ def test_point_mass_below_a_time():
     assert s.max() <= 0.5
     s = law.sample_below(torch.full((50_000,), 0.125), generator())
     assert float((s == 0.125).float().mean()) == pytest.approx(0.4, abs=0.01)
-    with pytest.raises(ConfigError, match="Maximum"):
-        WithPointMass(law=Maximum()).sample_below(t, generator())
+
+
+def test_a_law_that_cannot_be_drawn_from_below_a_time():
+    class Half(TimeSampler):
+        def sample(self, n, generator):
+            return torch.full((n,), 0.5)
+
+    with pytest.raises(ConfigError, match="Half"):
+        WithPointMass(law=Half()).sample_below(torch.ones(3), generator())
 
 
 @pytest.mark.parametrize(
@@ -159,8 +131,6 @@ def test_point_mass_below_a_time():
         (WithPointMass, {"value": 2.0}),
         (Always, {"value": -0.5}),
         (Grid, {"steps": 0}),
-        (Dyadic, {"levels": 0}),
-        (Grouped, {"size": 0}),
     ],
 )
 def test_wrong_ranges(law, kwargs):

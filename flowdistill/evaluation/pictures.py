@@ -97,11 +97,11 @@ def _since(model: FlowMap | Teacher, before: int) -> int:
     return model.evaluations - before
 
 
+@torch.no_grad()
 def _drawable(model: FlowMap | Teacher) -> bool:
-    """Whether samples are points in the plane, images of one or three channels, or decode to images."""
-    shape = model.sample_shape
-    decodes = model.decoder is not None and model.decoder.ready
-    return shape == (2,) or decodes or (len(shape) == 3 and shape[0] in (1, 3))
+    """Whether samples are points in the plane, or are or decode to images of one or three channels."""
+    blank = images_of(torch.zeros((1, *model.sample_shape), device=device_of(model)), model)
+    return model.sample_shape == (2,) or _is_picture(blank)
 
 
 def images_of(samples: Tensor, model: FlowMap | Teacher) -> Tensor:

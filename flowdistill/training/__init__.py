@@ -1,5 +1,6 @@
 """The training loop and what it needs: settings, optimisers, the log of a run."""
 
+from flowdistill.training.loop import Loop
 from flowdistill.training.optimization import Schedule
 from flowdistill.training.settings import Training
 from flowdistill.training.trainer import TrainResult, train

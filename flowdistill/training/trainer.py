@@ -102,7 +102,8 @@ def _name(recipe: str | Path | None, on: str | Path | None, files: Sequence[str 
 def configured_loop(workdir: str | Path, device: str | torch.device | None) -> Loop:
     """The loop of the configuration that gin holds; ConfigError if a binding in it is used by nothing."""
     with config.errors_located():
-        torch.manual_seed(config.value("train.seed", 0))  # networks are built as gin builds the training
+        seed = config.value("train.seed", 0)
+        torch.manual_seed(seed if isinstance(seed, int) else 0)  # networks are built as gin builds the training
         training: Training = gin.get_configurable(Training)()
         loop = Loop.build(training, workdir, device)
         config.check_all_used(without=("evaluation", "features") if training.evaluation is None else ())

@@ -54,7 +54,7 @@ def test_the_exact_map_has_no_error_guided_or_not():
 def test_a_constant_error_of_the_average_velocity():
     """It is delta |c| away at the end of a jump; the unit is known up to the noise of 4000 samples."""
     offset = torch.tensor([0.3, 0.0, -0.4]).double()
-    student = Offset(GaussianFlowMap(teacher()), offset, anchored=True)
+    student = Offset(GaussianFlowMap(teacher()), offset, jumps=Jumps.FROM_NOISE)
     for error in trajectory_error(student, teacher(), DELTAS, n=4000):
         assert error.mean == pytest.approx(0.5 * error.delta / travelled(error.delta), rel=0.03)
         assert error.standard_error < 1e-6  # the same for all noises
@@ -109,8 +109,8 @@ def test_the_same_noise_is_of_the_same_class():
 
 
 def test_what_cannot_be_asked():
-    anchored = Offset(GaussianFlowMap(teacher()), torch.zeros(3).double(), anchored=True)
-    to_data = Offset(GaussianFlowMap(teacher()), torch.zeros(3).double(), to_data=True)
+    anchored = Offset(GaussianFlowMap(teacher()), torch.zeros(3).double(), jumps=Jumps.FROM_NOISE)
+    to_data = Offset(GaussianFlowMap(teacher()), torch.zeros(3).double(), jumps=Jumps.TO_DATA)
     for student in (anchored, to_data):
         with pytest.raises(ConfigError, match="between any two times"):
             semigroup_error(student)
