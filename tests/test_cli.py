@@ -15,7 +15,7 @@ from runs import command, write
 import flowdistill
 from flowdistill import NETWORKS, TEACHERS
 from flowdistill.cli import main
-from flowdistill.plumbing.config import recipes
+from flowdistill.plumbing.config import methods, recipes, settings
 from flowdistill.plumbing.registry import REGISTRIES
 
 
@@ -55,6 +55,14 @@ def test_default_run_directory_and_overrides(folder):
     assert json.loads(records[-1])["step"] == 2
 
 
+def test_a_method_on_a_setting(folder):
+    few = ("--gin.train.steps=2", "--gin.evaluation.num_samples=20", "--gin.evaluation.teacher_steps=(1,)")
+    done = command("train", "meanflow", "--on", "digits", *few, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "runs/meanflow-digits/report.md"
+    assert "@digits()" in (folder / "runs" / "meanflow-digits" / "config.gin").read_text()
+
+
 def test_list_show_cite(folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
 
@@ -81,8 +89,10 @@ def test_list_show_cite(folder, capsys, monkeypatch):
     shown = said("show", "objectives", "freeflow")
     assert "alpha=1.0" in shown
     assert "freeflow/ring.gin" not in shown
-    assert "freeflow/mnist.gin" in shown
+    assert "freeflow/freeflow.gin" in shown
     assert "2511.19428" in shown
+    assert "The fraction of the batch for the correction" in shown
+    assert "from data" in said("show", "methods", "meanflow")
     assert "train.teacher = @ring()" in said("show", "recipes", "freeflow/ring.gin")
     for source in ("run", "freeflow/ring.gin"):
         assert "@article{tong2025freeflow" in said("cite", source)
@@ -100,9 +110,11 @@ def test_a_list_fits_the_terminal(columns, monkeypatch, capsys):
         return capsys.readouterr().out
 
     blocks = {block.splitlines()[0]: block.splitlines()[1:] for block in listed().rstrip().split("\n\n")}
-    assert blocks.keys() == {*REGISTRIES, "recipes"}
+    blocks = {heading.split(" (")[0]: rows for heading, rows in blocks.items()}
+    files = {"methods": list(methods()), "settings": list(settings()), "recipes": recipes()}
+    assert blocks.keys() == {*REGISTRIES, *files}
     for kind, rows in blocks.items():
-        names = REGISTRIES[kind].names() if kind in REGISTRIES else recipes()
+        names = REGISTRIES[kind].names() if kind in REGISTRIES else files[kind]
         assert [row.split()[0] for row in rows] == names
         assert max(map(len, rows)) <= columns
         assert max(map(len, listed(kind).splitlines())) <= columns
@@ -124,6 +136,11 @@ def test_mistakes_end_with_one_message_and_exit_code_2(folder, capsys, monkeypat
         return capsys.readouterr().err
 
     assert "freeflow/ring.gin" in fails(folder, "train", "--gin_file", "freeflow/rong.gin")
+    assert "name a method and a setting" in refused("train")
+    assert "name a setting to train it on" in refused("train", "meanflow")
+    assert "did you mean meanflow" in refused("train", "meenflow", "--on", "digits")
+    assert "did you mean digits" in refused("train", "meanflow", "--on", "digit")
+    assert "name a method to train on it" in refused("train", "--on", "digits", "--gin_file", "ring.gin")
     assert "line 1" in refused("train", "--gin_file", write(folder / "typo.gin", "train.stepps = 3"))
     assert "did you mean" in refused("train", "--gin_file", "ring.gin", "--gin.train.objectve=1", "--workdir", "x")
     assert "lacks =VALUE" in refused("train", "--gin_file", "ring.gin", "--gin.train.steps")

@@ -274,21 +274,25 @@ def test_every_method_starts_on_images(method, setting, tmp_path):
 
 
 SETTING = """
-train.teacher = @gaussian()
-gaussian.mean = (1.0, 0.0)
-gaussian.covariance = 0.25
-student = @from_teacher
+train.teacher = @guided()
+guided.teacher = @gaussian_mixture()
+gaussian_mixture.means = ((1.0, 0.0), (0.0, 2.0))
+gaussian_mixture.labels = (0, 1)
+guided.scale = %guidance
+guided.interval = %guided_interval
+student = @network()
 train.flow_map = %student
-from_teacher.conditioning = %conditioning
-from_teacher.guidance = %told_guidance
-from_teacher.network = @mlp()
+network.network = @mlp()
+network.conditioning = %conditioning
+network.guidance = %told_guidance
 mlp.hidden_size = 16
+mlp.num_classes = 2
 data = @noised_data()
 noised_data.dataset = @exact_samples()
-exact_samples.teacher = @gaussian()
+exact_samples.teacher = @gaussian_mixture()
 data_std = 1.0
-guidance = 1.0
-guidance_range = 1.0
+guidance = 1.5
+guidance_range = (1.0, 2.0)
 conditioning = 'two_time'
 told_guidance = None
 guided_interval = (0.0, 1.0)

@@ -11,39 +11,38 @@ from flowdistill import ConfigError, plan
 from flowdistill.networks import MLP
 from flowdistill.plumbing import config
 
-LARGE = [name for name in config.recipes() if "imagenet" in name]
-MNIST = [name for name in config.recipes() if "mnist" in name]
-DIGITS = [name for name in config.recipes() if "digits" in name]
 
-
-@pytest.mark.parametrize("recipe", ["meanflow/imagenet.gin", "consistency/ect_imagenet.gin", "freeflow/mnist_edm2.gin"])
-def test_recipes_at_scale_are_planned(recipe):
+@pytest.mark.parametrize(
+    ("recipe", "setting"), [("meanflow/imagenet.gin", None), ("freeflow/imagenet.gin", None), ("freeflow", "mnist_edm2")]
+)
+def test_recipes_at_scale_are_planned(recipe, setting):
     """In little memory, though the weights alone would take gigabytes."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    result = plan(recipe)
+    result = plan(recipe, on=setting)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1.5e6  # KiB
     assert result.flops > 1e10
     assert all(size >= 0 for size in result.memory.values())
     assert str(result).count("\n") > 10
 
 
-@pytest.mark.parametrize("recipe", DIGITS)
-def test_recipes_of_digits_are_planned(recipe):
-    """With every one of their bindings used; ``make test-all`` takes two steps of each."""
-    assert plan(recipe).flops > 0
+@pytest.mark.parametrize("method", config.methods())
+def test_every_method_is_planned_on_digits(method):
+    """With every one of its bindings used; ``make test-all`` takes two steps of each."""
+    assert plan(method, on="digits").flops > 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [*LARGE, *MNIST])
-def test_every_large_recipe_is_planned(recipe):
+@pytest.mark.parametrize("recipe", config.recipes())
+def test_every_recipe_is_planned(recipe):
     assert plan(recipe).flops > 0
 
 
 def test_a_plan_says_what_training_does(tmp_path):
     """Parameters, evaluations and memory of weights, against a run of the same recipe."""
     bindings = ["train.steps = 3", "train.batch_size = 16", "evaluation.num_samples = 50"]
-    result = plan("freeflow/plane.gin", gin_bindings=bindings)
-    run = flowdistill.train("freeflow/plane.gin", gin_bindings=bindings, workdir=tmp_path / "run")
+    bindings += ["freeflow.correction_start = 0.0", "freeflow.online_warmup = 0.0"]  # all steps are as the last
+    result = plan("freeflow", on="plane", gin_bindings=bindings)
+    run = flowdistill.train("freeflow", on="plane", gin_bindings=bindings, workdir=tmp_path / "run")
     assert result.steps == 3
     assert result.batch_size == 16
     assert result.parameters["student"] == sum(p.numel() for p in run.flow_map.parameters())
@@ -67,17 +66,17 @@ def test_flops_of_a_perceptron_are_those_of_its_matrices():
 
 
 def test_more_auxiliary_updates_cost_more():
-    once = plan("vsd/dmd2_plane.gin", gin_bindings=["dmd2.auxiliary_updates = 1"])
-    five = plan("vsd/dmd2_plane.gin", gin_bindings=["dmd2.auxiliary_updates = 5"])
+    once = plan("dmd2", on="plane", gin_bindings=["dmd2.auxiliary_updates = 1"])
+    five = plan("dmd2", on="plane", gin_bindings=["dmd2.auxiliary_updates = 5"])
     assert five.evaluations["online"] == once.evaluations["online"] + 4
     assert five.flops > 2 * once.flops
 
 
 def test_hours_are_stated_at_a_speed():
-    slow, fast = (plan("meanflow/plane.gin", flops_per_second=speed) for speed in (1e12, 2e12))
+    slow, fast = (plan("meanflow", on="plane", flops_per_second=speed) for speed in (1e12, 2e12))
     assert slow.hours == pytest.approx(2 * fast.hours)
     with pytest.raises(ConfigError, match="positive"):
-        plan("meanflow/plane.gin", flops_per_second=0)
+        plan("meanflow", on="plane", flops_per_second=0)
 
 
 def test_no_file_is_read(monkeypatch):
@@ -90,30 +89,30 @@ def test_no_file_is_read(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(safetensors.torch, "load_file", refuse)
         patch.setattr("flowdistill.data.mnist.IdxImages._read", refuse)
-        plan("meanflow/mnist_sit.gin", gin_bindings=["train.batch_size = 2"])
+        plan("meanflow", on="mnist_sit", gin_bindings=["train.batch_size = 2"])
     teacher = flowdistill.load_teacher("digits_teacher")
     assert bool(teacher.velocity(teacher.sample_prior(1), torch.ones(1)).isfinite().all())
 
 
 def test_a_teacher_of_a_file_needs_its_variant():
     with pytest.raises(ConfigError, match="variant"):
-        plan("meanflow/distillation_imagenet.gin", gin_bindings=["sit_teacher.variant = None"])
+        plan("meanflow/meanflow_distillation_imagenet.gin", gin_bindings=["sit_teacher.variant = None"])
 
 
 def test_command_line(tmp_path):
     planned = command(
-        "plan", "--gin_file", "meanflow/plane.gin", "--gin.train.steps=7", "--flops", "1e12", cwd=tmp_path
+        "plan", "meanflow", "--on", "plane", "--gin.train.steps=7", "--flops", "1e12", cwd=tmp_path
     )
     assert planned.returncode == 0, planned.stderr
     assert planned.stdout.startswith("7 steps of 256 states")
     assert "at 1e+12 FLOP/s" in planned.stdout
-    dry = command("train", "--dry_run", "--gin_file", "meanflow/plane.gin", "--gin.train.steps=7", cwd=tmp_path)
+    dry = command("train", "--dry_run", "meanflow", "--on", "plane", "--gin.train.steps=7", cwd=tmp_path)
     assert dry.returncode == 0, dry.stderr
     assert dry.stdout.startswith("7 steps of 256 states")
     assert list(tmp_path.iterdir()) == []
-    wrong = command("plan", "--gin_file", "meanflow/plane.gin", "--gin.train.stepps=7", cwd=tmp_path)
+    wrong = command("plan", "meanflow", "--on", "plane", "--gin.train.stepps=7", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "did you mean steps" in wrong.stderr
-    unused = command("plan", "--gin_file", "meanflow/plane.gin", "--gin.shortcut.guidance=2.0", cwd=tmp_path)
+    unused = command("plan", "meanflow", "--on", "plane", "--gin.shortcut.guidance=2.0", cwd=tmp_path)
     assert unused.returncode == 2
     assert "nothing uses shortcut.guidance" in unused.stderr

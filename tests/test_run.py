@@ -9,6 +9,7 @@ from runs import RING, write
 import flowdistill
 from flowdistill import CheckpointError, ConfigError, Run
 from flowdistill.cli import main
+from flowdistill.interfaces import Jumps
 from flowdistill.plumbing import config, files
 from flowdistill.runs import checkpoints
 from flowdistill.runs.run import on_device

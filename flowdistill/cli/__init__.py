@@ -55,8 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"flowdistill {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train as gin files say")
-    train.add_argument("--gin_file", action="append", required=True, help="a gin file or packaged recipe; repeatable")
+    train = commands.add_parser("train", help="train a method on a setting, or a whole recipe")
     train.add_argument("--workdir", help="the run directory; by default runs/ and the recipe's name")
     train.add_argument("--resume", choices=["auto", "never"], default="auto")
     train.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
@@ -64,8 +63,14 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(command=_train)
 
     plan = commands.add_parser("plan", help="check a recipe and print what it would cost, without its files or a GPU")
-    plan.add_argument("--gin_file", action="append", required=True, help="a gin file or packaged recipe; repeatable")
     for command in (train, plan):
+        command.add_argument("recipe", nargs="?", help="a method, such as freeflow, or a gin file or packaged recipe")
+        command.add_argument(
+            "--on", metavar="SETTING", help="what a method is trained on, such as digits, or a gin file"
+        )
+        command.add_argument(
+            "--gin_file", action="append", default=[], help="a gin file, read after the others; repeatable"
+        )
         command.add_argument("--flops", type=float, default=4e14, help="FLOP/s at which a plan states hours")
         command.epilog = "--gin.NAME=VALUE sets a binding, as in --gin.train.steps=100; repeatable"
     plan.set_defaults(command=_plan)
@@ -140,11 +145,13 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="of the stored weights")
     convert.set_defaults(command=_convert)
 
-    listing = commands.add_parser("list", help="list what is registered, and the packaged recipes")
-    listing.add_argument("kind", nargs="?", help="objectives, teachers, ..., or recipes; by default all")
+    listing = commands.add_parser("list", help="list methods, settings and recipes, and what is registered")
+    listing.add_argument("kind", nargs="?", help="methods, settings, recipes, objectives, ...; by default all")
     listing.set_defaults(command=list_command)
 
-    show = commands.add_parser("show", help="show the documentation of something registered, or a recipe")
+    show = commands.add_parser(
+        "show", help="show a method, a setting or a recipe, or the documentation of something registered"
+    )
     show.add_argument("kind")
     show.add_argument("name")
     show.set_defaults(command=show_command)
@@ -163,8 +170,7 @@ def _train(options: argparse.Namespace) -> None:
         _plan(options)
         return
     result = train(
-        gin_files=options.gin_file,
-        gin_bindings=options.bindings,
+        **_recipe(options),
         workdir=options.workdir,
         resume=options.resume,
         device=options.device,
@@ -176,7 +182,19 @@ def _train(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     from flowdistill.training.planning import plan
 
-    print(plan(gin_files=options.gin_file, gin_bindings=options.bindings, flops_per_second=options.flops))
+    print(plan(**_recipe(options), flops_per_second=options.flops))
+
+
+def _recipe(options: argparse.Namespace) -> dict[str, Any]:
+    """The configuration that the options name, as arguments of `flowdistill.train`."""
+    if options.recipe is None and not options.gin_file:
+        raise ConfigError("name a method and a setting, such as meanflow --on digits, or a gin file")
+    return {
+        "recipe": options.recipe,
+        "on": options.on,
+        "gin_files": options.gin_file,
+        "gin_bindings": options.bindings,
+    }
 
 
 def _sample(options: argparse.Namespace) -> None:

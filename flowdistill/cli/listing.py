@@ -6,44 +6,55 @@ import argparse
 import inspect
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from flowdistill.plumbing import config
 from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.registry import Preset
 
 
 def list_command(options: argparse.Namespace) -> None:
-    """Print what is registered, and the packaged recipes: a row each, under a heading for each kind."""
-    from flowdistill.plumbing.config import recipes
-    from flowdistill.plumbing.registry import REGISTRIES, unknown_name
-
-    kinds = {kind: registry.names() for kind, registry in REGISTRIES.items()} | {"recipes": recipes()}
-    if options.kind is not None and options.kind not in kinds:
-        raise unknown_name("kind", options.kind, list(kinds))
-    width = shutil.get_terminal_size().columns
-    if options.kind is None:
-        for kind, names in kinds.items():
-            rows = (_row(kind, name, names, width, indent="  ") for name in names)
-            print(kind, *rows, "", sep="\n")
-        return
-    for name in kinds[options.kind]:
-        print(_row(options.kind, name, kinds[options.kind], width))
-        for line in _wrapped(REGISTRIES[options.kind].variants(name) if options.kind in REGISTRIES else [], width):
-            print(line)
-
-
-def _row(kind: str, name: str, names: Sequence[str], width: int, indent: str = "") -> str:
-    """A name among others, with what it needs, if it is an objective, and its description; all in one line."""
+    """Print the packaged gin files and what is registered: a row each, under a heading for each kind."""
     from flowdistill.plumbing.registry import REGISTRIES
 
-    start = f"{indent}{name:{max(map(len, names)) + 2}}"
-    if kind == "recipes":
-        return start + _cut(_first_comment(name), width - len(start))
-    entry = REGISTRIES[kind].get(name)
-    if kind == "objectives":
-        start += f"{needs(entry):15}"
-    return start + _cut((inspect.getdoc(entry) or "").partition("\n")[0], width - len(start))
+    width, kind = shutil.get_terminal_size().columns, options.kind
+    if kind is not None:
+        for name, row in _rows(kind, width).items():
+            print(row)
+            for line in _wrapped(REGISTRIES[kind].variants(name) if kind in REGISTRIES else [], width):
+                print(line)
+        return
+    for kind in (*_GIN_FILES, *REGISTRIES):
+        how = " (flowdistill train METHOD --on SETTING)" if kind == "methods" else ""
+        print(f"{kind}{how}", *(f"  {row}" for row in _rows(kind, width - 2).values()), "", sep="\n")
+
+
+_GIN_FILES: dict[str, Callable[[], dict[str, Path]]] = {
+    "methods": config.methods,
+    "settings": config.settings,
+    "recipes": lambda: {name: config.find_gin_file(name) for name in config.recipes()},
+}
+
+
+def _rows(kind: str, width: int) -> dict[str, str]:
+    """Each name of a kind, with what it needs, if it is an objective, and its description; all in one line."""
+    from flowdistill.plumbing.registry import REGISTRIES, unknown_name
+
+    if kind in _GIN_FILES:
+        described = {name: _first_comment(path) for name, path in _GIN_FILES[kind]().items()}
+    elif kind in REGISTRIES:
+        entries = {name: REGISTRIES[kind].get(name) for name in REGISTRIES[kind].names()}
+        described = {name: (inspect.getdoc(entry) or "").partition("\n")[0] for name, entry in entries.items()}
+    else:
+        raise unknown_name("kind", kind, [*_GIN_FILES, *REGISTRIES])
+    first = max(map(len, described), default=0) + 2
+    starts = {
+        name: f"{name:{first}}{needs(entries[name]):15}" if kind == "objectives" else f"{name:{first}}"
+        for name in described
+    }
+    return {name: start + _cut(described[name], width - len(start)) for name, start in starts.items()}
 
 
 def _cut(text: str, width: int) -> str:
@@ -56,11 +67,9 @@ def _cut(text: str, width: int) -> str:
     return textwrap.shorten(text, max(width, 2), placeholder=" …")
 
 
-def _first_comment(recipe: str) -> str:
-    """The comment that opens a recipe."""
-    from flowdistill.plumbing.config import find_gin_file
-
-    first = find_gin_file(recipe).read_text().partition("\n")[0]
+def _first_comment(path: Path) -> str:
+    """The comment that opens a gin file."""
+    first = path.read_text().partition("\n")[0]
     return first.removeprefix("#").strip() if first.startswith("#") else ""
 
 
@@ -82,24 +91,31 @@ def needs(objective: Any) -> str:
 
 
 def show_command(options: argparse.Namespace) -> None:
-    """Print the documentation of something registered, or a recipe."""
-    from flowdistill.plumbing.config import find_gin_file, parts_of, recipes, statements
+    """Print the documentation of something registered with its fields, or a packaged gin file."""
+    from flowdistill.plumbing.fields import field_docs
     from flowdistill.plumbing.registry import REGISTRIES, unknown_name
 
-    if options.kind == "recipes":
-        print(find_gin_file(options.name).read_text(), end="")
+    kind, name = options.kind, options.name
+    if kind in _GIN_FILES:
+        known = _GIN_FILES[kind]()
+        if name not in known:
+            raise unknown_name(kind.removesuffix("s"), name, list(known))
+        print(known[name].read_text(), end="")
         return
-    if options.kind not in REGISTRIES:
-        raise unknown_name("kind", options.kind, [*REGISTRIES, "recipes"])
-    entry: Any = REGISTRIES[options.kind].get(options.name)
+    if kind not in REGISTRIES:
+        raise unknown_name("kind", kind, [*_GIN_FILES, *REGISTRIES])
+    entry: Any = REGISTRIES[kind].get(name)
     parameters = inspect.signature(entry).parameters.values()
-    print(f"{options.name}({', '.join(map(_default, parameters))})\n")
+    print(f"{name}({', '.join(map(_default, parameters))})\n")
     print(inspect.getdoc(entry))
-    if isinstance(citation := getattr(entry, "citation", None), str):
+    described = entry.entry if isinstance(entry, Preset) else entry
+    for field, text in (field_docs(described) if isinstance(described, type) else {}).items():
+        print(f"\n{field}\n{textwrap.indent(text, '    ')}")
+    if isinstance(citation := getattr(described, "citation", None), str):
         print(f"\n{citation}")
-    used = [recipe for recipe in recipes() if options.name in parts_of(*statements(recipe))]
+    used = [file for file in config.gin_files() if name in config.parts_of(*config.statements(file))]
     if used:
-        print(textwrap.fill(f"Recipes: {', '.join(used)}", 100, initial_indent="\n", break_on_hyphens=False))
+        print(textwrap.fill(f"Gin files: {', '.join(used)}", 100, initial_indent="\n", break_on_hyphens=False))
 
 
 def _default(parameter: inspect.Parameter) -> str:

@@ -8,8 +8,9 @@ from tiny_teachers import SIT
 from flowdistill import load_teacher
 from flowdistill.evaluation import pictures, report
 from flowdistill.evaluation.comparison import Evaluation, device_of
-from flowdistill.flow_maps import NetworkTeacher, from_teacher
+from flowdistill.flow_maps import from_teacher
 from flowdistill.networks import MLP, SiT
+from flowdistill.wrapped_teachers import NetworkTeacher
 
 
 @pytest.mark.parametrize("model", [load_teacher("ring"), MLP(dim=2, hidden_size=4)], ids=["buffers", "parameters"])

@@ -8,6 +8,7 @@ from flowdistill import Condition, ConfigError, FlowMap
 from flowdistill.evaluation import class_agreement, semigroup_error, trajectory_error
 from flowdistill.flow_maps import from_teacher
 from flowdistill.guidance import GuidedTeacher
+from flowdistill.interfaces import Jumps
 from flowdistill.solvers import Euler
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 
