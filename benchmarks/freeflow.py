@@ -15,52 +15,55 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from trainings import RESULTS, SEEDS, Variant, cell, figures_of, train
+from trainings import SEEDS, Variant, figures_of, report, train
 
 import flowdistill
+from flowdistill.bench.tables import Cells, cell
 from flowdistill.evaluation import modes_found
 
-PREDICTION_ALONE = ("train.objective = @freeflow_prediction()",)
-CORRECTION = ("freeflow", "freeflow_correction")
-MORE_STEPS = ("evaluation.teacher_steps = (1, 4, 16)",)
+PREDICTION_ALONE = "train.objective = @freeflow_prediction()"
+METRICS = "evaluation.metrics = ('fid', 'precision', 'recall', 'accuracy')"
+MORE_STEPS = "evaluation.teacher_steps = (1, 4, 16)"
 MOMENTUM = "AdamW.betas = (0.9, 0.99)"
 CENTRAL = "finite_difference.scheme = 'central'"
 JVP = "freeflow_prediction.estimator = @jvp()"
 
+
+def _mnist(name: str, *changes: str) -> Variant:
+    return Variant(name, "freeflow/mnist.gin", (*changes, METRICS, MORE_STEPS))
+
+
+def _digits(name: str, *changes: str) -> Variant:
+    return Variant(name, "freeflow/digits.gin", (*changes, METRICS))
+
+
+def _ring(name: str, *changes: str) -> Variant:
+    return Variant(name, "freeflow/ring.gin", changes)
+
+
 SUITES = {
     "mnist": [
-        Variant("FreeFlow, 1 step", "freeflow/mnist.gin", MORE_STEPS),
-        Variant(
-            "prediction alone, 1 step", "freeflow/mnist.gin", (*PREDICTION_ALONE, MOMENTUM, *MORE_STEPS), CORRECTION
-        ),
+        _mnist("FreeFlow, 1 step"),
+        _mnist("prediction alone, 1 step", PREDICTION_ALONE, MOMENTUM),
     ],
     "digits": [
-        Variant("FreeFlow, 1 step", "freeflow/digits.gin"),
-        Variant("prediction alone, 1 step", "freeflow/digits.gin", PREDICTION_ALONE, CORRECTION),
+        _digits("FreeFlow, 1 step"),
+        _digits("prediction alone, 1 step", PREDICTION_ALONE),
     ],
-    "ring": [Variant("FreeFlow prediction, 1 step", "freeflow/ring.gin")],
+    "ring": [_ring("FreeFlow prediction, 1 step")],
     "digits_choices": [
-        Variant("backward difference, k = 0.5", "freeflow/digits.gin", PREDICTION_ALONE, CORRECTION),
-        Variant("central difference, k = 0.5", "freeflow/digits.gin", (*PREDICTION_ALONE, CENTRAL), CORRECTION),
-        Variant("JVP, k = 0.5", "freeflow/digits.gin", (*PREDICTION_ALONE, JVP), (*CORRECTION, "finite_difference")),
-        *(
-            Variant(
-                f"backward difference, k = {k}",
-                "freeflow/digits.gin",
-                (*PREDICTION_ALONE, f"freeflow_prediction.power = {k}"),
-                CORRECTION,
-            )
-            for k in (0.0, 1.0)
-        ),
+        _digits("backward difference, k = 0.5", PREDICTION_ALONE),
+        _digits("central difference, k = 0.5", PREDICTION_ALONE, CENTRAL),
+        _digits("JVP, k = 0.5", PREDICTION_ALONE, JVP),
+        _digits("backward difference, k = 0.0", PREDICTION_ALONE, "freeflow_prediction.power = 0.0"),
+        _digits("backward difference, k = 1.0", PREDICTION_ALONE, "freeflow_prediction.power = 1.0"),
     ],
     "ring_choices": [
-        Variant("backward difference, k = 0", "freeflow/ring.gin"),
-        Variant("central difference, k = 0", "freeflow/ring.gin", (CENTRAL,)),
-        Variant("JVP, k = 0", "freeflow/ring.gin", (JVP,), ("finite_difference",)),
-        *(
-            Variant(f"backward difference, k = {k}", "freeflow/ring.gin", (f"freeflow_prediction.power = {k}",))
-            for k in (0.5, 1.0)
-        ),
+        _ring("backward difference, k = 0"),
+        _ring("central difference, k = 0", CENTRAL),
+        _ring("JVP, k = 0", JVP),
+        _ring("backward difference, k = 0.5", "freeflow_prediction.power = 0.5"),
+        _ring("backward difference, k = 1.0", "freeflow_prediction.power = 1.0"),
     ],
 }
 Figures = dict[str, dict[str, float]]
@@ -83,18 +86,14 @@ def ring_modes(workdir: Path, seed: int) -> dict[str, float]:
     return {"modes": 8 * found, "near_a_mode": near}
 
 
-def table(results: dict[str, list[Figures]]) -> list[str]:
+def table(results: dict[str, list[Figures]]) -> Cells:
     """The rows of the teacher, then one for each variant; mean ± standard deviation over the seeds."""
     first = next(iter(results.values()))
     rows = {name: [figures[name] for figures in first] for name in first[0] if name != "student, 1 step"}
     rows |= {name: [figures["student, 1 step"] for figures in seeds] for name, seeds in results.items()}
     columns = list(dict.fromkeys(column for seeds in rows.values() for column in seeds[0]))
-    titles = [column.replace("_", " ") for column in columns]
-    lines = [f"| | {' | '.join(titles)} |", "|---" * (len(columns) + 1) + "|"]
-    for name, seeds in rows.items():
-        cells = [cell([figures[c] for figures in seeds]) if c in seeds[0] else "" for c in columns]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+    head = ["", *(column.replace("_", " ") for column in columns)]
+    return [head, *([name, *(cell([f[c] for f in s if c in f]) for c in columns)] for name, s in rows.items())]
 
 
 def main() -> None:
@@ -108,13 +107,10 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         jobs = {v.name: [pool.submit(run, v, seed, threads, options.steps) for seed in SEEDS] for v in variants}
         done = {name: [job.result() for job in seeds] for name, seeds in jobs.items()}
-    one = next(iter(done.values()))[0]
-    lines = table({name: [figures["rows"] for figures in seeds] for name, seeds in done.items()})
-    lines += ["", f"Seeds {', '.join(map(str, SEEDS))}; {one['num_samples']} samples a row. {one['machine']}."]
-    print("\n".join(lines))
-    if options.steps is None:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"freeflow_{options.suite}.md").write_text("\n".join(lines) + "\n")
+    rows = table({name: [figures["rows"] for figures in seeds] for name, seeds in done.items()})
+    samples = next(iter(done.values()))[0]["num_samples"]
+    note = f"Seeds {', '.join(map(str, SEEDS))}; {samples} samples a row."
+    report(f"freeflow_{options.suite}", [rows], note, write=options.steps is None)
 
 
 if __name__ == "__main__":

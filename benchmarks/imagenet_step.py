@@ -16,27 +16,27 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from trainings import report
 
 import flowdistill
 from flowdistill.networks.sit import SiT
 from flowdistill.plumbing import config
-from flowdistill.plumbing.machine import machine
 from flowdistill.training.loop import Loop
-from flowdistill.training.trainer import build
+from flowdistill.training.trainer import configured_loop
 
 BACKWARD = ("freeflow_prediction.estimator = @finite_difference()", "finite_difference.scheme = 'backward'")
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "FreeFlow, exact derivatives": ("freeflow/imagenet.gin", ()),
     "FreeFlow, backward differences": ("freeflow/imagenet.gin", BACKWARD),
-    "FreeFlow, pseudo velocities": ("freeflow/pseudo_imagenet.gin", ()),
+    "FreeFlow, pseudo velocities": ("freeflow/freeflow_pseudo_imagenet.gin", ()),
 }
+HEAD = ("recipe", "evaluations of a state", "TFLOP a step", "seconds a step", "states a second", "TFLOP/s", "GiB")
 STEPS = 5
-OUT = Path(__file__).parent / "results" / "imagenet_step.md"
 
 
 def measured(loop: Loop) -> tuple[float, float]:
     """Seconds of a late step, the mean of STEPS after two to warm up, and the most GiB of the device's memory."""
-    loop.step = loop.settings.steps - STEPS - 2
+    loop.step = loop.training.steps - STEPS - 2
     torch.cuda.reset_peak_memory_stats()
     for number in range(STEPS + 2):
         if number == 2:
@@ -51,13 +51,7 @@ def measured(loop: Loop) -> tuple[float, float]:
 
 def main() -> None:
     states = int(sys.argv[1]) if len(sys.argv) > 1 else 32
-    lines = [
-        f"SiT-XL/2 at 256 pixels, {states} states a step, the means of {STEPS} late steps. {machine()}",
-        "",
-        "| recipe | evaluations of a state | TFLOP a step | seconds a step | states a second | TFLOP/s | GiB | "
-        "GiB by the plan |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    rows = [[*HEAD, "GiB by the plan"]]
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "fresh.safetensors"
         with torch.device("cuda"):
@@ -71,18 +65,17 @@ def main() -> None:
             planned = flowdistill.plan(recipe, gin_bindings=bindings)
             bindings.append(f"sit_teacher.checkpoint = {str(checkpoint)!r}")
             with config.parsed([recipe], bindings), config.errors_located():
-                loop = build(workdir=Path(folder), device=torch.device("cuda")).loop
+                loop = configured_loop(folder, "cuda")
             seconds, memory = measured(loop)
             del loop
             torch.cuda.empty_cache()
-            lines.append(
-                f"| {name} | {sum(planned.evaluations.values()):.3g} | {planned.flops / 1e12:.3g} | {seconds:.3g} | "
-                f"{states / seconds:.3g} | {planned.flops / 1e12 / seconds:.0f} | {memory:.1f} | "
-                f"{sum(planned.memory.values()) / 2**30:.1f} |"
-            )
-            print(lines[-1], flush=True)
-    OUT.write_text("\n".join(lines) + "\n")
-    print(OUT.read_text())
+            operations, predicted = planned.flops / 1e12, sum(planned.memory.values()) / 2**30
+            figures = [f"{sum(planned.evaluations.values()):.3g}", f"{operations:.3g}", f"{seconds:.3g}"]
+            figures += [f"{states / seconds:.3g}", f"{operations / seconds:.0f}", f"{memory:.1f}", f"{predicted:.1f}"]
+            rows.append([name, *figures])
+            print(*rows[-1], flush=True)
+    note = f"SiT-XL/2 at 256 pixels, {states} states a step, the means of {STEPS} late steps."
+    report("imagenet_step", [rows], note)
 
 
 if __name__ == "__main__":

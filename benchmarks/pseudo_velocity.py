@@ -10,23 +10,18 @@ relative error is a root mean square over that of v_N. The table goes to benchma
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import torch
-from flowdistill.velocities.estimators import FiniteDifference, Minibatch, OnlineNetwork, PseudoVelocity
-from trainings import RESULTS, SEEDS, cell
+from trainings import SEEDS, report
 
 from flowdistill.algorithms.freeflow import FreeFlow, FreeFlowCorrection, FreeFlowPrediction, FreeFlowPseudo
+from flowdistill.bench.tables import cell
 from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.interfaces import Condition, NoisingVelocity, Teacher
 from flowdistill.networks import MLP
 from flowdistill.paths import interpolate
-from flowdistill.plumbing.machine import machine
-from flowdistill.states import Prior
 from flowdistill.teachers.gaussian import GaussianTeacher, Ring
-from flowdistill.training import Schedule
-from flowdistill.training.loop import Loop, LoopSettings
+from flowdistill.training import Loop, Schedule, Training
+from flowdistill.velocities import FiniteDifference, Minibatch, OnlineNetwork, PseudoVelocity
 
 STEPS, BATCH = 600, 256
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -48,30 +43,25 @@ def trained(teacher: Teacher, estimator: str, seed: int) -> tuple[NetworkFlowMap
         prediction=FreeFlowPrediction(estimator=FiniteDifference(h=0.2), power=0.0),
         correction=FreeFlowCorrection(noising=noising),
         alpha=0.3,
-        correction_start=STEPS // 2,
-        online_warmup=STEPS // 4,
+        correction_start=0.5,
+        online_warmup=0.25,
     )
-    student, source = NetworkFlowMap(MLP()), Prior()
-    source.setup(student, teacher)
-    objective.setup(student, teacher)
-    with tempfile.TemporaryDirectory() as folder:
-        loop = Loop(
-            student=student,
-            teacher=teacher,
-            objective=objective,
-            source=source,
-            optimizer=adam,
-            auxiliary_optimizer=adam,
-            schedule=Schedule(warmup=50, decay="cosine"),
-            averaging=None,
-            settings=LoopSettings(
-                steps=STEPS, batch_size=BATCH, accumulation=1, gradient_clip=1.0, precision="float32", seed=seed
-            ),
-            workdir=Path(folder),
-        )
-        for _ in range(STEPS):
-            loop.train_step()
-        loop.check_finite()
+    student = NetworkFlowMap(MLP())
+    training = Training(
+        objective=objective,
+        flow_map=student,
+        teacher=teacher,
+        steps=STEPS,
+        batch_size=BATCH,
+        optimizer=adam,
+        schedule=Schedule(warmup=1 / 12, decay="cosine"),
+        ema=None,
+        seed=seed,
+    )
+    loop = Loop.build(training)
+    for _ in range(STEPS):
+        loop.train_step()
+    loop.check_finite()
     return student.eval(), noising
 
 
@@ -90,9 +80,9 @@ def relative_errors(
     for time in TIMES:
         r = torch.full((QUERIES,), time)
         x = interpolate(fresh, torch.randn(fresh.shape, generator=generator), r)
-        one, other = (Minibatch().velocity(x, r, samples=samples) for samples in (first, second))
+        one, other = (Minibatch().estimate(x, r, Condition(), samples=samples) for samples in (first, second))
         scale = one.norm()
-        errors["estimator"].append(float((noising.velocity(x, r, Condition()) - one).norm() / scale))
+        errors["estimator"].append(float((noising.estimate(x, r, Condition(), samples=fresh) - one).norm() / scale))
         errors["teacher"].append(float((teacher.velocity(x, r) - one).norm() / scale))
         errors["closed form"].append(float((other - one).norm() / scale / 2**0.5))
     return errors
@@ -101,7 +91,7 @@ def relative_errors(
 def main() -> None:
     """Train all and write the table."""
     torch.set_num_threads(1)
-    lines = [f"| | {' | '.join(f'r = {r}' for r in TIMES)} |", "|---" * (len(TIMES) + 1) + "|"]
+    rows = [["", *(f"r = {r}" for r in TIMES)]]
     for name, teacher in distributions().items():
         for estimator in ESTIMATORS:
             seeds = [relative_errors(*trained(teacher, estimator, seed), teacher, seed) for seed in SEEDS]
@@ -112,11 +102,10 @@ def main() -> None:
             }
             for key, title in titles.items():
                 columns = zip(*(errors[key] for errors in seeds), strict=True)
-                lines.append(f"| {title} | {' | '.join(cell(values) for values in columns)} |")
-    seeds_named = ", ".join(map(str, SEEDS))
-    lines += ["", f"Relative errors, mean ± standard deviation over seeds {seeds_named}; {STEPS} steps. {machine()}."]
-    print("\n".join(lines))
-    (RESULTS / "pseudo_velocity.md").write_text("\n".join(lines) + "\n")
+                rows.append([title, *(cell(values) for values in columns)])
+    named = ", ".join(map(str, SEEDS))
+    note = f"Relative errors, mean ± standard deviation over seeds {named}; {STEPS} steps."
+    report("pseudo_velocity", [rows], note)
 
 
 if __name__ == "__main__":

@@ -24,12 +24,13 @@ from typing import Any
 import attrs
 import numpy as np
 import torch
-from freeflow import CORRECTION, MOMENTUM, PREDICTION_ALONE
+from freeflow import MOMENTUM, PREDICTION_ALONE
 from sklearn.linear_model import LogisticRegression
-from trainings import RESULTS, SEEDS, Variant, cell, train
+from trainings import RESULTS, SEEDS, Variant, report, train
 
 import flowdistill
 from flowdistill import Condition, Teacher
+from flowdistill.bench.tables import Cells, cell
 from flowdistill.evaluation import measure, reference_set, sample_set
 from flowdistill.evaluation.plots import curves
 from flowdistill.plumbing import config
@@ -49,18 +50,18 @@ CORRECTION_ALONE = (  # VSD without momentum, with which it collapses (docs/clai
 AS_THE_OTHERS = {
     "digits": (
         "prior.guidance = (1.0, 1.5)",
-        "from_teacher.guidance = 1.1",
+        "told_guidance = 1.1",
         "evaluation.guidance = 1.1",
         "AdamW.lr = 2e-3",
     ),
     "mnist": (),
 }
-# The committed searches are by students of the correction that freeflow/mnist_sit.gin had before.
+# The committed searches are by students of the correction that FreeFlow had on mnist_sit before.
 CORRECTED = {
     "digits": (),
     "mnist": (
         "freeflow.alpha = 1.0",
-        "freeflow.correction_start = 310",
+        "freeflow.correction_start = 0.775",
         "freeflow_correction.guidance_interval = None",
         MOMENTUM,
     ),
@@ -75,16 +76,14 @@ COLUMNS = ("cost", "score", "second", "fid", "recall")
 
 def variants(suite: str) -> dict[str, Variant]:
     """The trainings of the students, by how they are named in the table."""
-    task = {"digits": "digits", "mnist": "mnist_sit"}[suite]
-    recipe = f"freeflow/{task}.gin"
-    alone = (*PREDICTION_ALONE, *(() if suite == "digits" else (MOMENTUM,)))
-    return {
-        "prediction alone": Variant("prediction alone", recipe, alone, CORRECTION),
-        "correction alone": Variant(
-            "correction alone", f"vsd/vsd_{task}.gin", (*CORRECTION_ALONE, *AS_THE_OTHERS[suite])
-        ),
-        "both": Variant("both", recipe, CORRECTED[suite]),
-    }
+    recipe, setting = {"digits": ("freeflow/digits.gin", None), "mnist": ("freeflow", "mnist_sit")}[suite]
+    correction_alone = (*CORRECTION_ALONE, *AS_THE_OTHERS[suite])
+    found = [
+        Variant("prediction alone", recipe, (PREDICTION_ALONE, MOMENTUM), setting),
+        Variant("correction alone", "vsd", correction_alone, setting or suite),
+        Variant("both", recipe, CORRECTED[suite], setting),
+    ]
+    return {variant.name: variant for variant in found}
 
 
 @attrs.frozen
@@ -170,13 +169,10 @@ def correlation(run: Path, features: str, seed: int) -> float:
     return statistics.mean(float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in zip(*ranks, strict=True))
 
 
-def table(rows: dict[str, list[dict[str, float]]]) -> list[str]:
-    """The lines of a table; mean ± standard deviation over the seeds."""
-    titles = ("evaluations", "score", "second verifier", "fid", "recall")
-    lines = [f"| | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
-    for name, seeds in rows.items():
-        lines.append(f"| {name} | {' | '.join(cell([figures[c] for figures in seeds]) for c in COLUMNS)} |")
-    return lines
+def table(rows: dict[str, list[dict[str, float]]]) -> Cells:
+    """The searches; mean ± standard deviation over the seeds."""
+    head = ["", "evaluations", "score", "second verifier", "fid", "recall"]
+    return [head, *([name, *(cell([f[c] for f in seeds]) for c in COLUMNS)] for name, seeds in rows.items())]
 
 
 def verdict(rows: dict[str, list[dict[str, float]]]) -> str:
@@ -219,15 +215,11 @@ def main() -> None:
             rows.setdefault(name, []).append(future.result())
             print(name, rows[name][-1], flush=True)
         ranks = {name: [future.result() for future in futures] for name, futures in correlations.items()}
-    lines = table(rows)
-    lines += ["", "| student trained by | rank correlation with the teacher |", "|---|---|"]
-    lines += [f"| {name} | {cell(values)} |" for name, values in ranks.items()]
-    lines += ["", verdict(rows)]
-    lines += [f"Seeds {', '.join(map(str, seeds))}; {n} samples a row. {machine()}."]
-    print("\n".join(lines))
+    correlated = [["student trained by", "rank correlation with the teacher"]]
+    correlated += [[name, cell(values)] for name, values in ranks.items()]
+    note = f"{verdict(rows)}\nSeeds {', '.join(map(str, seeds))}; {n} samples a row."
+    report(f"search_{options.suite}", [table(rows), correlated], note, write=options.steps is None)
     if options.steps is None:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"search_{options.suite}.md").write_text("\n".join(lines) + "\n")
         record = {"seeds": seeds, "num_samples": n, "machine": machine(), "rows": rows, "rank_correlations": ranks}
         (RESULTS / f"search_{options.suite}.json").write_text(json.dumps(record, indent=1) + "\n")
         plot(rows, students, ASSETS / f"search_{options.suite}.png")

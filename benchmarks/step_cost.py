@@ -20,23 +20,22 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from flowdistill.velocities.estimators import FiniteDifference, Jvp
+from trainings import report
 
 import flowdistill
 from flowdistill.algorithms.freeflow import FreeFlowCorrection, FreeFlowPrediction
-from flowdistill.ema import AveragedModel
+from flowdistill.ema import AveragedModel, Ema
 from flowdistill.flow_maps import from_teacher
-from flowdistill.interfaces import Objective, States
+from flowdistill.interfaces import Objective, Step
 from flowdistill.networks import sit
-from flowdistill.plumbing.machine import machine
+from flowdistill.plumbing.randomness import step_generator
 from flowdistill.states import Prior
-from flowdistill.training import Ema, Schedule, step_generator
-from flowdistill.training.loop import Loop, LoopSettings
+from flowdistill.training import Loop, Training
+from flowdistill.velocities import FiniteDifference, Jvp
 from flowdistill.wrapped_teachers import NetworkTeacher
 
 BATCH = 128
 ROUNDS = 30
-OUT = Path(__file__).parent / "results" / "step_cost.md"
 
 
 def in_turns(**calls: Callable[[], object]) -> dict[str, float]:
@@ -55,26 +54,25 @@ def objectives() -> dict[str, float]:
     """Costs of whole objectives and of the online network's step, relative to the student's forward and backward."""
     teacher = flowdistill.load_teacher("digits_teacher")
     student = from_teacher(teacher, "anchored")
-    states = draw_states(student, teacher)
-    s = torch.rand(BATCH)
-    correction = FreeFlowCorrection()
-    correction.setup(student, teacher)
+    source, correction = Prior(), FreeFlowCorrection()
+    source.setup(student, teacher)
+    states = source.sample(BATCH, FreeFlowPrediction().pairs, torch.Generator().manual_seed(0))
 
     def plain() -> None:
-        average = student.average_velocity(states.x, states.t, s, states.condition)
+        average = student.average_velocity(*states)
         average.square().mean().backward()  # type: ignore[no-untyped-call]
 
     def step(objective: Objective) -> Callable[[], None]:
+        objective.setup(student, teacher)
+
         def call() -> None:
-            generator = torch.Generator().manual_seed(0)
-            output = objective.loss(student, teacher, states, step=0, generator=generator)
+            output = objective.loss(states, Step(torch.Generator().manual_seed(0)))
             output.loss.backward()  # type: ignore[no-untyped-call]
 
         return call
 
     def online() -> None:
-        generator = torch.Generator().manual_seed(0)
-        output = correction.auxiliary_loss("online", student, teacher, states, step=0, generator=generator)
+        output = correction.auxiliary_loss("online", states, Step(torch.Generator().manual_seed(0)))
         assert output is not None
         output.loss.backward()  # type: ignore[no-untyped-call]
 
@@ -89,48 +87,38 @@ def objectives() -> dict[str, float]:
     return {name: value / seconds["plain"] for name, value in seconds.items()}
 
 
-def draw_states(student: flowdistill.FlowMap, teacher: flowdistill.Teacher) -> States:
-    """A batch of the prior."""
-    source = Prior()
-    source.setup(student, teacher)
-    return source.sample(BATCH, torch.Generator().manual_seed(0))
-
-
 def loop_overhead(workdir: Path) -> float:
     """Cost of the loop's step relative to the same step written out by hand."""
     teacher = flowdistill.load_teacher("digits_teacher")
     objective, source, averaging = FreeFlowPrediction(), Prior(), Ema()
+    steps = 10**9
 
     def adamw(parameters: object) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr=1e-4)  # type: ignore[arg-type]
 
     torch.manual_seed(0)
-    student = from_teacher(teacher, "anchored")
-    source.setup(student, teacher)
-    loop = Loop(
-        student=student,
+    training = Training(
+        objective=FreeFlowPrediction(),
+        flow_map=from_teacher(teacher, "anchored"),
         teacher=teacher,
-        objective=objective,
-        source=source,
+        steps=steps,
+        batch_size=BATCH,
         optimizer=adamw,
-        auxiliary_optimizer=adamw,
-        schedule=Schedule(),
-        averaging=averaging,
-        settings=LoopSettings(
-            steps=10**9, batch_size=BATCH, accumulation=1, gradient_clip=1.0, precision="float32", seed=0
-        ),
-        workdir=workdir,
+        ema=averaging,
     )
+    loop = Loop.build(training, workdir)
     torch.manual_seed(0)
     bare = from_teacher(teacher, "anchored")
+    source.setup(bare, teacher)
+    objective.setup(bare, teacher)
     parameters = [p for p in bare.parameters() if p.requires_grad]
     optimizer, average = adamw(parameters), AveragedModel(bare, averaging)
     step = 0
 
     def by_hand() -> None:
         nonlocal step
-        states = source.sample(BATCH, step_generator(0, step, "states"))
-        output = objective.loss(bare, teacher, states, step=step, generator=step_generator(0, step, "loss"))
+        states = source.sample(BATCH, objective.law(step / steps), step_generator(0, step, "states"))
+        output = objective.loss(states, Step(step_generator(0, step, "loss"), step, step / steps))
         output.loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -174,7 +162,7 @@ def import_seconds() -> float:
 def demo_gigabytes(workdir: Path) -> float:
     """Peak memory of a short demo: every part of it, with few steps and the whole evaluation of few teacher steps."""
     command = [sys.executable, "-m", "flowdistill", "train", "--gin_file", "freeflow/digits.gin"]
-    changes = ["train.steps=30", "freeflow.correction_start=10", "evaluation.teacher_steps=(1,4)"]
+    changes = ["train.steps=30", "evaluation.teacher_steps=(1,4)"]
     bindings = [f"--gin.{change}" for change in changes]
     subprocess.run([*command, *bindings, "--workdir", str(workdir)], check=True, capture_output=True)
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024**2
@@ -196,16 +184,9 @@ def main() -> None:
             ("`import flowdistill` after `import torch`, seconds", import_seconds(), "1"),
             ("peak memory of the demo, GiB", demo_gigabytes(Path(folder) / "demo"), "1.5"),
         ]
-    lines = [
-        "| relative to the student's forward + backward, where no unit is given | measured | at most |",
-        "|---|---|---|",
-        *(f"| {name} | {value:.2f} | {limit} |" for name, value, limit in rows),
-        "",
-        f"Digits network, batch {BATCH}, float32; medians of {ROUNDS} turns. {machine()}.",
-    ]
-    print("\n".join(lines))
-    OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text("\n".join(lines) + "\n")
+    head = ["relative to the student's forward + backward, where no unit is given", "measured", "at most"]
+    table = [head, *([name, f"{value:.2f}", limit] for name, value, limit in rows)]
+    report("step_cost", [table], f"Digits network, batch {BATCH}, float32; medians of {ROUNDS} turns.")
 
 
 if __name__ == "__main__":

@@ -8,21 +8,18 @@ Prints a Markdown table, mean ± standard deviation over seeds, and writes it to
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import attrs
+from trainings import SEEDS, report
 
 import flowdistill
+from flowdistill.bench.tables import cell
 from flowdistill.evaluation.comparison import Evaluation, compare
 from flowdistill.guidance import GuidedTeacher
-from flowdistill.plumbing.machine import machine
 
-SEEDS = (1, 2, 3)
 METRICS = ("fid", "precision", "recall", "accuracy")
-RESULTS = Path(__file__).parent / "results"
 
 
 @attrs.frozen
@@ -52,7 +49,7 @@ def main() -> None:
     name = parser.parse_args().name
     study = STUDIES[name]
     teacher = flowdistill.load_teacher(study.teacher)
-    lines = [f"| guidance | Euler steps | {' | '.join(METRICS)} |", "|---" * (2 + len(METRICS)) + "|"]
+    table = [["guidance", "Euler steps", *METRICS]]
     evaluations = [
         Evaluation(
             features=study.features,
@@ -68,14 +65,10 @@ def main() -> None:
         guided = GuidedTeacher(teacher, scale)
         seeds = [list(compare(None, guided, evaluation).values()) for evaluation in evaluations]
         for i, steps in enumerate(study.steps):
-            cells = []
-            for metric in METRICS:
-                values = [rows[i][metric] for rows in seeds]
-                cells.append(f"{statistics.mean(values):.3g} ± {statistics.stdev(values):.2g}")
-            lines.append(f"| {scale} | {steps} | {' | '.join(cells)} |")
-    lines += ["", f"Seeds {', '.join(map(str, SEEDS))}; {evaluations[0].num_samples} samples a row. {machine()}."]
-    print("\n".join(lines))
-    (RESULTS / f"{name}_teacher.md").write_text("\n".join(lines) + "\n")
+            figures = [cell([rows[i][metric] for rows in seeds]) for metric in METRICS]
+            table.append([str(scale), str(steps), *figures])
+    note = f"Seeds {', '.join(map(str, SEEDS))}; {study.num_samples} samples a row."
+    report(f"{name}_teacher", [table], note)
 
 
 if __name__ == "__main__":

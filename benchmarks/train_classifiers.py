@@ -27,25 +27,22 @@ STEPS = 3000
 
 @attrs.frozen
 class Data:
-    """Images for training and for the test, and what the features are compared with.
-
-    Attributes:
-        train: images and labels.
-        test: images and labels.
-        reference: images whose features are stored as the truth.
-        floor: what ``distance`` shall be, which fixes the unit of the features.
-        distance: the Frechet distance of two sets of real images, by a function that gives features.
-        extra: further tensors to store.
-        described: words of the card: the data, the two sets, what else the file holds.
-    """
+    """Images for training and for the test, and what the features are compared with."""
 
     train: tuple[Tensor, Tensor]
+    """The images and labels of the training."""
     test: tuple[Tensor, Tensor]
+    """The images and labels of the test."""
     reference: Tensor
+    """The images whose features are stored as the truth."""
     floor: float
+    """The value that ``distance`` shall have, which fixes the unit of the features."""
     distance: Callable[[Callable[[Tensor], Tensor]], float]
+    """The Frechet distance of two sets of real images, by a function that gives features."""
     extra: dict[str, Tensor]
+    """Further tensors to store."""
     described: tuple[str, str, str]
+    """The words of the card for the data, for the two sets, and for what else the file holds."""
 
 
 def digits() -> Data:

@@ -1,10 +1,9 @@
-"""Trainings of recipes over seeds, each a process of its own and never repeated: what the benchmarks share."""
+"""What the benchmarks share: trainings over seeds, each a process of its own and never repeated, and written tables."""
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,8 +12,10 @@ from typing import Any
 
 import attrs
 
-from flowdistill.plumbing.config import statements
-from flowdistill.plumbing.files import fingerprint
+from flowdistill.bench.tables import Cells, markdown_table
+from flowdistill.plumbing import config
+from flowdistill.plumbing.files import fingerprint, write_text
+from flowdistill.plumbing.machine import machine
 
 SEEDS = (1, 2, 3)
 RESULTS = Path(__file__).parent / "results"
@@ -23,20 +24,27 @@ RUNS = Path("runs/benchmarks")
 
 @attrs.frozen
 class Variant:
-    """A row of a table: a recipe with some bindings changed, without the parts that the change leaves without use."""
+    """A row of a table: a recipe with some bindings changed."""
 
     name: str
+    """The title of the row."""
     recipe: str
+    """A gin file, or a method."""
     changes: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
+    """The bindings that are read after the recipe."""
+    on: str | None = None
+    """The setting of a method."""
+
+    def configuration(self, *bindings: str) -> str:
+        """The text of a gin file: the recipe, the changes, and then further bindings."""
+        recipe = [str(line) for file in config.chosen(self.recipe, self.on) for line in config.statements(file)]
+        return "\n".join([*recipe, *self.changes, *bindings]) + "\n"
 
 
 def train(variant: Variant, seed: int, threads: int, steps: int | None) -> Path:
     """Train one variant with one seed, unless that has been done; its run directory."""
-    changes = [*variant.changes, f"train.seed = {seed}", f"evaluation.seed = {seed}"]
-    changes += [] if steps is None else [f"train.steps = {steps}"]
-    kept = [str(binding) for binding in statements(variant.recipe) if binding.part not in variant.without]
-    configuration = "\n".join([*kept, *changes]) + "\n"
+    length = [] if steps is None else [f"train.steps = {steps}"]
+    configuration = variant.configuration(f"train.seed = {seed}", f"evaluation.seed = {seed}", *length)
     workdir = RUNS / fingerprint(configuration)[:16]
     if not (workdir / "evaluation.json").is_file():
         workdir.parent.mkdir(parents=True, exist_ok=True)
@@ -54,8 +62,9 @@ def figures_of(workdir: Path) -> dict[str, Any]:
     return record
 
 
-def cell(values: Sequence[float]) -> str:
-    """Mean ± standard deviation over the seeds."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    mean = f"{statistics.mean(values):.3g}"
-    return f"{mean} ± {spread:.2g}" if spread else mean
+def report(name: str, tables: Sequence[Cells], note: str, write: bool = True) -> None:
+    """Print tables, what they rest on and the machine, and write them to results/NAME.md."""
+    text = "\n\n".join([*map(markdown_table, tables), f"{note} {machine()}."])
+    print(text)
+    if write:
+        write_text(RESULTS / f"{name}.md", f"{text}\n")

@@ -39,17 +39,14 @@ def quantize(images: Tensor, rounding: Rounding) -> Tensor:
 @register_decoder("pixels")
 @attrs.frozen(kw_only=True)
 class Pixels(Decoder):
-    """Samples that are images already, up to their unit and a margin.
-
-    Attributes:
-        scale: what samples are multiplied by to lie in [-1, 1].
-        crop: height and width of the part in the middle that is the image; None is all of it.
-        rounding: see `quantize`.
-    """
+    """Samples that are images already, up to their unit and a margin."""
 
     scale: float = attrs.field(default=1.0, validator=gt(0.0))
+    """The factor by which samples are multiplied to lie in [-1, 1]."""
     crop: int | None = attrs.field(default=None, validator=optional(gt(0)))
+    """The height and width of the part in the middle that is the image; None is all of it."""
     rounding: Rounding = attrs.field(default="nearest", validator=in_(("nearest", "down")))
+    """The rounding to bytes, see `quantize`."""
 
     def decode(self, samples: Tensor) -> Tensor:
         """The samples in [-1, 1], without their margin; ConfigError if they are smaller than ``crop``."""
@@ -82,23 +79,20 @@ def _text(value: str | Path | None) -> str | None:
 @register_decoder("stable_diffusion_vae")
 @attrs.frozen(kw_only=True)
 class StableDiffusionVae(Decoder):
-    """Samples that are affinely scaled latents of Stable Diffusion's autoencoder, through diffusers.
-
-    Attributes:
-        vae: the autoencoder's folder or its HuggingFace repository, such as ``stabilityai/sd-vae-ft-ema``; None knows
-            the latents' scale but decodes nothing.
-        scale: of each channel (or one for all): samples are raw latents times scale plus bias.
-        bias: of each channel, or one for all.
-        pixel_range: the values of black and white in the autoencoder's output: (-1, 1) as it was trained, or (0, 1) as
-            EDM2 uses it.
-        rounding: see `quantize`.
-    """
+    """Samples that are affinely scaled latents of Stable Diffusion's autoencoder, through diffusers."""
 
     vae: str | None = attrs.field(default=None, converter=_text)
+    """The autoencoder's folder or its HuggingFace repository, such as ``stabilityai/sd-vae-ft-ema``; None knows the
+    latents' scale but decodes nothing."""
     scale: float | Sequence[float] = attrs.field(default=0.18215, converter=_frozen)
+    """The scale of each channel (or one for all): samples are raw latents times scale plus bias."""
     bias: float | Sequence[float] = attrs.field(default=0.0, converter=_frozen)
+    """The bias of each channel, or one for all."""
     pixel_range: tuple[float, float] = attrs.field(default=(-1.0, 1.0), converter=_pair)
+    """The values of black and white in the autoencoder's output: (-1, 1) as it was trained, or (0, 1) as EDM2 uses
+    it."""
     rounding: Rounding = attrs.field(default="nearest", validator=in_(("nearest", "down")))
+    """The rounding to bytes, see `quantize`."""
 
     @property
     def ready(self) -> bool:

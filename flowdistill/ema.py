@@ -27,13 +27,10 @@ class Averaging(ABC):
 @gin.register("ema", module="training")
 @attrs.frozen(kw_only=True)
 class Ema(Averaging):
-    """The plain average, with a warm-up so that it forgets the first weights: min(decay, (1 + n) / (10 + n)).
-
-    Attributes:
-        decay: weight of the old average, in [0, 1).
-    """
+    """The plain average, with a warm-up so that it forgets the first weights: min(decay, (1 + n) / (10 + n))."""
 
     decay: float = attrs.field(default=0.999, validator=[ge(0.0), lt(1.0)])
+    """The weight of the old average, in [0, 1)."""
 
     def decay_at(self, update: int) -> float:
         """min(decay, (1 + n) / (10 + n)) at update n."""
@@ -49,12 +46,10 @@ class PowerEma(Averaging):
     ``relative_width`` of the run:
 
         relative_width^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3))
-
-    Attributes:
-        relative_width: sigma_rel, in (0, 0.28); EDM2 uses 0.05 to 0.2.
     """
 
     relative_width: float = attrs.field(default=0.05, validator=[gt(0.0), lt(0.28)])
+    """The width sigma_rel, in (0, 0.28); EDM2 uses 0.05 to 0.2."""
 
     @functools.cached_property
     def gamma(self) -> float:

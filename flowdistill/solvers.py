@@ -101,6 +101,7 @@ class Euler(OdeSolver):
     """
 
     steps: int = attrs.field(default=64, validator=ge(1))
+    """The number of steps."""
 
     def _integrate(self, slope: Slope, x: Tensor) -> Tensor:
         for i in range(self.steps):
@@ -111,16 +112,13 @@ class Euler(OdeSolver):
 @register_solver("heun")
 @attrs.frozen(kw_only=True)
 class Heun(OdeSolver):
-    """Heun's second-order method with equal steps; two evaluations a step.
-
-    Attributes:
-        steps: number of steps.
-        repa: the variant of REPA's sampler: the last step is one of Euler's method, and a guidance interval is asked at
-            the start of a step for both of its evaluations.
-    """
+    """Heun's second-order method with equal steps; two evaluations a step."""
 
     steps: int = attrs.field(default=32, validator=ge(1))
+    """The number of steps."""
     repa: bool = False
+    """Whether it is the variant of REPA's sampler: the last step is one of Euler's method, and a guidance interval is
+    asked at the start of a step for both of its evaluations."""
 
     def _integrate(self, slope: Slope, x: Tensor) -> Tensor:
         for i in range(self.steps):
@@ -139,6 +137,7 @@ class RungeKutta4(OdeSolver):
     """Kutta's fourth-order 3/8 rule with equal steps, through torchdiffeq; four evaluations a step."""
 
     steps: int = attrs.field(default=16, validator=ge(1))
+    """The number of steps."""
 
     def _integrate(self, slope: Slope, x: Tensor) -> Tensor:
         return _torchdiffeq(slope, x, method="rk4", options={"step_size": 1 / self.steps})
@@ -150,7 +149,9 @@ class Dopri5(OdeSolver):
     """The adaptive fifth-order method of Dormand and Prince, through torchdiffeq."""
 
     atol: float = attrs.field(default=1e-6, validator=gt(0.0))
+    """The absolute tolerance of a step."""
     rtol: float = attrs.field(default=1e-4, validator=gt(0.0))
+    """The relative tolerance of a step."""
 
     def _integrate(self, slope: Slope, x: Tensor) -> Tensor:
         return _torchdiffeq(slope, x, method="dopri5", atol=self.atol, rtol=self.rtol)
@@ -176,27 +177,25 @@ class Edm(Solver):
 
     the last step being one of Euler's method: 2N - 1 evaluations. Any teacher of the linear path is sampled, by
     t = sigma/(sigma + S), x_t = z/(sigma + S), D = S (x_t - t u).
-
-    Attributes:
-        steps: N.
-        sigma_min: the last noise level before 0.
-        sigma_max: the first noise level.
-        rho: larger puts more steps at low noise.
-        data_scale: S, such that y = S x_0. With the default, 0.5, the levels are those of EDM for a teacher whose data
-            have unit variance.
-        churn: noise that is added anew, S_churn; 0 is deterministic.
-        churn_range: noise levels [S_min, S_max] at which it is added.
-        churn_noise: its standard deviation over the right one, S_noise.
     """
 
     steps: int = attrs.field(default=32, validator=ge(2))
+    """The number N of noise levels above 0."""
     sigma_min: float = attrs.field(default=0.002, validator=gt(0.0))
+    """The last noise level before 0."""
     sigma_max: float = attrs.field(default=80.0, validator=gt(0.0))
+    """The first noise level."""
     rho: float = attrs.field(default=7.0, validator=gt(0.0))
+    """The exponent of the levels: a larger one puts more steps at low noise."""
     data_scale: float = attrs.field(default=0.5, validator=gt(0.0))
+    """The scale S such that y = S x_0. With the default, 0.5, the levels are those of EDM for a teacher whose data have
+    unit variance."""
     churn: float = attrs.field(default=0.0, validator=ge(0.0))
+    """The amount S_churn of noise that is added anew; 0 is deterministic."""
     churn_range: tuple[float, float] = (0.0, math.inf)
+    """The noise levels [S_min, S_max] at which noise is added."""
     churn_noise: float = attrs.field(default=1.0, validator=gt(0.0))
+    """The standard deviation S_noise of the added noise over the right one."""
 
     def levels(self) -> Tensor:
         """The noise levels (steps + 1,), float64, from sigma_max to 0."""
@@ -248,16 +247,14 @@ class EulerMaruyama(Solver):
         dx = (u(x, t) - w(t) score(x, t)) dt + sqrt(2 w(t)) dW,   score = -(x + (1 - t) u)/t.
 
     ``steps`` - 1 equal steps lead from 1 to ``last_step``, and a last one, without noise, to 0. One evaluation a step.
-
-    Attributes:
-        steps: number of steps, the last one included.
-        diffusion: w(t): "sigma" is t, for which nothing is divided by t; "decreasing" is (1 - cos(pi t))^2/4.
-        last_step: size of the last step.
     """
 
     steps: int = attrs.field(default=250, validator=ge(2))
+    """The number of steps, the last one included."""
     diffusion: Literal["sigma", "decreasing"] = attrs.field(default="sigma", validator=in_(("sigma", "decreasing")))
+    """The function w(t): "sigma" is t, for which nothing is divided by t, and "decreasing" is (1 - cos(pi t))^2/4."""
     last_step: float = attrs.field(default=0.04, validator=and_(gt(0.0), lt(1.0)))
+    """The size of the last step."""
 
     def _over_time(self, t: float) -> float:
         """w(t)/t."""

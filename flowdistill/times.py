@@ -57,7 +57,9 @@ class Uniform(ContinuousLaw):
     """
 
     low: float = attrs.field(default=0.0, validator=ge(0.0))
+    """The lower end."""
     high: float = attrs.field(default=1.0, validator=le(1.0))
+    """The upper end."""
 
     def __attrs_post_init__(self) -> None:
         if self.low >= self.high:
@@ -78,7 +80,9 @@ class LogitNormal(ContinuousLaw):
     """sigmoid(mean + std N(0, 1)): positive means favour noise (t = 1), negative ones data."""
 
     mean: float = 0.0
+    """The mean of the normal law."""
     std: float = attrs.field(default=1.0, validator=gt(0.0))
+    """The standard deviation of the normal law."""
 
     def cdf(self, t: Tensor) -> Tensor:
         """Phi((logit t - mean) / std)."""
@@ -96,7 +100,9 @@ class ArctanLogNormal(ContinuousLaw):
     """(2/pi) atan(exp(mean + std N(0, 1))): the angle of TrigFlow as a time, of log-normal tangent."""
 
     mean: float = -0.8
+    """The mean of the normal law."""
     std: float = attrs.field(default=1.6, validator=gt(0.0))
+    """The standard deviation of the normal law."""
 
     def cdf(self, t: Tensor) -> Tensor:
         """Phi((log tan(pi t/2) - mean) / std)."""
@@ -112,13 +118,10 @@ class ArctanLogNormal(ContinuousLaw):
 @register_time_sampler("always")
 @attrs.frozen(kw_only=True)
 class Always(EndSampler):
-    """One and the same time: 0 as the end of all jumps makes a flow map a consistency model.
-
-    Attributes:
-        value: the time, in [0, 1].
-    """
+    """One and the same time: 0 as the end of all jumps makes a flow map a consistency model."""
 
     value: float = attrs.field(default=0.0, validator=[ge(0.0), le(1.0)])
+    """The time, in [0, 1]."""
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """The value ``n`` times."""
@@ -132,13 +135,10 @@ class Always(EndSampler):
 @register_time_sampler("grid")
 @attrs.frozen(kw_only=True)
 class Grid(EndSampler):
-    """The times of a sampler of equal steps: k / steps with k = 1, ..., steps, and ends among them or 0.
-
-    Attributes:
-        steps: of the sampler.
-    """
+    """The times of a sampler of equal steps: k / steps with k = 1, ..., steps, and ends among them or 0."""
 
     steps: int = attrs.field(default=4, validator=ge(1))
+    """The steps of the sampler."""
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Draw ``n`` times, all equally likely."""
@@ -157,16 +157,14 @@ class WithPointMass(EndSampler):
     """Another law, of which a fraction of the draws is replaced by one value.
 
     A one-step student is used at the duration 1 alone, a value that a continuous law never draws.
-
-    Attributes:
-        law: the other law.
-        value: the value, in [0, 1].
-        fraction: probability of the value, in [0, 1].
     """
 
     law: TimeSampler = attrs.field(factory=Uniform, validator=instance_of(TimeSampler))
+    """The other law."""
     value: float = attrs.field(default=1.0, validator=[ge(0.0), le(1.0)])
+    """The value, in [0, 1]."""
     fraction: float = attrs.field(default=0.25, validator=[ge(0.0), le(1.0)])
+    """The probability of the value, in [0, 1]."""
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Draw ``n`` times."""

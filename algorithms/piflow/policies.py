@@ -45,20 +45,18 @@ class DXPolicy(Policy):
     """Denoised samples at times from ``end`` to ``t_src``, linear in between.
 
     The times are evenly spaced before their shift. Later and earlier the outermost sample holds.
-
-    Attributes:
-        x_src: where the network was evaluated, (B, ...).
-        t_src: its times (B,).
-        end: the earliest times (B,).
-        outputs: (B, N, ...), N >= 2, the first at ``end``, the last at ``t_src``.
-        shift: of the times, see `shifted`.
     """
 
     x_src: Tensor
+    """The states (B, ...) at which the network was evaluated."""
     t_src: Tensor
+    """The times (B,) of these states."""
     end: Tensor
+    """The earliest times (B,)."""
     outputs: Tensor
+    """The velocities (B, N, ...), N >= 2, the first at ``end``, the last at ``t_src``."""
     shift: float = 1.0
+    """The shift of the times, see `shifted`."""
 
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """(x - x_0(t))/t."""
@@ -89,20 +87,18 @@ class GMFlowPolicy(Policy):
         [S^2 (-a x + t/t_src^2 a' (x_src - a' x)) + t (x - sum_k w'_k mu_k)]/d.
 
     If the data are a mixture of Gaussians of one variance, some v_k, w_k and S give the exact velocity at all x and t.
-
-    Attributes:
-        x_src: where the network was evaluated, (B, C, ...).
-        t_src: its times (B,).
-        outputs: v_k (B, K, C, ...).
-        logits: log w_k up to a constant (B, K, 1, ...), for each position.
-        log_std: (B,).
     """
 
     x_src: Tensor
+    """The states (B, C, ...) at which the network was evaluated."""
     t_src: Tensor
+    """The times (B,) of these states."""
     outputs: Tensor
+    """The velocities v_k, (B, K, C, ...)."""
     logits: Tensor
+    """The logarithms of the weights w_k up to a constant, (B, K, 1, ...), for each position."""
     log_std: Tensor
+    """The logarithm of S/t_src, (B,)."""
 
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """The closed form above; sums over the channels are elementwise, lest autocast turn them into bf16."""
@@ -128,15 +124,12 @@ class GMFlowPolicy(Policy):
 
 
 class PolicyHead(nn.Module, ABC):
-    """Makes the wide output of a network into a policy.
-
-    Attributes:
-        velocities: velocities that the network must give.
-        extra: further channels that it must give.
-    """
+    """Makes the wide output of a network into a policy."""
 
     velocities: int
+    """The velocities that the network must give."""
     extra: int = 0
+    """The further channels that it must give."""
 
     @abstractmethod
     def forward(

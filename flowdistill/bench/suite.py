@@ -45,22 +45,20 @@ class Job:
     """A training of a row and its measurement, by its budget (None is the recipe's own steps) and its seed.
 
     Or, where ``teacher`` is True, the measurement of its teacher.
-
-    Attributes:
-        row: the row.
-        budget: see `Suite`.
-        seed: of both.
-        gin: the whole configuration.
-        value: of the suite's sweep; None where the row does not have its parameter.
-        teacher: nothing is trained.
     """
 
     row: Row
+    """The row."""
     budget: int | None
+    """The network evaluations that the training may spend, see `Suite`; None is the recipe's own steps."""
     seed: int
+    """The seed of the training and of its evaluation."""
     gin: str
+    """The whole configuration."""
     value: float | None = None
+    """The value of the suite's sweep; None where the row does not have its parameter."""
     teacher: bool = False
+    """Whether the teacher is measured, and nothing is trained."""
 
     @property
     def run(self) -> str:
@@ -81,36 +79,33 @@ class Job:
 @gin.register("bench")
 @attrs.frozen(kw_only=True)
 class Suite:
-    """The trainings of a gin file, which binds these attributes as ``bench.rows`` and so on.
-
-    Attributes:
-        rows: a method, a setting and bindings by the title of the row, or a gin file and bindings; or by the title of a
-            table, for which ``*`` in the name of the method makes a row of every packaged method that matches.
-        bindings: for all rows whose recipes have the part that they set: ``mnist.folder = '...'`` does not disturb
-            methods without data.
-        budgets: network evaluations that a training may spend, of all its networks, each on one sample; None is the
-            recipe's own number of steps. Steps are what a budget pays for, see `evaluations_per_state`.
-        sweep: a parameter and the numbers that it takes in turn, such as ``('random_affine.strength', (0.0, 0.5))``, in
-            the rows that have the part that it sets; the others are trained once. Teachers are measured at each where
-            it is a parameter of ``evaluation``.
-        seeds: of the trainings and of their evaluations.
-        teacher_steps: Euler steps at which the teacher of a table is measured.
-        student_steps: jumps at which students are measured.
-        deltas: durations at which the distance of students from the teacher's trajectories is measured.
-        metrics: registered metrics; students are ranked by the first, of which less is better.
-        quick: bindings, of the suite and of all rows, that make it a matter of minutes.
-    """
+    """The trainings of a gin file, which binds these attributes as ``bench.rows`` and so on."""
 
     rows: Mapping[str, Sequence[str]] = attrs.field(validator=min_len(1))
+    """A method, a setting and bindings by the title of the row, or a gin file and bindings. By the title of a table,
+    ``*`` in the name of the method makes a row of every packaged method that matches."""
     bindings: Sequence[str] = ()
+    """The bindings for all rows whose recipes have the part that they set: ``mnist.folder = '...'`` does not disturb
+    methods without data."""
     budgets: Sequence[int | None] = attrs.field(default=(None,), validator=min_len(1))
+    """The network evaluations that a training may spend, of all its networks, each on one sample; None is the recipe's
+    own number of steps. Steps are what a budget pays for, see `evaluations_per_state`."""
     sweep: tuple[str, Sequence[float]] | None = None
+    """A parameter and the numbers that it takes in turn, such as ``('random_affine.strength', (0.0, 0.5))``, in the
+    rows that have the part that it sets; the others are trained once. Teachers are measured at each where it is a
+    parameter of ``evaluation``."""
     seeds: Sequence[int] = attrs.field(default=(1, 2, 3), validator=min_len(1))
+    """The seeds of the trainings and of their evaluations."""
     teacher_steps: Sequence[int] = (1, 4)
+    """The Euler steps at which the teacher of a table is measured."""
     student_steps: Sequence[int] = (1, 2, 4)
+    """The jumps at which students are measured."""
     deltas: Sequence[float] = ()
+    """The durations at which the distance of students from the teacher's trajectories is measured."""
     metrics: Sequence[str] = attrs.field(default=("fid", "precision", "recall"), validator=min_len(1))
+    """The registered metrics; students are ranked by the first, of which less is better."""
     quick: Sequence[str] = ()
+    """The bindings, of the suite and of all rows, that make it a matter of minutes."""
 
     def table(self) -> list[Row]:
         """The rows, in the order of the file and of the names of recipes."""

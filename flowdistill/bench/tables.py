@@ -70,7 +70,7 @@ def _swept(suite: Suite, group: str, stem: str, records: Sequence[Record], out: 
             lines = _by_value(suite, records, budget, metric)
             panels[metric.replace("_", " ")] = lines
             head = ["", *(f"{parameter.rpartition('.')[2]} = {number:g}" for number in numbers)]
-            body = [[name, *(_cell(found) for _, found in points)] for name, points in lines.items()]
+            body = [[name, *(cell(found) for _, found in points)] for name, points in lines.items()]
             sections.append((_title(group, metric.replace("_", " ")) + _trained(budget), [head, *body]))
         picture = f"{stem}.png" if budget is None else f"{stem}_{budget}.png"
         curves(panels, parameter.rpartition(".")[2].replace("_", " "), out / picture, log_y=tuple(panels)[:1])
@@ -128,7 +128,7 @@ def teacher_table(suite: Suite, records: Sequence[Record]) -> Cells:
     rows = list(dict.fromkeys(row for record in records for row in record["rows"]))
     columns = list(dict.fromkeys(c for record in records for row in record["rows"].values() for c in row))
     head = ["", *(column.replace("_", " ") for column in columns)]
-    return [head, *([row, *(_cell(values(records, row, column)) for column in columns)] for row in rows)]
+    return [head, *([row, *(cell(values(records, row, column)) for column in columns)] for row in rows)]
 
 
 def student_table(suite: Suite, records: Sequence[Record]) -> Cells:
@@ -146,10 +146,10 @@ def student_table(suite: Suite, records: Sequence[Record]) -> Cells:
     body = []
     best = {row: _best({name: values(seeds, row, first) for name, seeds in methods.items()}) for row in jumps}
     for name, seeds in methods.items():
-        cells = [_cell(values(seeds, row, column)) for row, column in kept]
+        cells = [cell(values(seeds, row, column)) for row, column in kept]
         cells = [
-            f"**{cell}**" if column == first and best[row] == name else cell
-            for cell, (row, column) in zip(cells, kept, strict=True)
+            f"**{text}**" if column == first and best[row] == name else text
+            for text, (row, column) in zip(cells, kept, strict=True)
         ]
         done, all_seeds = sum("rows" in seed for seed in seeds), len(suite.seeds)
         body.append([name if done == all_seeds else f"{name} ({done} of {all_seeds} seeds)", *cells, *_costs(seeds)])
@@ -160,7 +160,7 @@ def error_table(suite: Suite, records: Sequence[Record]) -> Cells:
     """A row for each method: its distance from the teacher's trajectories at every duration."""
     head = ["", *(f"$\\delta$ = {delta:g}" for delta in sorted(suite.deltas))]
     rows = _by_delta(suite, records)
-    return [head, *([name, *(_cell(found) for _, found in points)] for name, points in rows.items())]
+    return [head, *([name, *(cell(found) for _, found in points)] for name, points in rows.items())]
 
 
 def _by_delta(suite: Suite, records: Sequence[Record]) -> dict[str, list[tuple[float, list[float]]]]:
@@ -196,7 +196,7 @@ def _spread(numbers: Sequence[float]) -> float:
     return statistics.stdev(numbers) if len(numbers) > 1 else math.nan
 
 
-def _cell(numbers: Sequence[float]) -> str:
+def cell(numbers: Sequence[float]) -> str:
     """Mean ± standard deviation over the seeds."""
     if not numbers:
         return ""
@@ -262,15 +262,19 @@ def _note(suite: Suite, records: Sequence[Record]) -> list[str]:
     return lines
 
 
+def markdown_table(cells: Cells) -> str:
+    """A table in Markdown; the first row of the cells is the head."""
+    head, *body = (f"| {' | '.join(row)} |" for row in cells)
+    return "\n".join([head, "|---" * len(cells[0]) + "|", *body])
+
+
 def _markdown(sections: Sequence[Section], note: Sequence[str]) -> str:
     blocks = []
     for title, content in sections:
         blocks += [f"### {title}"] if title else []
         if isinstance(content, str):
             continue  # pictures are named by the page that shows the table
-        head, *body = content
-        lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-        blocks.append("\n".join([*lines, *(f"| {' | '.join(row)} |" for row in body)]))
+        blocks.append(markdown_table(content))
     return "\n\n".join([*blocks, *note]) + "\n"
 
 

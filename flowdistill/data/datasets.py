@@ -13,15 +13,12 @@ from flowdistill.plumbing.registry import register_dataset
 
 
 class Dataset(ABC):
-    """Samples and their labels.
-
-    Attributes:
-        sample_shape: shape of one sample, without the batch.
-        num_classes: number of classes; None where there are no labels.
-    """
+    """Samples and their labels."""
 
     sample_shape: tuple[int, ...]
+    """The shape of one sample, without the batch."""
     num_classes: int | None = None
+    """The number of classes; None where there are no labels."""
 
     @abstractmethod
     def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:

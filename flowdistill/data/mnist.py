@@ -35,21 +35,19 @@ class IdxImages(ImageDataset):
         train: the training part of 60 000 images, or the test part of 10 000.
         size: height and width to which the images are padded with background; at least 28.
 
-    Attributes:
-        name: the registered name.
-        title: the name in messages.
-        source: the address below which the compressed files lie.
-        sha256: the checksums of the files before compression, by the names of the files.
-
     Raises:
         DataError: the files are missing or damaged, or the download failed; the message says where to put them.
     """
 
     num_classes = 10
     name: ClassVar[str]
+    """The registered name."""
     title: ClassVar[str]
+    """The name in messages."""
     source: ClassVar[str]
+    """The address below which the compressed files lie."""
     sha256: ClassVar[dict[str, str]]
+    """The checksums of the files before compression, by the names of the files."""
 
     def __init__(self, folder: str | Path | None = None, train: bool = True, size: int = 28) -> None:
         if size < 28:

@@ -22,24 +22,21 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 class FeatureExtractor(nn.Module, ABC):
-    """Maps images to the features that metrics compare.
-
-    Attributes:
-        channels: of the images.
-        image_size: height and width of the images; None is any.
-        quantized: whether features are those of images stored as bytes, as all published figures are; a model's images
-            are then rounded as its authors round them.
-        classifies: whether the logits are of the classes that a model's labels number.
-        reference: features (N, D) of the real data that the extractor was trained on, where they come with it.
-        reference_labels: their classes (N,), where they are known.
-    """
+    """Maps images to the features that metrics compare."""
 
     channels: int = 3
+    """The channels of the images."""
     image_size: int | None = None
+    """The height and width of the images; None is any."""
     quantized: bool = False
+    """Whether features are those of images stored as bytes, as all published figures are; a model's images are then
+    rounded as its authors round them."""
     classifies: bool = False
+    """Whether the logits are of the classes that a model's labels number."""
     reference: Tensor | None = None
+    """The features (N, D) of the real data that the extractor was trained on, where they come with it."""
     reference_labels: Tensor | None = None
+    """The classes (N,) of the real data, where they are known."""
 
     @abstractmethod
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:

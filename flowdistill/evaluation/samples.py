@@ -23,15 +23,6 @@ _CHUNK = 500  # images that an extractor sees at a time
 class SampleSet:
     """Samples as metrics see them. Sets can be sliced, and joined by `join`.
 
-    Attributes:
-        features: (N, D); the samples themselves, flattened, where there is no feature extractor. Of a reference that
-            was published as mean and covariance alone, asking for them is a ConfigError.
-        labels: the classes that were asked for, (N,), where there are classes.
-        logits: a classifier's, (N, num_classes), where the feature extractor is one.
-        moments: mean (D,) and covariance (D, D) of the features, float64; those that were published, where they were.
-        modes: centres (K, D) of an exact mixture of equally likely components, and the radius within which a sample is
-            near one.
-
     Examples:
         >>> len(SampleSet(torch.zeros(8, 2))[:3])
         3
@@ -39,20 +30,28 @@ class SampleSet:
 
     _features: Tensor | None
     labels: Tensor | None = None
+    """The classes that were asked for, (N,), where there are classes."""
     logits: Tensor | None = None
+    """The logits of a classifier, (N, num_classes), where the feature extractor is one."""
     _moments: Moments | None = None
     modes: tuple[Tensor, float] | None = None
+    """The centres (K, D) of an exact mixture of equally likely components, and the radius within which a sample is near
+    one."""
 
     @property
     def features(self) -> Tensor:
-        """See above."""
+        """The features (N, D); the samples themselves, flattened, where there is no feature extractor.
+
+        Raises:
+            ConfigError: the set is a reference that was published as mean and covariance alone.
+        """
         if self._features is None:
             raise ConfigError("the reference holds a mean and a covariance alone: only fid can be measured against it")
         return self._features
 
     @functools.cached_property
     def moments(self) -> Moments:
-        """See above."""
+        """Mean (D,) and covariance (D, D) of the features, float64; those that were published, where they were."""
         return moments(self.features) if self._moments is None else self._moments
 
     def __len__(self) -> int:

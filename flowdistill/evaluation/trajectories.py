@@ -20,17 +20,14 @@ _BATCH = 100
 
 @attrs.frozen
 class ErrorAt:
-    """An error at a duration.
-
-    Attributes:
-        delta: the duration, in (0, 1].
-        mean: over the noises.
-        standard_error: of the mean.
-    """
+    """An error at a duration."""
 
     delta: float
+    """The duration, in (0, 1]."""
     mean: float
+    """The mean error over the noises."""
     standard_error: float
+    """The standard error of the mean."""
 
 
 @torch.no_grad()

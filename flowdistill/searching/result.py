@@ -16,27 +16,24 @@ from flowdistill.plumbing.files import read_tensors, write_json, write_tensors
 
 @attrs.frozen(eq=False, kw_only=True)
 class SearchResult:
-    """The noises that a search has chosen, and what they have cost. Results can be sliced, and joined by `join`.
-
-    Attributes:
-        noise: (N, *sample_shape).
-        samples: the teacher's, of the same shape.
-        scores: the verifier's, of the images of these samples, (N,).
-        labels: classes (N,), where there are any.
-        student_evaluations: of the student's network for each sample, as counted, float64 (N,).
-        teacher_evaluations: of the teacher's network for each sample, as counted, float64 (N,).
-        cost: of each sample, in evaluations of the teacher's network, float64 (N,).
-        folder: where the files of the result lie, if they have been written.
-    """
+    """The noises that a search has chosen, and what they have cost. Results can be sliced, and joined by `join`."""
 
     noise: Tensor
+    """The noises, ``(N, *sample_shape)``."""
     samples: Tensor
+    """The teacher's samples of them, of the same shape."""
     scores: Tensor
+    """The verifier's scores of the images of these samples, (N,)."""
     labels: Tensor | None
+    """The classes (N,), where there are any."""
     student_evaluations: Tensor
+    """The evaluations of the student's network for each sample, as counted, float64 (N,)."""
     teacher_evaluations: Tensor
+    """The evaluations of the teacher's network for each sample, as counted, float64 (N,)."""
     cost: Tensor
+    """The cost of each sample, in evaluations of the teacher's network, float64 (N,)."""
     folder: Path | None = None
+    """The folder of the files of the result, if they have been written."""
 
     def __len__(self) -> int:
         """N."""

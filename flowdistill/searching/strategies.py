@@ -44,14 +44,12 @@ class ZeroOrder(SearchStrategy):
         sqrt(1 - r^2) z + r n,   n ~ N(0, I)
 
     which of a random z is a random noise again; so neighbours keep the norm that a model expects of noise.
-
-    Attributes:
-        radius: r, in (0, 1]; 1 is random search.
-        neighbours: of a round.
     """
 
     radius: float = attrs.field(default=0.3, validator=and_(gt(0.0), le(1.0)))
+    """The radius r, in (0, 1]; 1 is random search."""
     neighbours: int = attrs.field(default=8, validator=ge(1))
+    """The neighbours of a round."""
 
     def search(self, trials: Trials) -> Candidates:
         """See `SearchStrategy.search`."""
@@ -77,16 +75,14 @@ class SuccessiveHalving(SearchStrategy):
     Of n noises at the first number of steps the better half goes on to the next, until the finalists are given to the
     teacher, whose best sample is the result. The budget sets n. Halving as of bandits (Jamieson and Talwalkar 2016,
     arXiv 1502.07943), with the steps of a sampler as the resource.
-
-    Attributes:
-        steps: of the proposer, one number for each round. A student that knows a single jump has one round of one.
-        finalists: noises that the teacher tries.
     """
 
     steps: Sequence[int] = attrs.field(
         default=(1, 2, 4), converter=tuple, validator=and_(min_len(1), deep_iterable(ge(1)))
     )
+    """The steps of the proposer, one number for each round. A student that knows a single jump has one round of one."""
     finalists: int = attrs.field(default=2, validator=ge(1))
+    """The number of noises that the teacher tries."""
 
     def rounds(self, trials: Trials) -> list[tuple[int, int]]:
         """Steps and noises of each of the proposer's rounds; ConfigError for too small a budget."""

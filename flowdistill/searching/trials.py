@@ -22,11 +22,6 @@ from flowdistill.solvers import Euler
 class Candidates:
     """Noises that have been tried, K for each of B samples.
 
-    Attributes:
-        noise: (K, B, *sample_shape), on the CPU.
-        samples: what a model has made of them, of the same shape, on the CPU.
-        scores: the verifier's, (K, B).
-
     Examples:
         >>> x = torch.tensor([[1.0], [3.0], [2.0]])
         >>> Candidates(x, x, x).top(2).scores
@@ -35,8 +30,11 @@ class Candidates:
     """
 
     noise: Tensor
+    """The noises ``(K, B, *sample_shape)``, on the CPU."""
     samples: Tensor
+    """What a model has made of them, of the same shape, on the CPU."""
     scores: Tensor
+    """The verifier's scores, (K, B)."""
 
     def top(self, k: int) -> Candidates:
         """The k best of each sample, the best first."""
@@ -108,31 +106,28 @@ def evaluation_flops(teacher: Teacher, condition: Condition) -> int:
 
 @attrs.frozen(kw_only=True, eq=False)
 class Trials:
-    """The trials of a search for the noises of B samples, each of which has a budget of its own.
-
-    Attributes:
-        proposer: what noises are tried with: the student, or the teacher itself.
-        teacher: what the chosen noises are given to.
-        teacher_steps: its steps.
-        verifier: what scores samples.
-        decode: samples to the images that the verifier sees.
-        budget: for each sample, in evaluations of the teacher's network on one sample.
-        condition: of the B samples.
-        generators: a generator for each of them, so that what is found for one depends on no other.
-        batch_size: samples evaluated at a time.
-        progress: told of the cost of every batch.
-    """
+    """The trials of a search for the noises of B samples, each of which has a budget of its own."""
 
     proposer: PricedModel
+    """The model that noises are tried with: the student, or the teacher itself."""
     teacher: PricedModel
+    """The model that the chosen noises are given to."""
     teacher_steps: int
+    """The steps of the teacher."""
     verifier: Verifier
+    """The verifier that scores samples."""
     decode: Callable[[Tensor], Tensor]
+    """The function that turns samples into the images that the verifier sees."""
     budget: float
+    """The budget of each sample, in evaluations of the teacher's network on one sample."""
     condition: Condition
+    """The condition of the B samples."""
     generators: Sequence[torch.Generator]
+    """A generator for each of them, so that what is found for one depends on no other."""
     batch_size: int
+    """The samples that are evaluated at a time."""
     progress: Callable[[float], None] = lambda cost: None
+    """The function that is told the cost of every batch."""
 
     @property
     def alone(self) -> bool:

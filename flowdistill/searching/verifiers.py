@@ -57,12 +57,6 @@ class FeatureDistance(_OfFeatures):
 
     It rewards what is typical of a class: the samples that it chooses are less varied than the data.
 
-    Attributes:
-        features: a feature extractor or its name, Inception and DINOv2 among them; None is the one of the run's own
-            evaluation.
-        reference: the name of a data set of images, by whose classes the means are taken; None is the data that come
-            with the extractor. Samples without a label are compared with the mean of all classes.
-
     Examples:
         >>> verifier = FeatureDistance(features="digits")
         >>> verifier.setup(None)
@@ -72,7 +66,10 @@ class FeatureDistance(_OfFeatures):
     """
 
     features: str | FeatureExtractor | None = attrs.field(default=None, repr=_named)
+    """A feature extractor or its name, Inception and DINOv2 among them; None is the one of the run's own evaluation."""
     reference: str | None = None
+    """The name of a data set of images, by whose classes the means are taken; None is the data that come with the
+    extractor. Samples without a label are compared with the mean of all classes."""
     _means: Tensor = attrs.field(init=False, repr=False)
 
     def setup(self, features: str | FeatureExtractor | None) -> None:
@@ -106,10 +103,6 @@ class FeatureDistance(_OfFeatures):
 class ClassLogProbability(_OfFeatures):
     """The log-probability log p(y | x) that a classifier gives the class that was asked for.
 
-    Attributes:
-        features: a feature extractor that classifies as the model's labels do, or its name; None is the one of the
-            run's own evaluation.
-
     Examples:
         >>> verifier = ClassLogProbability(features="digits")
         >>> verifier.setup(None)
@@ -118,6 +111,8 @@ class ClassLogProbability(_OfFeatures):
     """
 
     features: str | FeatureExtractor | None = attrs.field(default=None, repr=_named)
+    """A feature extractor that classifies as the model's labels do, or its name; None is the one of the run's own
+    evaluation."""
 
     def setup(self, features: str | FeatureExtractor | None) -> None:
         """Load the extractor; ConfigError where it is none that classifies."""
@@ -139,16 +134,14 @@ class ClassLogProbability(_OfFeatures):
 class ClipScore(Verifier):
     """The cosine between an image and a text in CLIP (Radford et al. 2021, arXiv 2103.00020), through transformers.
 
-    Attributes:
-        prompts: a text for each class, or one for all samples.
-        model: a folder, or a repository on HuggingFace.
-
     Examples:
         >>> verifier = ClipScore(prompts=["a photo of a tench", "a photo of a goldfish"])
     """
 
     prompts: Sequence[str] = attrs.field(converter=tuple, validator=min_len(1))
+    """A text for each class, or one for all samples."""
     model: str = "openai/clip-vit-base-patch32"
+    """A folder, or a repository on HuggingFace."""
 
     def scores(self, images: Tensor, condition: Condition) -> Tensor:
         """Scores (B,) in [-1, 1].
@@ -194,6 +187,7 @@ class FunctionVerifier(Verifier):
     """A function as a verifier. Nothing says whether it is the same in two calls, so its results are not reused."""
 
     function: Score = attrs.field(repr=_named)
+    """The function, of images and their condition."""
 
     def scores(self, images: Tensor, condition: Condition) -> Tensor:
         """What the function returns."""

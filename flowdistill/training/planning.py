@@ -25,26 +25,23 @@ from flowdistill.training.trainer import configured_loop
 
 @attrs.frozen(kw_only=True)
 class Plan:
-    """The cost of a recipe.
-
-    Attributes:
-        steps: training steps.
-        batch_size: states of a step, accumulated ones included.
-        parameters: of student, teacher and the objective's own modules, by name.
-        evaluations: of each of them in a step, for each state of the batch.
-        flops: of a step: products and sums of matrix products, convolutions and attention, in all forward and backward
-            passes; other operations are not counted.
-        memory: bytes by part. "activations" is what autograd keeps of one backward pass, without recomputation.
-        flops_per_second: at which ``hours`` are stated, an assumption.
-    """
+    """The cost of a recipe."""
 
     steps: int
+    """The training steps."""
     batch_size: int
+    """The states of a step, accumulated ones included."""
     parameters: Mapping[str, int]
+    """The parameters of student, teacher and the objective's own modules, by name."""
     evaluations: Mapping[str, float]
+    """The evaluations of each of them in a step, for each state of the batch."""
     flops: int
+    """The operations of a step: products and sums of matrix products, convolutions and attention, in all forward and
+    backward passes. Other operations are not counted."""
     memory: Mapping[str, int]
+    """The bytes by part. "activations" is what autograd keeps of one backward pass, without recomputation."""
     flops_per_second: float
+    """The speed at which ``hours`` are stated, an assumption."""
 
     @property
     def hours(self) -> float:
