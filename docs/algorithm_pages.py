@@ -12,6 +12,7 @@ from mkdocs.structure.files import File, Files
 
 from flowdistill import OBJECTIVES
 from flowdistill.cli.listing import needs
+from flowdistill.plumbing.registry import Preset
 
 _ROOT = Path(__file__).parents[1]
 _TABLE = "<!-- the table of objectives -->"
@@ -57,22 +58,52 @@ def _page(name: str) -> str:
     )
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Called by mkdocs with the text of every page."""
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Called by mkdocs with the text of every page: puts in the table of objectives, and the papers of an algorithm."""
+    name = Path(page.file.src_uri).stem
+    if name in _folders():
+        markdown = markdown.replace("\n## Code\n", f"\n## Citation\n\n{_citations(name)}\n\n## Code\n", 1)
     return markdown.replace(_TABLE, _table()) if _TABLE in markdown else markdown
+
+
+def _citations(folder: str) -> str:
+    """The BibTeX of all objectives of a folder, each paper once."""
+    found: dict[str, None] = {}
+    for name in OBJECTIVES.names():
+        entry = OBJECTIVES.get(name)
+        if _home(entry) == folder:
+            found |= dict.fromkeys(re.findall(r"^@.*?^\}", _citation(entry), re.MULTILINE | re.DOTALL))
+    return "\n".join(["```bibtex", "\n\n".join(found), "```"])
+
+
+def _home(entry: Any) -> str:
+    """The folder of an objective; "" for one that is not in a folder."""
+    parts = entry.__module__.split(".")
+    return parts[2] if len(parts) > 3 else ""
+
+
+def _citation(entry: Any) -> str:
+    """The BibTeX of an objective; "" for one whose papers are those of its parts."""
+    citation = (entry.entry if isinstance(entry, Preset) else entry).citation
+    return citation if isinstance(citation, str) else ""
+
+
+def _summary(entry: Any) -> str:
+    if isinstance(entry, Preset):
+        fields = " and ".join(f"`{field}`" for field in entry.defaults)
+        return f"Preset of `{OBJECTIVES.name_of(entry.entry)}` with another {fields}."
+    return (inspect.getdoc(entry) or "").splitlines()[0].replace("|", "\\|")
 
 
 def _table() -> str:
     lines = ["| objective | needs | | source |", "|---|---|---|---|"]
     for name in OBJECTIVES.names():
         entry: Any = OBJECTIVES.get(name)
-        parts = entry.__module__.split(".")
-        cell = f"[`{name}`]({parts[2]}.md)" if len(parts) > 3 else f"`{name}`"
-        summary = (inspect.getdoc(entry) or "").splitlines()[0].replace("|", "\\|")
-        citation = entry.citation if isinstance(entry.citation, str) else ""
-        found = re.search(r"arXiv:(\d{4}\.\d{5})", citation) or re.search(r"(\d{4}\.\d{5})", _card(parts[2]))
+        folder = _home(entry)
+        cell = f"[`{name}`]({folder}.md)" if folder else f"`{name}`"
+        found = re.search(r"arXiv:(\d{4}\.\d{5})", _citation(entry)) or re.search(r"(\d{4}\.\d{5})", _card(folder))
         source = f"[{found[1]}](https://arxiv.org/abs/{found[1]})" if found else ""
-        lines.append(f"| {cell} | {needs(entry)} | {summary} | {source} |")
+        lines.append(f"| {cell} | {needs(entry)} | {_summary(entry)} | {source} |")
     return "\n".join(lines)
 
 
