@@ -35,7 +35,7 @@ from flowdistill.solvers import Euler, RungeKutta4
 class Evaluation:
     """What is measured at the end of a run."""
 
-    metrics: Sequence[str] = ("fid", "recall", "accuracy")
+    metrics: Sequence[str] = ("fid", "precision", "recall", "accuracy")
     """The names of registered metrics."""
     features: str | FeatureExtractor | None = None
     """A feature extractor or its name; None compares samples with an exact teacher's own distribution."""

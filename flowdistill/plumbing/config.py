@@ -80,7 +80,12 @@ def composed(method: str | Path, setting: str | Path) -> list[Path]:
     found = [_named(setting, "setting", settings()), _named(method, "method", methods())]
     where, name = found[1], found[0].stem
     changes = [where.with_name(f"{where.stem}_{name}.gin"), where.with_name(f"{name}.gin")]
-    return [*found, *[path for path in changes if path.is_file() and path not in found][:1]]
+    return [*found, *[path for path in changes if path not in found and _only_changes(path)][:1]]
+
+
+def _only_changes(path: Path) -> bool:
+    """Whether a gin file is there and neither a method nor a whole recipe, which have an objective."""
+    return path.is_file() and all(statement.name != "train.objective" for statement in statements(path))
 
 
 def chosen(

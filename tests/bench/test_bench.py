@@ -16,7 +16,7 @@ from flowdistill.bench.tables import student_table, write_tables
 from flowdistill.cli import main
 
 SUITE = """
-bench.rows = {'FreeFlow': ('freeflow/plane.gin',), 'two jumps': ('consistency/ect_plane.gin',)}
+bench.rows = {'FreeFlow': ('freeflow', 'plane', 'freeflow.online_warmup = 0.0'), 'two jumps': ('ect', 'plane')}
 bench.seeds = (1, 2)
 bench.metrics = ('w2', 'mode_coverage')
 bench.teacher_steps = (1, 4)
@@ -217,7 +217,7 @@ def test_a_sweep_has_a_table_for_each_metric(tmp_path):
 def test_distances_from_trajectories(tmp_path):
     (tmp_path / "tiny.gin").write_text(
         SUITE.replace("(1, 2)\nbench.metrics", "(1,)\nbench.deltas = (0.5, 1.0)\nbench.metrics").replace(
-            ", 'two jumps': ('consistency/ect_plane.gin',)", ""
+            ", 'two jumps': ('ect', 'plane')", ""
         )
     )
     done = command(tmp_path)
@@ -253,8 +253,12 @@ def test_the_samples_of_a_teacher_are_those_of_its_weights(tmp_path):
         "    def __init__(self):\n"
         "        super().__init__(json.loads(pathlib.Path('means.json').read_text()), 0.01)\n"
     )
-    (tmp_path / "recipe.gin").write_text("import mine\ninclude 'freeflow/plane.gin'\ndistribution = @of_a_file()\n")
-    (tmp_path / "tiny.gin").write_text(SUITE.replace("'freeflow/plane.gin'", "'recipe.gin'"))
+    (tmp_path / "recipe.gin").write_text(
+        "import mine\ninclude 'settings/plane.gin'\ninclude 'freeflow/freeflow.gin'\ndistribution = @of_a_file()\n"
+    )
+    (tmp_path / "tiny.gin").write_text(
+        SUITE.replace("'freeflow', 'plane', 'freeflow.online_warmup = 0.0'", "'recipe.gin',")
+    )
     distances = []
     for mean, metrics in ((0.0, "('w2',)"), (5.0, "('w2', 'sliced_w2')")):
         (tmp_path / "means.json").write_text(json.dumps([[mean, 0.0]]))

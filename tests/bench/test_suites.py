@@ -7,7 +7,7 @@ from flowdistill.bench import load_suite
 from flowdistill.bench.suite import evaluations_per_state
 from flowdistill.plumbing import config
 
-ONE = "bench.rows = {'FreeFlow': ('freeflow/plane.gin', 'freeflow.alpha = 0.5'), 'IMM': ('imm/plane.gin',)}\n"
+ONE = "bench.rows = {'FreeFlow': ('freeflow', 'plane', 'freeflow.alpha = 0.5'), 'IMM': ('imm', 'plane')}\n"
 
 
 def write(path, text):
@@ -16,15 +16,12 @@ def write(path, text):
 
 
 @pytest.mark.parametrize("name", ["toy", "digits", "mnist"])
-def test_packaged_suites_hold_every_recipe_of_their_teachers(name):
+def test_packaged_suites_hold_every_method(name):
     suite = load_suite(name)
-    for title, (pattern, *_) in suite.rows.items():
-        tail = pattern.removeprefix("*")
-        wanted = [recipe for recipe in config.recipes() if recipe.endswith(tail) and not recipe.startswith("digits/")]
+    for title, (_, setting, *_) in suite.rows.items():
         rows = [row for row in suite.table() if row.group == title]
-        assert [row.recipe for row in rows] == wanted
-        assert len({row.name for row in rows}) == len(rows)
-    assert "freeflow" in [row.name for row in suite.table()]
+        assert [row.name for row in rows] == list(config.methods())
+        assert [row.files for row in rows] == [tuple(config.composed(row.name, setting)) for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -84,16 +81,15 @@ def test_an_evaluation_is_not_a_part_of_the_training(tmp_path):
 
 
 def test_a_sweep_takes_its_values_where_its_part_is(tmp_path):
-    sweep = "bench.sweep = ('times_of_imm.std', (0.5, 2.0))"
-    text = ONE.replace("'imm/plane.gin',", "'imm/plane.gin', 'imm.times = @times_of_imm()',") + sweep
+    text = ONE + "bench.sweep = ('with_point_mass.fraction', (0.5, 0.75))"
     suite = load_suite(write(tmp_path / "two.gin", text), ["bench.seeds = (5,)"])
     jobs = suite.jobs(suite.table(), {})
-    assert [(job.row.name, job.value) for job in jobs] == [("FreeFlow", None), ("IMM", 0.5), ("IMM", 2.0)]
-    assert "times_of_imm.std = 2.0\n" in jobs[2].gin
+    assert [(job.row.name, job.value) for job in jobs] == [("FreeFlow", None), ("IMM", 0.5), ("IMM", 0.75)]
+    assert "with_point_mass.fraction = 0.75\n" in jobs[2].gin
     assert [job.value for job in suite.teachers(suite.table())] == [None]
     # A part that only a binding of the suite brings in
-    binding = "bench.bindings = ('imm.times = @times_of_imm()',)\n"
-    suite = load_suite(write(tmp_path / "two.gin", binding + ONE + sweep), ["bench.seeds = (5,)"])
+    text = ONE + "bench.sweep = ('logit_normal.std', (0.5, 2.0))\nbench.bindings = ('below.starts = @logit_normal()',)"
+    suite = load_suite(write(tmp_path / "two.gin", text), ["bench.seeds = (5,)"])
     assert [job.value for job in suite.jobs(suite.table(), {})] == [None, 0.5, 2.0]
 
 
@@ -111,60 +107,54 @@ def test_a_changed_recipe_is_another_training(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     keys = []
     for rate in (1e-3, 2e-3):
-        write(tmp_path / "mine.gin", f"include 'freeflow/plane.gin'\nAdamW.lr = {rate}\n")
+        write(tmp_path / "mine.gin", f"include 'freeflow/ring.gin'\nAdamW.lr = {rate}\n")
         suite = load_suite(write(tmp_path / "one.gin", "bench.rows = {'A': ('mine.gin',)}\nbench.seeds = (1,)"))
         keys.append([job.run for job in (*suite.jobs(suite.table(), {}), *suite.teachers(suite.table()))])
     assert not set(keys[0]) & set(keys[1])
 
 
-def test_a_budget_sets_the_steps_and_what_is_counted_in_them(tmp_path):
+def test_a_budget_sets_the_steps(tmp_path):
     path = write(
         tmp_path / "budget.gin",
-        "include 'suites/in_steps.gin'\nbench.rows = {'FreeFlow': ('freeflow/plane.gin',)}\nbench.seeds = (1,)\n"
-        "bench.budgets = (256_000, 512_000)",
+        "bench.rows = {'FreeFlow': ('freeflow', 'plane')}\nbench.seeds = (1,)\nbench.budgets = (256_000, 512_000)",
     )
     costs = {}
     few, many = load_suite(path).jobs(load_suite(path).table(), costs)
     (cost,) = costs.values()
     with config.parsed([write(tmp_path / "few.gin", few.gin)], []):
-        steps, start = config.value("train.steps"), config.value("freeflow.correction_start")
-        anneal = config.value("finite_difference.anneal")
+        steps = config.value("train.steps")
     assert steps == round(256_000 / (256 * cost))
-    assert start == round(1400 * steps / 2000)
-    assert anneal == (round(500 * steps / 2000), round(1800 * steps / 2000))
     with config.parsed([write(tmp_path / "many.gin", many.gin)], []):
         assert config.value("train.steps") == pytest.approx(2 * steps, abs=1)
     given = dict.fromkeys(costs, 100.0)
     assert f"train.steps = {256_000 // 25_600}\n" in load_suite(path).jobs(load_suite(path).table(), given)[0].gin
 
 
-def test_what_takes_any_steps_takes_one_at_the_least_budget(tmp_path):
+def test_the_least_budget_is_one_step(tmp_path):
     path = write(
-        tmp_path / "least.gin",
-        "include 'suites/in_steps.gin'\nbench.rows = {'CD': ('consistency/cd_plane.gin',)}\nbench.seeds = (1,)\n"
-        "bench.budgets = (1,)",
+        tmp_path / "least.gin", "bench.rows = {'CD': ('cd', 'plane')}\nbench.seeds = (1,)\nbench.budgets = (1,)"
     )
     (job,) = load_suite(path).jobs(load_suite(path).table(), {})
     with config.parsed([write(tmp_path / "job.gin", job.gin)], []):
         assert config.value("train.steps") == 1
-        assert config.value("consistency.stage_length") == 1
 
 
 def test_costs_are_those_of_all_phases():
     def cost(start):
-        bindings = [f"freeflow.correction_start = {start}", "freeflow.online_warmup = 0"]
-        return evaluations_per_state("freeflow/plane.gin", bindings)
+        bindings = [f"freeflow.correction_start = {start}", "freeflow.online_warmup = 0.0"]
+        return evaluations_per_state(config.composed("freeflow", "plane"), bindings)
 
-    prediction, both = cost(2000), cost(0)
+    prediction, both = cost(1.0), cost(0.0)
     assert prediction == 3.0  # two of the student, for its difference, and one of the teacher
     assert both > prediction
-    assert cost(1000) == pytest.approx((prediction + both) / 2)
+    assert cost(0.5) == pytest.approx((prediction + both) / 2)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("bench.rows = {'A': ('*nothing.gin',)}", "no packaged recipe matches '\\*nothing.gin'"),
+        ("bench.rows = {'A': ('*nothing', 'plane')}", "no packaged method matches '\\*nothing'"),
+        ("bench.rows = {'A': ('*',)}", "needs a setting, such as 'digits'"),
         ("bench.rows = {}", "rows"),
         (ONE + "bench.seed = (1,)", "seeds"),
         (ONE + "bench.seeds = ()", "seeds"),
