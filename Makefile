@@ -15,7 +15,7 @@ SUITES = toy digits mismatch synergy errors ablations mnist_ablations guidance  
 .PHONY: demo test test-all lint docs benchmarks clean
 
 demo: $(VENV)/installed
-	$(RUN) flowdistill train --gin_file freeflow/mnist.gin --workdir $(DEMO) $(DEMO_FLAGS)
+	$(RUN) flowdistill train freeflow/mnist.gin --workdir $(DEMO) $(DEMO_FLAGS)
 	@echo "open $(DEMO)/report.md"
 
 test: $(VENV)/installed

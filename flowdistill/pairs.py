@@ -26,6 +26,7 @@ class SortedPair(Pairs):
     With two laws they are those of Decoupled MeanFlow (Lee et al. 2025).
 
     Examples:
+        >>> from flowdistill.times import LogitNormal
         >>> t, s = SortedPair(first=LogitNormal(mean=-0.4)).sample(1000, torch.Generator())
         >>> bool((s <= t).all())
         True

@@ -45,7 +45,7 @@ def test_a_custom_objective_from_a_users_file(tmp_path):
     for name, body in blocks(page).items():
         (tmp_path / name).write_text(body)
     assert len((tmp_path / "huber.py").read_text().splitlines()) < 30
-    done = command("train", "--gin_file", "huber.gin", "--gin.train.steps=20", "--workdir", "run", cwd=tmp_path)
+    done = command("train", "huber.gin", "--on", "plane", "--gin.train.steps=20", "--workdir", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "huber_prediction.c = 0.05" in (tmp_path / "run" / "config.gin").read_text()
     assert command("sample", "run", "--num_samples", 4, cwd=tmp_path).returncode == 0

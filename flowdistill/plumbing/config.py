@@ -230,7 +230,7 @@ def statements(gin_file: str | Path) -> list[Statement]:
 
     Examples:
         >>> print(statements("freeflow/ring.gin")[0])
-        train.teacher = @ring()
+        distribution = @ring()
     """
     path = find_gin_file(gin_file)
     return statements_of(path.read_text(), str(path))

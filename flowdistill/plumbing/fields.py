@@ -53,7 +53,7 @@ def part_done(interval: tuple[float, float], progress: float) -> float:
     """How far a change between two parts of the training has come at ``progress``: from 0 at first to 1 at last.
 
     Examples:
-        >>> part_done((0.2, 0.6), 0.4)
+        >>> part_done((0.25, 0.75), 0.5)
         0.5
     """
     first, last = interval

@@ -254,7 +254,8 @@ def test_the_samples_of_a_teacher_are_those_of_its_weights(tmp_path):
         "        super().__init__(json.loads(pathlib.Path('means.json').read_text()), 0.01)\n"
     )
     (tmp_path / "recipe.gin").write_text(
-        "import mine\ninclude 'settings/plane.gin'\ninclude 'freeflow/freeflow.gin'\ndistribution = @of_a_file()\n"
+        "import mine\ninclude 'settings/plane.gin'\ninclude 'freeflow/freeflow.gin'\ninclude 'freeflow/plane.gin'\n"
+        "distribution = @of_a_file()\n"
     )
     (tmp_path / "tiny.gin").write_text(
         SUITE.replace("'freeflow', 'plane', 'freeflow.online_warmup = 0.0'", "'recipe.gin',")
