@@ -202,6 +202,6 @@ def _teacher(name: str | Path | None, run: Run, guidance: float | None) -> Teach
         ours, theirs = getattr(run.student, what), getattr(teacher, what)
         if ours != theirs:
             raise ConfigError(f"{what} of the student is {ours}, of the teacher {theirs}")
-    if guidance is not None and not isinstance(teacher, GuidedTeacher):
+    if guidance is not None and not teacher.takes_guidance:
         teacher = GuidedTeacher(teacher, guidance)
     return teacher.eval()
