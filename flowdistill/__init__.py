@@ -78,19 +78,30 @@ from flowdistill.runs.run import Run
 from flowdistill.runs.sampling import sample
 
 if TYPE_CHECKING:
+    from flowdistill.data import Dataset
+    from flowdistill.ema import Averaging
+    from flowdistill.evaluation.features import FeatureExtractor
+    from flowdistill.networks import VelocityNetwork
     from flowdistill.runs.evaluating import evaluate
-    from flowdistill.searching import SearchResult, search
+    from flowdistill.searching import SearchResult, SearchStrategy, search
+    from flowdistill.solvers import Solver
     from flowdistill.training import Training, TrainResult, train
     from flowdistill.training.planning import Plan, plan
 
 __version__ = "0.1.0"
 
-# Measuring, searching and training are imported when they are first asked for: loading a model needs none of them.
+# These are imported when they are first asked for: loading a model needs none of them.
 _HOMES = {
+    "Averaging": "flowdistill.ema",
+    "Dataset": "flowdistill.data",
+    "FeatureExtractor": "flowdistill.evaluation.features",
     "Plan": "flowdistill.training.planning",
     "SearchResult": "flowdistill.searching",
+    "SearchStrategy": "flowdistill.searching",
+    "Solver": "flowdistill.solvers",
     "TrainResult": "flowdistill.training",
     "Training": "flowdistill.training",
+    "VelocityNetwork": "flowdistill.networks",
     "evaluate": "flowdistill.runs.evaluating",
     "plan": "flowdistill.training.planning",
     "search": "flowdistill.searching",
@@ -98,6 +109,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Averaging",
     "CheckpointError",
     "CheckpointWriteError",
     "Condition",
@@ -105,10 +117,12 @@ __all__ = [
     "DATASETS",
     "DECODERS",
     "DataError",
+    "Dataset",
     "Decoder",
     "ExactTeacher",
     "FEATURES",
     "FLOW_MAPS",
+    "FeatureExtractor",
     "FlowDistillError",
     "FlowMap",
     "GeneratingVelocity",
@@ -132,6 +146,8 @@ __all__ = [
     "SOLVERS",
     "STATE_SOURCES",
     "SearchResult",
+    "SearchStrategy",
+    "Solver",
     "StateSource",
     "States",
     "Step",
@@ -146,6 +162,7 @@ __all__ = [
     "VELOCITY_ESTIMATORS",
     "VERIFIERS",
     "VelocityEstimator",
+    "VelocityNetwork",
     "Verifier",
     "convert",
     "evaluate",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib
 import inspect
 import logging
@@ -34,6 +35,7 @@ def recipe_roots() -> list[Path]:
     return [*packages, Path(__file__).parents[1] / "configs"]
 
 
+@functools.cache
 def recipes() -> list[str]:
     """The names of all packaged recipes: the gin files that bind an objective and its steps, or include one that does.
 
@@ -48,6 +50,7 @@ def gin_files() -> list[str]:
     return sorted(found)
 
 
+@functools.cache
 def methods() -> dict[str, Path]:
     """The packaged methods by name: the gin files that bind an objective and leave the rest to a setting."""
     found = {}
@@ -58,6 +61,7 @@ def methods() -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
+@functools.cache
 def settings() -> dict[str, Path]:
     """The packaged settings by name: a teacher, a student, an optimiser, a budget, data and an evaluation."""
     found = (Path(__file__).parents[1] / "configs" / "settings").glob("*.gin")

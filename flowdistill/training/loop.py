@@ -214,9 +214,10 @@ class Loop:
     @property
     def counters(self) -> dict[str, int]:
         """Evaluations of student, teacher and the objective's own models so far, by all processes, per sample."""
-        models = {"student": self.student, "teacher": self.teacher, **self._extra}
-        counted = {name: model for name, model in models.items() if isinstance(model, (FlowMap, Teacher))}
-        ours = {"teacher_evaluations": 0} | {f"{name}_evaluations": m.evaluations for name, m in counted.items()}
+        models: dict[str, Any] = {"student": self.student, "teacher": self.teacher, **self._extra}
+        counts = {f"{name}_evaluations": getattr(model, "evaluations", None) for name, model in models.items()}
+        counts["teacher_evaluations"] = counts["teacher_evaluations"] or 0
+        ours = {name: count for name, count in counts.items() if count is not None}
         parts = gathered(ours)
         return {name: self._base_counters.get(name, 0) + sum(part[name] for part in parts) for name in ours}
 

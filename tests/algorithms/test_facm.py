@@ -30,7 +30,7 @@ from flowdistill.pairs import ToData
 from flowdistill.plumbing import config
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.testing import check_flow_map, check_objective
-from flowdistill.times import ArctanLogNormal, Maximum
+from flowdistill.times import ArctanLogNormal
 from flowdistill.velocities import ConditionalVelocity
 from flowdistill.wrapped_teachers import NetworkTeacher
 
@@ -338,7 +338,7 @@ def test_times_follow_the_published_law():
     draws = law.sample(20_000, generator).sort().values.double()
     empirical = (torch.arange(20_000) + 0.5) / 20_000
     assert (law.cdf(draws) - empirical).abs().max() < 1.95 / 20_000**0.5
-    t = Maximum(law=law).sample(1000, generator)
+    t = law.sample(1000, generator)
     assert (law.sample_below(t, generator) <= t).all()
 
 
