@@ -35,7 +35,6 @@ def recipe_roots() -> list[Path]:
     return [*packages, Path(__file__).parents[1] / "configs"]
 
 
-@functools.cache
 def recipes() -> list[str]:
     """The names of all packaged recipes: the gin files that bind an objective and its steps, or include one that does.
 
