@@ -163,21 +163,18 @@ class Reference:
 
 @attrs.frozen
 class Statement:
-    """A binding of a gin file as data: ``scope/selector.parameter = value``, or ``name = value``, which sets a macro.
-
-    Attributes:
-        scope: "" where there is none.
-        selector: what has the parameter, perhaps with modules before its name; "" where the statement sets a macro.
-        parameter: its name, or the name of the macro.
-        value: of numbers, strings, containers, and each `Reference` where a gin file refers to a part.
-        place: the file and the line, for messages.
-    """
+    """A binding of a gin file as data: ``scope/selector.parameter = value``, or ``name = value`` of a macro."""
 
     scope: str
+    """The scope; "" if there is none."""
     selector: str
+    """The name of the part that has the parameter, perhaps with modules before it; "" if the statement sets a macro."""
     parameter: str
+    """The name of the parameter, or of the macro."""
     value: Any
+    """Numbers, strings, containers, and a `Reference` for each reference to a part."""
     place: str = attrs.field(eq=False)
+    """The file and the line, for messages."""
 
     @property
     def name(self) -> str:
