@@ -10,7 +10,8 @@ DEMO ?= runs/demo
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_FALLBACK ?= torch==2.13.0
 
-SUITES = toy digits mismatch synergy errors ablations mnist_ablations guidance  # mnist: by hand, in a night
+SUITES = toy digits freeflow mismatch synergy ablations mnist_ablations guidance fashion_mnist  # mnist: in a night
+DELTAS = (0.125, 0.25, 0.5, 0.75, 0.9, 1.0)  # of docs/claims/errors.md
 
 .PHONY: demo test test-all lint docs benchmarks clean
 
@@ -38,18 +39,14 @@ benchmarks: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/teachers.py mnist_sit
 	$(VENV)/bin/python benchmarks/teachers.py mnist_edm2
 	$(VENV)/bin/python benchmarks/teachers.py fashion_sit
-	$(VENV)/bin/python benchmarks/freeflow.py mnist
-	$(VENV)/bin/python benchmarks/freeflow.py digits --jobs 2
-	$(VENV)/bin/python benchmarks/freeflow.py ring --jobs 2
-	$(VENV)/bin/python benchmarks/freeflow.py digits_choices --jobs 2
-	$(VENV)/bin/python benchmarks/freeflow.py ring_choices --jobs 2
 	$(VENV)/bin/python benchmarks/pseudo_velocity.py
 	$(VENV)/bin/python benchmarks/search.py digits --jobs 2
 	$(VENV)/bin/python benchmarks/search.py mnist --jobs 2
-	rm -f $(SUITES:%=benchmarks/results/%/results.json) benchmarks/results/toy_quick/results.json
+	rm -f $(SUITES:%=benchmarks/results/%/results.json) benchmarks/results/toy_quick/results.json benchmarks/results/errors/results.json
 	for suite in $(SUITES); do \
 		$(RUN) flowdistill bench $$suite --jobs 2 --out benchmarks/results/$$suite || exit 1; \
 	done
+	$(RUN) flowdistill bench synergy --gin.bench.budgets="(150_000,)" --gin.bench.deltas="$(DELTAS)" --jobs 2 --out benchmarks/results/errors
 	$(RUN) flowdistill bench toy --quick --gin.bench.seeds="(1, 2, 3)" --jobs 2 --out benchmarks/results/toy_quick
 
 clean:

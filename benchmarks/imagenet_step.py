@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 import torch
+from reports import report
 from safetensors.torch import save_file
-from trainings import report
 
 import flowdistill
 from flowdistill.networks.sit import SiT

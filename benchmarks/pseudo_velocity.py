@@ -11,7 +11,7 @@ relative error is a root mean square over that of v_N. The table goes to benchma
 from __future__ import annotations
 
 import torch
-from trainings import SEEDS, report
+from reports import SEEDS, report
 
 from flowdistill.algorithms.freeflow import FreeFlow, FreeFlowCorrection, FreeFlowPrediction, FreeFlowPseudo
 from flowdistill.bench.tables import cell

@@ -5,8 +5,8 @@
 Students are trained by FreeFlow's prediction alone, by its correction alone and by both, with three seeds and at equal
 steps; a search goes by `feature_distance` and is judged also by what it did not look at: a logistic regression on
 pixels that has been fitted to samples of the teacher (log-probability of the class that was asked for), fid and recall.
-Trainings lie in runs/benchmarks/ and searches in their runs; finished ones are not repeated. Tables and figures, mean ±
-standard deviation over the seeds, are written to benchmarks/results/ and docs/assets/.
+`flowdistill bench` trains in runs/bench/, and searches lie in their runs; finished ones are not repeated. Tables and
+figures, mean ± standard deviation over the seeds, are written to benchmarks/results/ and docs/assets/.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import argparse
 import json
 import os
 import statistics
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,12 @@ from typing import Any
 import attrs
 import numpy as np
 import torch
-from freeflow import MOMENTUM, PREDICTION_ALONE
+from reports import RESULTS, SEEDS, report
 from sklearn.linear_model import LogisticRegression
-from trainings import RESULTS, SEEDS, Variant, report, train
 
 import flowdistill
 from flowdistill import Condition, Teacher
+from flowdistill.bench import bench
 from flowdistill.bench.tables import Cells, cell
 from flowdistill.evaluation import measure, reference_set, sample_set
 from flowdistill.evaluation.plots import curves
@@ -40,6 +40,9 @@ from flowdistill.searching import FeatureDistance
 from flowdistill.solvers import Euler
 
 ASSETS = Path(__file__).parents[1] / "docs" / "assets"
+RUNS = Path("runs/bench")
+PREDICTION_ALONE = "train.objective = @freeflow_prediction()"
+MOMENTUM = "AdamW.betas = (0.9, 0.99)"
 CORRECTION_ALONE = (  # VSD without momentum, with which it collapses (docs/claims/synergy.md), as FreeFlow corrects
     "vsd.weighting = 'none'",
     "vsd.times = @logit_normal()",
@@ -47,24 +50,32 @@ CORRECTION_ALONE = (  # VSD without momentum, with which it collapses (docs/clai
     "logit_normal.std = 1.6",
     "train.states = @prior()",
 )
-AS_THE_OTHERS = {
-    "digits": (
-        "prior.guidance = (1.0, 1.5)",
-        "told_guidance = 1.1",
-        "evaluation.guidance = 1.1",
-        "AdamW.lr = 2e-3",
-    ),
-    "mnist": (),
-}
-# The committed searches are by students of the correction that FreeFlow had on mnist_sit before.
-CORRECTED = {
-    "digits": (),
-    "mnist": (
-        "freeflow.alpha = 1.0",
-        "freeflow.correction_start = 0.775",
-        "freeflow_correction.guidance_interval = None",
-        MOMENTUM,
-    ),
+STUDENTS = {
+    "digits": {
+        "prediction alone": ("freeflow/digits.gin", PREDICTION_ALONE, MOMENTUM),
+        "correction alone": (
+            "vsd",
+            "digits",
+            *CORRECTION_ALONE,
+            "prior.guidance = (1.0, 1.5)",
+            "told_guidance = 1.1",
+            "evaluation.guidance = 1.1",
+            "AdamW.lr = 2e-3",
+        ),
+        "both": ("freeflow/digits.gin",),
+    },
+    "mnist": {
+        "prediction alone": ("freeflow", "mnist_sit", PREDICTION_ALONE, MOMENTUM),
+        "correction alone": ("vsd", "mnist_sit", *CORRECTION_ALONE),
+        "both": (  # with the correction that FreeFlow had on mnist_sit when the committed searches were made
+            "freeflow",
+            "mnist_sit",
+            "freeflow.alpha = 1.0",
+            "freeflow.correction_start = 0.775",
+            "freeflow_correction.guidance_interval = None",
+            MOMENTUM,
+        ),
+    },
 }
 STEPS = 16  # of the teacher at the end of a search
 ALONE = (16, 32, 64)  # steps of the teacher without search
@@ -74,16 +85,14 @@ NOISES = 100  # of each class, for rank correlations
 COLUMNS = ("cost", "score", "second", "fid", "recall")
 
 
-def variants(suite: str) -> dict[str, Variant]:
-    """The trainings of the students, by how they are named in the table."""
-    recipe, setting = {"digits": ("freeflow/digits.gin", None), "mnist": ("freeflow", "mnist_sit")}[suite]
-    correction_alone = (*CORRECTION_ALONE, *AS_THE_OTHERS[suite])
-    found = [
-        Variant("prediction alone", recipe, (PREDICTION_ALONE, MOMENTUM), setting),
-        Variant("correction alone", "vsd", correction_alone, setting or suite),
-        Variant("both", recipe, CORRECTED[suite], setting),
-    ]
-    return {variant.name: variant for variant in found}
+def trained(suite: str, jobs: int, steps: int | None) -> dict[tuple[str, int], Path]:
+    """The runs of the students, by how they are named in the table and their seed."""
+    bindings = [f"bench.rows = {STUDENTS[suite]}", f"bench.seeds = {SEEDS}"]
+    if steps is not None:
+        bindings += [f"bench.seeds = {SEEDS[:1]}", f"train.steps = {steps}"]
+    results = bench("freeflow", bindings=bindings, runs=RUNS, out=RUNS / f"search_{suite}", jobs=jobs)
+    records = json.loads((results / "results.json").read_text())["records"]
+    return {(r["name"], r["seed"]): RUNS / r["run"] for r in records if r["name"] != "teacher"}
 
 
 @attrs.frozen
@@ -194,12 +203,10 @@ def main() -> None:
     parser.add_argument("--num_samples", type=int, default=500, help="of each search")
     parser.add_argument("--steps", type=int, help="training steps of one seed: a quick look, not written")
     options = parser.parse_args()
-    students, threads = variants(options.suite), max(1, (os.cpu_count() or 1) // options.jobs)
+    students, threads = STUDENTS[options.suite], max(1, (os.cpu_count() or 1) // options.jobs)
     torch.set_num_threads(threads)
     seeds, n = SEEDS if options.steps is None else SEEDS[:1], options.num_samples
-    with ThreadPoolExecutor(options.jobs) as pool:
-        jobs = {(k, s): pool.submit(train, v, s, threads, options.steps) for s in seeds for k, v in students.items()}
-        runs = {key: job.result() for key, job in jobs.items()}
+    runs = trained(options.suite, options.jobs, options.steps)
     rows: dict[str, list[dict[str, float]]] = {}
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as processes:
         judge = processes.submit(judge_of, options.suite, runs["both", seeds[0]]).result()
@@ -225,7 +232,7 @@ def main() -> None:
         plot(rows, students, ASSETS / f"search_{options.suite}.png")
 
 
-def plot(rows: dict[str, list[dict[str, float]]], students: dict[str, Variant], path: Path) -> None:
+def plot(rows: dict[str, list[dict[str, float]]], students: Iterable[str], path: Path) -> None:
     """The distance to the class means, which is minus the score, against the evaluations."""
 
     def line(names: list[str]) -> list[tuple[float, list[float]]]:

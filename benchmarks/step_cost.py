@@ -20,7 +20,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from trainings import report
+from reports import report
 
 import flowdistill
 from flowdistill.algorithms.freeflow import FreeFlowCorrection, FreeFlowPrediction

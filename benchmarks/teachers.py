@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import attrs
-from trainings import SEEDS, report
+from reports import SEEDS, report
 
 import flowdistill
 from flowdistill.bench.tables import cell

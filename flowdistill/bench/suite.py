@@ -82,8 +82,9 @@ class Suite:
     """The trainings of a gin file, which binds these attributes as ``bench.rows`` and so on."""
 
     rows: Mapping[str, Sequence[str]] = attrs.field(validator=min_len(1))
-    """A method, a setting and bindings by the title of the row, or a gin file and bindings. By the title of a table,
-    ``*`` in the name of the method makes a row of every packaged method that matches."""
+    """A method, a setting and bindings by the title of the row, or a gin file and bindings. ``TABLE: ROW`` puts a row
+    into a table of its own. By the title of a table, ``*`` in the name of the method makes a row of every packaged
+    method that matches."""
     bindings: Sequence[str] = ()
     """The bindings for all rows whose recipes have the part that they set: ``mnist.folder = '...'`` does not disturb
     methods without data."""
@@ -102,8 +103,9 @@ class Suite:
     """The jumps at which students are measured."""
     deltas: Sequence[float] = ()
     """The durations at which the distance of students from the teacher's trajectories is measured."""
-    metrics: Sequence[str] = attrs.field(default=("fid", "precision", "recall"), validator=min_len(1))
-    """The registered metrics; students are ranked by the first, of which less is better."""
+    metrics: Sequence[str] = ()
+    """The registered metrics; none is each table's own, those of its recipes. Students are ranked by the first, of
+    which less is better."""
     quick: Sequence[str] = ()
     """The bindings, of the suite and of all rows, that make it a matter of minutes."""
 
@@ -113,7 +115,8 @@ class Suite:
         for title, (method, *bindings) in self.rows.items():
             setting = bindings.pop(0) if bindings and "=" not in bindings[0] else None
             if "*" not in method:
-                found.append(_row("", title, method, setting, bindings))
+                group, _, name = title.rpartition(": ")
+                found.append(_row(group, name, method, setting, bindings))
                 continue
             if setting is None:
                 raise ConfigError(f"bench.rows: {method!r} needs a setting, such as 'digits'")
@@ -178,7 +181,7 @@ class Suite:
 
     def _measured(self, teacher_steps: Sequence[int]) -> list[str]:
         return [
-            f"evaluation.metrics = {tuple(self.metrics)}",
+            *([f"evaluation.metrics = {tuple(self.metrics)}"] if self.metrics else []),
             f"evaluation.teacher_steps = {tuple(teacher_steps)}",
             f"evaluation.student_steps = {tuple(self.student_steps)}",
             *([f"evaluation.deltas = {tuple(self.deltas)}"] if self.deltas else []),

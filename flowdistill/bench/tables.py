@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import attrs
+
 from flowdistill.bench.suite import Suite
 from flowdistill.evaluation.plots import curves, ranking
 from flowdistill.plumbing.files import write_json, write_text
@@ -18,17 +20,24 @@ Cells: TypeAlias = list[list[str]]
 Section: TypeAlias = tuple[str, Cells | str]  # a title, and a table or the name of a picture
 
 
-def write_tables(name: str, suite: Suite, records: Sequence[Record], out: Path) -> None:
-    """Write everything into a directory."""
+def write_tables(name: str, whole: Suite, records: Sequence[Record], out: Path) -> None:
+    """Write everything about the records of the whole suite into a directory."""
     write_json(out / "results.json", {"suite": name, "records": list(records)})
     sections: list[Section] = []
     for group in dict.fromkeys(record["group"] for record in records):
         ours = [record for record in records if record["group"] == group]
+        suite = attrs.evolve(whole, metrics=whole.metrics or _metrics(ours))
         stem = "_".join(filter(None, (group.lower().replace(" ", "_"), "quality")))
         sections += _swept(suite, group, stem, ours, out) if suite.sweep else _compared(suite, group, stem, ours, out)
-    note = _note(suite, records)
+    note = _note(whole, records)
     write_text(out / "table.md", _markdown(sections, note))
     write_text(out / "table.html", _html(name, sections, note))
+
+
+def _metrics(records: Sequence[Record]) -> list[str]:
+    """The metrics that were measured, in the order of the recipe."""
+    columns = dict.fromkeys(c for record in records for row in record.get("rows", {}).values() for c in row)
+    return [c for c in columns if c != "evaluations" and not c.endswith("_to_teacher")]
 
 
 def _compared(suite: Suite, group: str, stem: str, records: Sequence[Record], out: Path) -> list[Section]:

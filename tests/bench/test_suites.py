@@ -1,5 +1,7 @@
 """Suites: which trainings they ask for, and at which cost."""
 
+from pathlib import Path
+
 import pytest
 
 from flowdistill import ConfigError
@@ -24,10 +26,7 @@ def test_packaged_suites_hold_every_method(name):
         assert [row.files for row in rows] == [tuple(config.composed(row.name, setting)) for row in rows]
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["toy", "digits", "mnist", "mismatch", "synergy", "errors", "ablations", "mnist_ablations", "guidance"],
-)
+@pytest.mark.parametrize("name", [Path(file).stem for file in config.gin_files() if file.startswith("suites/")])
 def test_packaged_suites_have_a_quick_version(name):
     suite, quick = load_suite(name), load_suite(name, quick=True)
     assert len(quick.seeds) < len(suite.seeds)
