@@ -151,9 +151,12 @@ def record(name, seed, value, budget=None):
     }  # fmt: skip
 
 
+W2 = "bench.metrics = ('w2',)"
+
+
 def table_of(values):
     seeds = range(max(map(len, values.values())))
-    suite = load_suite("toy", [f"bench.seeds = {tuple(seeds)}"])
+    suite = load_suite("toy", [f"bench.seeds = {tuple(seeds)}", W2])
     records = [record(name, seed, v) for name, seeds in values.items() for seed, v in enumerate(seeds)]
     return student_table(suite, records)
 
@@ -169,11 +172,24 @@ def test_the_best_is_bold_outside_the_spread_alone():
 
 def test_a_row_says_how_many_seeds_it_lacks():
     """Those that failed, and those that results from elsewhere do not hold."""
-    suite = load_suite("toy")
+    suite = load_suite("toy", [W2])
     failed = {"name": "a", "seed": 3, "error": "killed"}
     assert student_table(suite, [record("a", 1, 1.0), record("a", 2, 1.5), failed])[1][0] == "a (2 of 3 seeds)"
     records = [record("a", 1, 1.0), *(record("b", seed, 1.0) for seed in (1, 2, 3))]
     assert [row[0] for row in student_table(suite, records)[1:]] == ["a (1 of 3 seeds)", "b"]
+
+
+def test_each_table_has_the_metrics_of_its_recipes(tmp_path):
+    suite = load_suite("toy", ["bench.rows = {'Plane: A': ('freeflow', 'plane'), 'Digits: B': ('freeflow', 'digits')}"])
+    assert [(row.group, row.name) for row in suite.table()] == [("Plane", "A"), ("Digits", "B")]
+    plane, digits = (record(name, 1, 1.0) | {"group": group} for group, name in (("Plane", "A"), ("Digits", "B")))
+    digits["rows"] = {"student, 1 step": {"evaluations": 1.0, "fid": 2.0, "recall": 0.5, "fid_to_teacher": 1.5}}
+    write_tables("two", suite, [plane, digits], tmp_path)
+    heads = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("|  |")]
+    assert heads == [
+        "|  | w2, 1 step | steps | student | teacher | others |",
+        "|  | fid, 1 step | fid to teacher, 1 step | recall | steps | student | teacher | others |",
+    ]
 
 
 def test_budgets_have_a_table_each_and_a_plot(tmp_path):
