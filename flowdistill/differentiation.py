@@ -20,11 +20,12 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from flowdistill.interfaces import FlowMap, Jump
+from flowdistill.networks import ForcedWeight
 from flowdistill.networks.attention import plain_attention
 from flowdistill.paths import expand_time
 
@@ -49,7 +50,7 @@ def jvp(
     Jacobian-vector product without one. The plain pass is first because networks in training mode may replace their
     weights on the way, which a product cannot. Attention runs in its plain form within the product, since fused kernels
     have no forward-mode derivative. With ``graph`` the derivative has one as well, from a single pass that keeps about
-    2.5 times the memory; layers that replace their weights do so before, by a method ``replace_weight``, and attention
+    2.5 times the memory; each `ForcedWeight` replaces its own before, and attention
     and layer normalisation are written out. Dropout has the same masks in both passes.
     """
     x, t, s, condition = jump
@@ -62,9 +63,8 @@ def jvp(
     plain = None
     if graph:
         for module in student.modules():
-            replace = getattr(module, "replace_weight", None)
-            if replace is not None:
-                replace()
+            if isinstance(module, ForcedWeight):
+                module.replace_weight()
     else:
         plain = evaluate(student, jump)
         masks.again()
@@ -77,11 +77,11 @@ def jvp(
 
 
 class _Masks:
-    """Lets the next evaluation draw the dropout masks of the first, where there is dropout in training mode."""
+    """Lets the next evaluation draw the dropout masks of the first, in training mode."""
 
     def __init__(self, student: FlowMap, device: torch.device) -> None:
         self._device, self._states = device, []
-        if student.training and any(getattr(m, "dropout", 0) or isinstance(m, nn.Dropout) for m in student.modules()):
+        if student.training:
             self._states = [torch.get_rng_state()]
             if device.type == "cuda":
                 self._states.append(torch.cuda.get_rng_state(device))

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from edm2_files import released
+from packaged import packaged
 
 import flowdistill
 from flowdistill import (
@@ -86,7 +87,7 @@ CHECKPOINTS = {"sit_teacher": sit_file, "edm2_teacher": edm2_file}
 TRAINED = {"digits_teacher": 0.5, "mnist_sit": 1.0, "mnist_edm2": 2.0, "fashion_sit": 1.0}  # only near what is exact
 
 
-@pytest.mark.parametrize("name", TEACHERS.names())
+@pytest.mark.parametrize("name", packaged(TEACHERS))
 def test_teachers(name, tmp_path):
     arguments = TEACHER_ARGUMENTS.get(name, {})
     if name in CHECKPOINTS:
@@ -112,7 +113,7 @@ FLOW_MAP_BUILDERS = {
 }
 
 
-@pytest.mark.parametrize("name", FLOW_MAPS.names())
+@pytest.mark.parametrize("name", packaged(FLOW_MAPS))
 def test_flow_maps(name):
     check_flow_map(FLOW_MAP_BUILDERS[name]())
 
@@ -128,7 +129,7 @@ ESTIMATOR_ARGUMENTS = {
 }
 
 
-@pytest.mark.parametrize("name", VELOCITY_ESTIMATORS.names())
+@pytest.mark.parametrize("name", packaged(VELOCITY_ESTIMATORS))
 def test_velocity_estimators(name):
     estimator = VELOCITY_ESTIMATORS.build(name, **ESTIMATOR_ARGUMENTS.get(name, dict)())
     conditioning = "two_time" if name == "pseudo_velocity" else "anchored"
@@ -172,7 +173,7 @@ CHECKS = [check.name for check in objective_checks(None, None, None)]  # which t
 
 
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("name", OBJECTIVES.names())
+@pytest.mark.parametrize("name", packaged(OBJECTIVES))
 def test_objectives(name, check):
     objective, teacher = objective_of(name), network_teacher()
     student = student_for(objective, teacher)
@@ -180,15 +181,15 @@ def test_objectives(name, check):
     next(found for found in checks if found.name == check)()
 
 
-@pytest.mark.parametrize("name", OBJECTIVES.names())
+@pytest.mark.parametrize("name", packaged(OBJECTIVES))
 def test_objectives_are_cited(name):
     assert objective_of(name).citation.startswith("@")
 
 
-TARGETED = [name for name in OBJECTIVES.names() if isinstance(objective_of(name), VelocityObjective)]
+TARGETED = [name for name in packaged(OBJECTIVES) if isinstance(objective_of(name), VelocityObjective)]
 
 
-@pytest.mark.parametrize("source", STATE_SOURCES.names())
+@pytest.mark.parametrize("source", packaged(STATE_SOURCES))
 @pytest.mark.parametrize("name", TARGETED)
 def test_objectives_of_the_teachers_velocity_take_states_from_anywhere(name, source):
     """With the teacher's velocity they need no data, whatever they are made for."""
@@ -217,7 +218,7 @@ def test_freeflow_on_a_guided_teacher():
     check_objective(FreeFlow(), from_teacher(teacher, "anchored", 1.25), teacher)
 
 
-@pytest.mark.parametrize("name", PAIRS.names())
+@pytest.mark.parametrize("name", packaged(PAIRS))
 def test_laws_of_times(name):
     check_pairs(PAIRS.build(name))
 

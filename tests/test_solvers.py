@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from packaged import packaged
 
 from flowdistill import SOLVERS, Condition
 from flowdistill.networks import MLP
@@ -9,7 +10,7 @@ from flowdistill.solvers import Dopri5, Edm, Euler, EulerMaruyama, Heun, OdeSolv
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.wrapped_teachers import NetworkTeacher
 
-OF_ODES = [name for name in SOLVERS.names() if issubclass(SOLVERS.get(name), OdeSolver)]
+OF_ODES = [name for name in packaged(SOLVERS) if issubclass(SOLVERS.get(name), OdeSolver)]
 
 
 @pytest.fixture
@@ -185,7 +186,7 @@ class Recording(NetworkTeacher):
         return super().velocity(x, t, condition)
 
 
-@pytest.mark.parametrize("name", SOLVERS.names())
+@pytest.mark.parametrize("name", packaged(SOLVERS))
 def test_states_may_be_in_double_precision_over_a_network_in_single(name):
     torch.manual_seed(0)
     network = MLP(dim=2, hidden_size=8, depth=1, num_classes=3)
@@ -208,7 +209,7 @@ def test_states_may_be_in_double_precision_over_a_network_in_single(name):
     torch.testing.assert_close(samples, double, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", SOLVERS.names())
+@pytest.mark.parametrize("name", packaged(SOLVERS))
 def test_states_may_be_in_single_precision_over_a_teacher_in_double(name, teacher):
     settings = {"atol": 1e-4, "rtol": 1e-4} if name == "dopri5" else {"steps": 6}
     generator = torch.Generator().manual_seed(1)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from packaged import packaged
 
 import flowdistill
 from flowdistill import STATE_SOURCES, ConfigError
@@ -39,7 +40,7 @@ def build(name, teacher):
     return STATE_SOURCES.build(name, **({"dataset": ExactSamples(teacher)} if name == "noised_data" else {}))
 
 
-@pytest.mark.parametrize("name", STATE_SOURCES.names())
+@pytest.mark.parametrize("name", packaged(STATE_SOURCES))
 def test_every_source_draws_states_from_its_generator(name, pair):
     source = build(name, pair[1])
     source.setup(*pair)
@@ -58,7 +59,7 @@ def test_every_source_draws_states_from_its_generator(name, pair):
 def test_sources_draw_the_times_of_the_law(pair):
     """All of them the same, for the same generator; the prior stands at t = 1 and keeps the ratio s/t."""
     t, s = LAW.sample(16, generator())
-    for name in STATE_SOURCES.names():
+    for name in packaged(STATE_SOURCES):
         source = build(name, pair[1])
         source.setup(*pair)
         states = source.sample(16, Fixed(t, s), generator())

@@ -2,6 +2,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from packaged import packaged
 
 from flowdistill import TIME_SAMPLERS, ConfigError
 from flowdistill.interfaces import TimeSampler
@@ -14,7 +15,7 @@ def generator():
     return torch.Generator().manual_seed(0)
 
 
-@pytest.mark.parametrize("name", TIME_SAMPLERS.names())
+@pytest.mark.parametrize("name", packaged(TIME_SAMPLERS))
 def test_every_law_draws_float32_times_in_the_unit_interval(name):
     times = TIME_SAMPLERS.build(name).sample(1000, generator())
     assert times.shape == (1000,)
@@ -56,7 +57,7 @@ def test_point_mass():
     assert (WithPointMass(fraction=1.0, value=0.3).sample(10, generator()) == 0.3).all()
 
 
-ENDS = [name for name in TIME_SAMPLERS.names() if isinstance(TIME_SAMPLERS.build(name), EndSampler)]
+ENDS = [name for name in packaged(TIME_SAMPLERS) if isinstance(TIME_SAMPLERS.build(name), EndSampler)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -16,7 +16,7 @@ from flowdistill.algorithms.corrections import CorrectionObjective, one_step_sam
 from flowdistill.algorithms.identities import noised, pull
 from flowdistill.algorithms.references import bibtex
 from flowdistill.flow_maps import NetworkFlowMap
-from flowdistill.interfaces import Condition, FlowMap, ObjectiveOutput, States, Step, Teacher, TimeSampler
+from flowdistill.interfaces import Condition, Counted, FlowMap, ObjectiveOutput, States, Step, Teacher, TimeSampler
 from flowdistill.networks import Linear, VelocityNetwork
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.registry import register_objective
@@ -42,7 +42,7 @@ class VSD(CorrectionObjective):
     weighting: Literal["none", "dmd"] = attrs.field(default="dmd", validator=in_(("none", "dmd")))
 
 
-class _Discriminator(nn.Module):
+class _Discriminator(nn.Module, Counted):
     """The logit of a noised sample: a linear layer on the output of a network."""
 
     def __init__(self, network: VelocityNetwork, guidance: float | None) -> None:

@@ -1,5 +1,6 @@
 """The abstractions of the library and the records that they exchange."""
 
+from flowdistill.interfaces._counting import Counted
 from flowdistill.interfaces.condition import NULL_LABEL, Condition, Guidance
 from flowdistill.interfaces.decoder import Decoder
 from flowdistill.interfaces.flow_map import FlowMap, Jumps
@@ -20,6 +21,7 @@ from flowdistill.interfaces.verifier import Verifier
 __all__ = [
     "NULL_LABEL",
     "Condition",
+    "Counted",
     "Decoder",
     "ExactTeacher",
     "FlowMap",

@@ -1,4 +1,4 @@
-"""Counting of network evaluations, shared by teachers and flow maps."""
+"""Counting of network evaluations, shared by teachers, flow maps and the models of objectives."""
 
 from __future__ import annotations
 
@@ -7,6 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+
+
+class Counted:
+    """A model that counts its evaluations; the log and the budgets of searches read the count."""
+
+    _evaluations: int = 0
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of the network (or closed form) so far, counted per sample."""
+        return self._evaluations
 
 
 def counted(method: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowdistill.interfaces._counting import counted
+from flowdistill.interfaces._counting import Counted, counted
 from flowdistill.interfaces.condition import Condition
 from flowdistill.interfaces.decoder import Decoder
 from flowdistill.paths import expand_time, interpolate
@@ -34,7 +34,7 @@ class Jumps(enum.Flag):
     """All jumps with s <= t, and the velocity."""
 
 
-class FlowMap(nn.Module, ABC):
+class FlowMap(nn.Module, Counted, ABC):
     """A flow map X(x, t, s) = x - (t - s) F(x, t, s) for s <= t, with F the average velocity over [s, t].
 
     On the diagonal F(x, t, t) is the instantaneous velocity u(x, t).
@@ -50,7 +50,6 @@ class FlowMap(nn.Module, ABC):
     """The jumps that are meaningful."""
     guidance: float | None = None
     """The guidance scale of samples that name none; None for a map that takes no scales."""
-    _evaluations: int = 0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -80,11 +79,6 @@ class FlowMap(nn.Module, ABC):
     def backbone(self) -> nn.Module | None:
         """The network that is the velocity F(x, t, t) as it stands, and may be copied; None if there is none."""
         return None
-
-    @property
-    def evaluations(self) -> int:
-        """Evaluations of the network (or closed form) so far, counted per sample."""
-        return self._evaluations
 
     @torch.no_grad()
     def sample(

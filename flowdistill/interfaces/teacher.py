@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from flowdistill.interfaces._counting import counted
+from flowdistill.interfaces._counting import Counted, counted
 from flowdistill.interfaces.condition import Condition
 from flowdistill.interfaces.decoder import Decoder
 
 
-class Teacher(nn.Module, ABC):
+class Teacher(nn.Module, Counted, ABC):
     """A marginal velocity field u(x, t) = dx/dt of the linear path, t = 1 noise, t = 0 data.
 
     Subclasses set ``sample_shape`` and, if class-conditional, ``num_classes``, and implement
@@ -41,7 +41,8 @@ class Teacher(nn.Module, ABC):
     """Turns samples into images; None if the samples themselves are shown."""
     takes_guidance: bool = False
     """Whether the velocity follows the guidance of its condition."""
-    _evaluations: int = 0
+    suffixes: ClassVar[tuple[str, ...]] = ()
+    """The suffixes of other people's files that a teacher reads from its argument ``checkpoint``."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -60,11 +61,6 @@ class Teacher(nn.Module, ABC):
     def backbone(self) -> nn.Module | None:
         """The network that is this velocity and that a student may copy; None if there is none."""
         return None
-
-    @property
-    def evaluations(self) -> int:
-        """Evaluations of a network (or closed form) so far, counted per sample."""
-        return self._evaluations
 
     @property
     def device(self) -> torch.device:

@@ -1,6 +1,6 @@
 """Networks that predict velocities, and the layers they are made of."""
 
-from flowdistill.networks.base import VelocityNetwork
+from flowdistill.networks.base import ForcedWeight, VelocityNetwork
 from flowdistill.networks.edm2 import EDM2
 from flowdistill.networks.embeddings import LabelEmbedding, ScalarEmbedding
 from flowdistill.networks.linear import Linear
@@ -8,4 +8,14 @@ from flowdistill.networks.lora import add_lora
 from flowdistill.networks.mlp import MLP
 from flowdistill.networks.sit import SiT
 
-__all__ = ["EDM2", "MLP", "LabelEmbedding", "Linear", "ScalarEmbedding", "SiT", "VelocityNetwork", "add_lora"]
+__all__ = [
+    "EDM2",
+    "MLP",
+    "ForcedWeight",
+    "LabelEmbedding",
+    "Linear",
+    "ScalarEmbedding",
+    "SiT",
+    "VelocityNetwork",
+    "add_lora",
+]

@@ -78,6 +78,17 @@ class VelocityNetwork(nn.Module, ABC):
         raise ConfigError(f"{type(self).__name__} has no output layer that could be widened")
 
 
+class ForcedWeight(nn.Module, ABC):
+    """A layer that in training mode replaces its weights by others, before it uses them.
+
+    A Jacobian-vector product cannot replace weights on the way, so `flowdistill.differentiation` asks for it before.
+    """
+
+    @abstractmethod
+    def replace_weight(self) -> None:
+        """Replace the weights where that is due; a second call changes nothing."""
+
+
 def widened(layer: nn.Linear, channels: int, kept: int, copies: int, extra: int) -> Linear:
     """A layer that repeats the outputs of another.
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowdistill.networks.attention import attention
-from flowdistill.networks.base import VelocityNetwork
+from flowdistill.networks.base import ForcedWeight, VelocityNetwork
 from flowdistill.paths import expand_time
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.registry import register_network
@@ -79,7 +79,7 @@ class MPFourier(nn.Module):
         return math.sqrt(2) * angles.cos()
 
 
-class MPConv(nn.Module):
+class MPConv(ForcedWeight):
     """A convolution (or, without a kernel, a linear layer) of which only the directions of the weights count.
 
     Each output's weights are scaled to unit length (equation 47), so that the layer preserves magnitudes. In training

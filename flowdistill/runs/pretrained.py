@@ -148,7 +148,8 @@ def load_file(path: str | Path, **kwargs: Any) -> Teacher:
         ConfigError: no registered teacher reads such files.
     """
     suffix = Path(path).suffix
-    suffixes = {name: getattr(TEACHERS.get(name), "suffixes", ()) for name in TEACHERS.names()}
+    kinds = {name: TEACHERS.get(name) for name in TEACHERS.names()}
+    suffixes = {n: kind.suffixes for n, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Teacher)}
     for name, read in suffixes.items():
         if suffix in read:
             teacher: Teacher = TEACHERS.build(name, checkpoint=path, **kwargs)

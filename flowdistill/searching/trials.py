@@ -11,7 +11,6 @@ import attrs
 import torch
 from torch import Tensor
 
-from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import Condition, FlowMap, Jumps, Teacher, Verifier
 from flowdistill.plumbing.errors import ConfigError, DataError
 from flowdistill.plumbing.flops import Flops
@@ -94,14 +93,16 @@ class PricedModel:
 
 
 def evaluation_flops(teacher: Teacher, condition: Condition) -> int:
-    """Operations of one evaluation of the teacher's network on one sample: the unit of budgets; 0 for closed forms."""
-    while isinstance(teacher, GuidedTeacher):
-        teacher = teacher.teacher
+    """Operations of one evaluation of the teacher on one sample: the unit of budgets; 0 for closed forms.
+
+    It is the mean over the evaluations that a step takes, where a guide has another network.
+    """
+    before = teacher.evaluations
     noise = torch.zeros((1, *teacher.sample_shape), dtype=teacher.dtype, device=teacher.device)
     with Flops() as flops, torch.no_grad():  # type: ignore[no-untyped-call]
         teacher.velocity(noise, noise.new_ones(1), attrs.evolve(condition[:1].to(teacher.device), guidance=None))
-    total: int = flops.total
-    return total
+    operations: int = flops.total // (teacher.evaluations - before)
+    return operations
 
 
 @attrs.frozen(kw_only=True, eq=False)

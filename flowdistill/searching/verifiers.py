@@ -78,7 +78,7 @@ class FeatureDistance(_OfFeatures):
         real, labels = self._extractor.reference, self._extractor.reference_labels
         if self.reference is not None:
             dataset = DATASETS.build(self.reference)
-            real, labels = load_images(dataset, self._extractor).features, getattr(dataset, "labels", None)
+            real, labels = load_images(dataset, self._extractor).features, dataset.labels
         if real is None or labels is None:
             raise ConfigError(
                 f"{type(self._extractor).__name__} comes without real data whose classes are known: name a data set as "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flowdistill.ema import AveragedModel
 from flowdistill.flow_maps import build_flow_map
-from flowdistill.interfaces import FlowMap, ObjectiveOutput, States, StateSource, Step, Teacher
+from flowdistill.interfaces import Counted, FlowMap, ObjectiveOutput, States, StateSource, Step, Teacher
 from flowdistill.plumbing.distributed import add_up, find_device, gathered, rank_and_world
 from flowdistill.plumbing.dry import placed
 from flowdistill.plumbing.errors import NonFiniteError
@@ -215,9 +215,8 @@ class Loop:
     def counters(self) -> dict[str, int]:
         """Evaluations of student, teacher and the objective's own models so far, by all processes, per sample."""
         models: dict[str, Any] = {"student": self.student, "teacher": self.teacher, **self._extra}
-        counts = {f"{name}_evaluations": getattr(model, "evaluations", None) for name, model in models.items()}
-        counts["teacher_evaluations"] = counts["teacher_evaluations"] or 0
-        ours = {name: count for name, count in counts.items() if count is not None}
+        ours = {f"{name}_evaluations": m.evaluations for name, m in models.items() if isinstance(m, Counted)}
+        ours.setdefault("teacher_evaluations", 0)
         parts = gathered(ours)
         return {name: self._base_counters.get(name, 0) + sum(part[name] for part in parts) for name in ours}
 
