@@ -10,7 +10,7 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-from flowdistill import OBJECTIVES
+from flowdistill import OBJECTIVES, TEACHERS
 from flowdistill.cli.listing import needs
 from flowdistill.plumbing.registry import Preset
 
@@ -59,32 +59,32 @@ def _page(name: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Called by mkdocs with the text of every page: puts in the table of objectives, and the papers of an algorithm."""
-    name = Path(page.file.src_uri).stem
-    if name in _folders():
-        markdown = markdown.replace("\n## Code\n", f"\n## Citation\n\n{_citations(name)}\n\n## Code\n", 1)
+    """Called by mkdocs with the text of every page: puts in the table of objectives, and the papers behind code."""
+    papers = _citations(Path(page.file.src_uri).stem)
+    if papers:
+        markdown = markdown.replace("\n## Code\n", f"\n## Citation\n\n```bibtex\n{papers}\n```\n\n## Code\n", 1)
     return markdown.replace(_TABLE, _table()) if _TABLE in markdown else markdown
 
 
 def _citations(folder: str) -> str:
-    """The BibTeX of all objectives of a folder, each paper once."""
+    """The BibTeX of all objectives or teachers of a folder, each paper once."""
     found: dict[str, None] = {}
-    for name in OBJECTIVES.names():
-        entry = OBJECTIVES.get(name)
-        if _home(entry) == folder:
-            found |= dict.fromkeys(re.findall(r"^@.*?^\}", _citation(entry), re.MULTILINE | re.DOTALL))
-    return "\n".join(["```bibtex", "\n\n".join(found), "```"])
+    for registry in (OBJECTIVES, TEACHERS):
+        for entry in map(registry.get, registry.names()):
+            if _home(entry) == folder:
+                found |= dict.fromkeys(re.findall(r"^@.*?^\}", _citation(entry), re.MULTILINE | re.DOTALL))
+    return "\n\n".join(found)
 
 
 def _home(entry: Any) -> str:
-    """The folder of an objective; "" for one that is not in a folder."""
+    """The folder of an objective or a teacher; "" for one that is not in a folder."""
     parts = entry.__module__.split(".")
     return parts[2] if len(parts) > 3 else ""
 
 
 def _citation(entry: Any) -> str:
-    """The BibTeX of an objective; "" for one whose papers are those of its parts."""
-    citation = (entry.entry if isinstance(entry, Preset) else entry).citation
+    """The BibTeX of an entry; "" for one without, and for one whose papers are those of its parts."""
+    citation = getattr(entry.entry if isinstance(entry, Preset) else entry, "citation", "")
     return citation if isinstance(citation, str) else ""
 
 

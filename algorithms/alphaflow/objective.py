@@ -10,12 +10,12 @@ import torch
 from attrs.validators import and_, ge, gt, in_, instance_of, lt
 
 from flowdistill.algorithms.identities import Residual, eulerian, semigroup
-from flowdistill.algorithms.references import bibtex
 from flowdistill.algorithms.trajectory import TrajectoryObjective
 from flowdistill.differentiation import evaluate
 from flowdistill.interfaces import GeneratingVelocity, Pairs, States, Step, TargetVelocity
 from flowdistill.pairs import SortedPair, WithDiagonal
 from flowdistill.plumbing.fields import interval, part_done
+from flowdistill.plumbing.references import bibtex
 from flowdistill.plumbing.registry import register_objective
 from flowdistill.times import LogitNormal
 from flowdistill.velocities import ConditionalVelocity, Jvp

@@ -8,10 +8,10 @@ import attrs
 from attrs.validators import and_, ge, gt, instance_of, le, optional
 
 from flowdistill.algorithms.identities import Residual, eulerian, lagrangian, normalize, pull
-from flowdistill.algorithms.references import bibtex
 from flowdistill.algorithms.trajectory import VelocityObjective
 from flowdistill.interfaces import GeneratingVelocity, Objective, ObjectiveOutput, Pairs, States, Step
 from flowdistill.pairs import SortedPair
+from flowdistill.plumbing.references import bibtex
 from flowdistill.plumbing.registry import register_objective
 from flowdistill.times import LogitNormal
 from flowdistill.velocities import Jvp

@@ -10,7 +10,6 @@ from attrs.validators import and_, ge, gt, in_, instance_of, le, lt, optional
 
 from flowdistill.algorithms.combined import Combined
 from flowdistill.algorithms.identities import Residual, eulerian, normalize, pull
-from flowdistill.algorithms.references import bibtex
 from flowdistill.algorithms.trajectory import VelocityObjective
 from flowdistill.algorithms.weighting import LearnedWeighting
 from flowdistill.interfaces import (
@@ -25,6 +24,7 @@ from flowdistill.interfaces import (
 )
 from flowdistill.pairs import ToData
 from flowdistill.paths import expand_time, state_std
+from flowdistill.plumbing.references import bibtex
 from flowdistill.plumbing.registry import OBJECTIVES, register_objective
 from flowdistill.times import LogitNormal
 from flowdistill.velocities import ConditionalVelocity, Jvp, OnlineNetwork, TeacherVelocity

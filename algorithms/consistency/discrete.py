@@ -10,11 +10,11 @@ from attrs.validators import and_, ge, gt, in_, instance_of, le, lt, optional
 from torch import Tensor
 
 from flowdistill.algorithms.identities import Residual, pull, semigroup
-from flowdistill.algorithms.references import bibtex
 from flowdistill.algorithms.trajectory import VelocityObjective
 from flowdistill.interfaces import Jumps, ObjectiveOutput, Pairs, States, Step, TargetVelocity
 from flowdistill.pairs import ToData
 from flowdistill.paths import expand_time, noise_level_to_time, time_to_noise_level
+from flowdistill.plumbing.references import bibtex
 from flowdistill.plumbing.registry import register_objective
 from flowdistill.velocities import ConditionalVelocity
 

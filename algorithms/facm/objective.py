@@ -11,11 +11,11 @@ from attrs.validators import ge, gt, instance_of, optional
 from torch import Tensor
 
 from flowdistill.algorithms.identities import Residual, diagonal, eulerian, pull
-from flowdistill.algorithms.references import bibtex
 from flowdistill.algorithms.trajectory import VelocityObjective
 from flowdistill.interfaces import GeneratingVelocity, Jumps, ObjectiveOutput, Pairs, States, Step
 from flowdistill.pairs import ToData
 from flowdistill.paths import expand_time
+from flowdistill.plumbing.references import bibtex
 from flowdistill.plumbing.registry import register_objective
 from flowdistill.velocities import Jvp
 

@@ -6,9 +6,9 @@ import attrs
 from attrs.validators import instance_of
 
 from flowdistill.algorithms.identities import diagonal, pull
-from flowdistill.algorithms.references import bibtex
 from flowdistill.interfaces import Jumps, Objective, ObjectiveOutput, Pairs, States, Step
 from flowdistill.pairs import Diagonal
+from flowdistill.plumbing.references import bibtex
 from flowdistill.plumbing.registry import register_objective
 
 

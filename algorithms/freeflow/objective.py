@@ -8,7 +8,6 @@ from attrs.validators import ge, gt, instance_of
 from flowdistill.algorithms.combined import Combined
 from flowdistill.algorithms.corrections import CorrectionObjective
 from flowdistill.algorithms.identities import lagrangian, pull
-from flowdistill.algorithms.references import bibtex
 from flowdistill.interfaces import (
     GeneratingVelocity,
     Jumps,
@@ -20,6 +19,7 @@ from flowdistill.interfaces import (
     TimeSampler,
 )
 from flowdistill.pairs import Durations
+from flowdistill.plumbing.references import bibtex
 from flowdistill.plumbing.registry import register_objective
 from flowdistill.times import LogitNormal
 from flowdistill.velocities import FiniteDifference

@@ -8,8 +8,8 @@ from attrs.validators import gt, instance_of
 from flowdistill.algorithms.corrections import one_step_samples
 from flowdistill.algorithms.freeflow.objective import FreeFlow, FreeFlowCorrection
 from flowdistill.algorithms.identities import diagonal, noised, pull
-from flowdistill.algorithms.references import bibtex
 from flowdistill.interfaces import Objective, ObjectiveOutput, States, Step, TimeSampler
+from flowdistill.plumbing.references import bibtex
 from flowdistill.plumbing.registry import register_objective
 from flowdistill.times import Uniform
 from flowdistill.velocities import PseudoVelocity

@@ -7,13 +7,13 @@ import torch
 from attrs.validators import ge, gt, instance_of
 from torch import Tensor
 
-from flowdistill.algorithms.references import bibtex
 from flowdistill.algorithms.trajectory import VelocityObjective
 from flowdistill.differentiation import evaluate
 from flowdistill.interfaces import Jump, ObjectiveOutput, Pairs, States, Step, TargetVelocity
 from flowdistill.pairs import Below, Grouped
 from flowdistill.paths import expand_time
 from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.references import bibtex
 from flowdistill.plumbing.registry import register_objective
 from flowdistill.velocities import ConditionalVelocity
 

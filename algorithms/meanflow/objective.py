@@ -8,10 +8,10 @@ import attrs
 from attrs.validators import ge, gt, in_, instance_of
 
 from flowdistill.algorithms.identities import Residual, eulerian
-from flowdistill.algorithms.references import bibtex
 from flowdistill.algorithms.trajectory import TrajectoryObjective
 from flowdistill.interfaces import GeneratingVelocity, Pairs, States, Step, TargetVelocity
 from flowdistill.pairs import SortedPair, WithDiagonal
+from flowdistill.plumbing.references import bibtex
 from flowdistill.plumbing.registry import register_objective
 from flowdistill.times import LogitNormal
 from flowdistill.velocities import ConditionalVelocity, Jvp, TeacherVelocity

@@ -8,7 +8,6 @@ from attrs.validators import ge, instance_of, lt
 
 from flowdistill.algorithms.identities import Residual, pull
 from flowdistill.algorithms.piflow.flow_map import PolicyFlowMap
-from flowdistill.algorithms.references import bibtex
 from flowdistill.interfaces import (
     FlowMap,
     Jumps,
@@ -23,6 +22,7 @@ from flowdistill.interfaces import (
 )
 from flowdistill.paths import expand_time
 from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.references import bibtex
 from flowdistill.plumbing.registry import register_objective
 from flowdistill.times import Uniform
 

@@ -8,10 +8,10 @@ from attrs.validators import instance_of
 from torch import Tensor
 
 from flowdistill.algorithms.identities import Field, Residual, end_point, pull, secant
-from flowdistill.algorithms.references import bibtex
 from flowdistill.algorithms.trajectory import TrajectoryObjective, VelocityObjective
 from flowdistill.interfaces import ObjectiveOutput, Pairs, States, Step, TimeSampler
 from flowdistill.pairs import Below, Diagonal, WithDiagonal
+from flowdistill.plumbing.references import bibtex
 from flowdistill.plumbing.registry import register_objective
 from flowdistill.times import WithPointMass
 from flowdistill.velocities import ConditionalVelocity

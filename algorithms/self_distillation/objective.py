@@ -10,10 +10,10 @@ from attrs.validators import in_, instance_of
 from torch import Tensor
 
 from flowdistill.algorithms.identities import Residual, eulerian, lagrangian, semigroup
-from flowdistill.algorithms.references import bibtex
 from flowdistill.algorithms.trajectory import SelfTaughtObjective
 from flowdistill.interfaces import GeneratingVelocity, Pairs, States, Step, TargetVelocity
 from flowdistill.pairs import Below, WithDiagonal
+from flowdistill.plumbing.references import bibtex
 from flowdistill.plumbing.registry import register_objective
 from flowdistill.velocities import ConditionalVelocity, Jvp
 

@@ -8,11 +8,11 @@ from attrs.validators import and_, ge, instance_of, le, lt
 from torch import Tensor
 
 from flowdistill.algorithms.identities import Residual, semigroup
-from flowdistill.algorithms.references import bibtex
 from flowdistill.algorithms.trajectory import SelfTaughtObjective
 from flowdistill.interfaces import Condition, Pairs, States, Step, TargetVelocity
 from flowdistill.pairs import Dyadic, WithDiagonal
 from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.references import bibtex
 from flowdistill.plumbing.registry import register_objective
 from flowdistill.times import Grid
 from flowdistill.velocities import ConditionalVelocity

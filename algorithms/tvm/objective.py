@@ -6,10 +6,10 @@ import attrs
 from attrs.validators import ge, instance_of, lt
 
 from flowdistill.algorithms.identities import Residual, lagrangian
-from flowdistill.algorithms.references import bibtex
 from flowdistill.algorithms.trajectory import SelfTaughtObjective
 from flowdistill.interfaces import GeneratingVelocity, Pairs, States, Step, TargetVelocity
 from flowdistill.pairs import Below, WithDiagonal
+from flowdistill.plumbing.references import bibtex
 from flowdistill.plumbing.registry import register_objective
 from flowdistill.times import LogitNormal
 from flowdistill.velocities import ConditionalVelocity, Jvp

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from flowdistill.algorithms.corrections import CorrectionObjective, one_step_samples
 from flowdistill.algorithms.identities import noised, pull
-from flowdistill.algorithms.references import bibtex
 from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.interfaces import Condition, Counted, FlowMap, ObjectiveOutput, States, Step, Teacher, TimeSampler
 from flowdistill.networks import Linear, VelocityNetwork
 from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.references import bibtex
 from flowdistill.plumbing.registry import register_objective
 from flowdistill.times import Uniform
 

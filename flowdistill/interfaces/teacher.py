@@ -43,6 +43,8 @@ class Teacher(nn.Module, Counted, ABC):
     """Whether the velocity follows the guidance of its condition."""
     suffixes: ClassVar[tuple[str, ...]] = ()
     """The suffixes of other people's files that a teacher reads from its argument ``checkpoint``."""
+    citation: ClassVar[str] = ""
+    """The BibTeX of its papers."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -16,6 +16,7 @@ from flowdistill.networks.edm2 import EDM2, SIZES
 from flowdistill.plumbing.dry import files_unread
 from flowdistill.plumbing.errors import CheckpointError, ConfigError
 from flowdistill.plumbing.files import fill_module
+from flowdistill.plumbing.references import bibtex
 from flowdistill.plumbing.registry import register_teacher, unknown_name
 from flowdistill.runs.pretrained import locate
 from flowdistill.teachers.edm2.release import read_release
@@ -52,6 +53,7 @@ class EDM2Teacher(NetworkTeacher):
     """
 
     suffixes = (".pkl",)
+    citation = bibtex("karras2024edm2")
 
     def __init__(self, checkpoint: str | Path, variant: str | None = None, vae: str | None = None) -> None:
         if files_unread():

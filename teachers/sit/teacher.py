@@ -20,6 +20,7 @@ from flowdistill.networks.sit import SIZES, SiT
 from flowdistill.plumbing.dry import files_unread
 from flowdistill.plumbing.errors import CheckpointError, ConfigError
 from flowdistill.plumbing.files import fill_module
+from flowdistill.plumbing.references import bibtex
 from flowdistill.plumbing.registry import register_teacher, unknown_name
 from flowdistill.runs.pretrained import locate
 from flowdistill.wrapped_teachers import NetworkTeacher
@@ -54,6 +55,7 @@ class SiTTeacher(NetworkTeacher):
     """
 
     suffixes = (".pt", ".pth", ".safetensors")
+    citation = bibtex("ma2024sit", "yu2025repa")
 
     def __init__(
         self,

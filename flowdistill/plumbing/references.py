@@ -1,4 +1,4 @@
-"""The papers behind the algorithms, by their keys in ``references.bib``."""
+"""The papers behind algorithms and teachers, by their keys in ``references.bib``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @functools.cache
 def _entries() -> dict[str, str]:
-    text = (Path(__file__).parent / "references.bib").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "references.bib").read_text(encoding="utf-8")
     return {match[1]: match[0] for match in re.finditer(r"^@\w+\{(\w+),\n.*?^\}", text, re.MULTILINE | re.DOTALL)}
 
 
