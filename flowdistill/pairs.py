@@ -90,6 +90,29 @@ class Durations(Pairs):
         return t, t * (1 - self.law.sample(n, generator))
 
 
+@register_pairs("short")
+@attrs.frozen(kw_only=True)
+class Short(Pairs):
+    """Jumps no longer than a step of a sampler: of length d ~ U(0, 1/steps), from t ~ U(d, 1).
+
+    They are the jumps of the secant losses in their authors' code (Liu and Yue 2025).
+    """
+
+    steps: int = attrs.field(default=4, validator=ge(1))
+    """The steps of the sampler."""
+    from_grid: bool = False
+    """Whether jumps start where the sampler's do, at the next time k / steps from t on."""
+
+    def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw ``n`` jumps."""
+        length, place = torch.rand(2, n, generator=generator, device=generator.device)
+        length = length / self.steps
+        t = length + place * (1 - length)
+        if self.from_grid:
+            t = ((t * self.steps).ceil() / self.steps).clamp(max=1.0)
+        return t, (t - length).clamp_min(0.0)
+
+
 @register_pairs("dyadic")
 @attrs.frozen(kw_only=True)
 class Dyadic(Pairs):

@@ -1,5 +1,7 @@
 """Laws of the pairs (t, s); the conformance tests check what all of them share."""
 
+import math
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from flowdistill.pairs import (
     Dyadic,
     Grouped,
     Joined,
+    Short,
     SortedPair,
     ToData,
     WithDiagonal,
@@ -68,6 +71,28 @@ def test_jumps_to_data_and_none_at_all():
     t, s = Diagonal(times=Uniform(low=0.5)).sample(1000, generator())
     assert t.min() >= 0.5
     assert torch.equal(t, s)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_short_jumps_have_a_uniform_length_and_then_a_uniform_place(steps):
+    """Of the n-th power the mean of U(0, 1) is 1/(n + 1); length and place are independent."""
+    t, s = (times.double() for times in Short(steps=steps).sample(200_000, generator()))
+    length = (t - s) * steps
+    place = s / (1 - t + s)
+    for one, other in ((length, place), (length**2, place), (length, place**2)):
+        both = float((one * other).mean())
+        assert both == pytest.approx(float(one.mean()) * float(other.mean()), abs=2e-3)
+    torch.testing.assert_close(length[:20_000].quantile(LEVELS.double()), LEVELS.double(), rtol=0, atol=0.01)
+    torch.testing.assert_close(place[:20_000].quantile(LEVELS.double()), LEVELS.double(), rtol=0, atol=0.01)
+
+
+def test_short_jumps_from_the_grid():
+    """Each start but the last has probability E[1/(1 - d)]/N; a jump from 1/N to data may not be longer than 1/N."""
+    t, s = Short(steps=4, from_grid=True).sample(100_000, generator())
+    likely = math.log(4 / 3)  # 4 times the integral of 1/(1 - d) over (0, 1/4), over 4
+    assert shares(t, (0.25, 0.5, 0.75, 1.0)) == pytest.approx([1 - 3 * likely, likely, likely, likely], abs=0.01)
+    assert s.min() >= 0
+    torch.testing.assert_close(((t - s) * 4)[:20_000].quantile(LEVELS), LEVELS, rtol=0, atol=0.01)
 
 
 def test_dyadic_jumps_are_a_uniform_level_and_a_uniform_step_of_it():

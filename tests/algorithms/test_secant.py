@@ -25,9 +25,10 @@ from flowdistill.algorithms.secant import SDEE, SDEI
 from flowdistill.algorithms.secant import objective as secant
 from flowdistill.data import ExactSamples
 from flowdistill.flow_maps import NetworkFlowMap
+from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import FlowMap, Jump
 from flowdistill.networks import MLP
-from flowdistill.pairs import WithDiagonal
+from flowdistill.pairs import Short, WithDiagonal
 from flowdistill.states import NoisedData, Prior, TeacherTrajectories
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.testing import check_objective
@@ -144,6 +145,22 @@ def test_r_is_uniform_given_the_pair(cuts):
         assert (torch.stack([4 * t, 4 * s]) % 1 == 0).all()
     if isinstance(cuts, WithPointMass):
         assert abs(float(((t - s).abs() == 1).double().mean()) - 0.25) < 0.01
+
+
+@pytest.mark.parametrize("longest", [0.125, 1.0])
+def test_r_is_uniform_inside_short_jumps(longest):
+    r = torch.rand(200_000, generator=generator(), dtype=torch.float64)
+    t, s = SDEE(longest=longest).around(r, generator(1))
+    length = (t - s).abs()
+    inner = (torch.minimum(t, s) > 0) & (torch.maximum(t, s) < 1)
+    assert_uniform_inside(r[inner], t[inner], s[inner])
+    assert_uniform_inside(r[~inner], t[~inner], s[~inner])
+    assert float(length.max()) <= longest
+    assert abs(float((t < s).double().mean()) - 0.5) < 0.01
+    if longest < 0.5:  # away from the ends the length is uniform
+        middle = length[(r - 0.5).abs() < 0.5 - longest] / longest
+        assert float(middle.mean()) == pytest.approx(0.5, abs=5e-3)
+        assert float(middle.var()) == pytest.approx(1 / 12, abs=2e-3)
 
 
 def assert_uniform_inside(r, t, s):
@@ -365,6 +382,36 @@ def test_a_fraction_of_rows_is_a_weight_of_flow_matching(equal):
     found = bound(STEI(), student).residual(states[rows:], Step(generator()))
     rest = identities.pull(found).loss
     torch.testing.assert_close(whole.loss, (1 - equal) * (rest + equal / (1 - equal) * diagonal))
+
+
+def test_a_frozen_teacher_at_interior_points():
+    """By hand: rows on the diagonal are told the scale 1 and follow the data, the others the guided teacher at x_r."""
+    torch.manual_seed(0)
+    teacher = GuidedTeacher(GaussianTeacher([0.0, 0.0], 0.5, class_means=[[1.0, 0.0], [-1.0, 0.0]]), 1.0)
+    network = MLP(dim=2, hidden_size=16, num_classes=2)
+    student = NetworkFlowMap(network, "two_time", guidance=1.0)
+    for parameter in student.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    student.double()
+    source = NoisedData(dataset=ExactSamples(teacher.teacher), guidance=(1.5, 2.5))
+    source.setup(student, teacher)
+    pairs = WithDiagonal(pairs=Short(steps=2), share=0.5)
+    drawn = source.sample(8, pairs, generator())
+    tensors = {name: getattr(drawn, name).double() for name in ("x", "t", "s", "clean", "noise")}
+    condition = Condition(drawn.condition.labels, drawn.condition.scale.double())
+    states = States(condition=condition, **tensors)
+    objective = STEI(pairs=pairs, frozen=True)
+    assert objective.needs_teacher
+    assert objective.needs_data
+    found = loss_of(objective, student, teacher, states, step=0, generator=generator(3)).loss
+    on, off = states[:4], states[4:]
+    told = on.condition.guided(scale=torch.ones(4, dtype=torch.float64))
+    diagonal = student.average_velocity(on.x, on.t, on.t, told) - (on.noise - on.clean)
+    r = off.s + torch.rand(4, generator=generator(3)).double() * (off.t - off.s)
+    middle = student(off.x, off.t, r, off.condition).detach()
+    jump = student.average_velocity(*off) - teacher.velocity(middle, r, off.condition)
+    wanted = torch.cat([diagonal, jump]).square().mean()
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=0)
 
 
 COUNTS = {"sdei": (2, 1), "stei": (2, 0), "sdee": (2, 1), "stee": (2, 0)}
