@@ -23,7 +23,9 @@ class Combined(Objective):
 
         lambda = alpha E|R_prediction| / E|R_correction|
 
-    with the raw residuals R of both parts (FreeFlow, arXiv 2511.19428), or by alpha itself.
+    with the residuals R of both parts (FreeFlow, arXiv 2511.19428), raw or weighted, or by alpha itself.
+    Each part's loss is the mean over its own rows.
+    The mean over all rows of a batch would divide this lambda by the ratio of their numbers, 3 for a quarter.
     An adaptive lambda is at most 10^4 alpha.
     At the start of an online network that copies the teacher the two velocities are equal: their difference is rounding
     errors, which must not be scaled up to the size of the prediction's.
@@ -40,8 +42,11 @@ class Combined(Objective):
     """The fraction of the batch for the correction; each part has at least one state."""
     alpha: float = attrs.field(default=1.0, validator=ge(0.0))
     """The ratio of the scaled correction residual to the prediction's, or lambda itself."""
-    balance: Literal["adaptive", "fixed"] = attrs.field(default="adaptive", validator=in_(("adaptive", "fixed")))
-    """"fixed" is lambda = alpha."""
+    balance: Literal["adaptive", "weighted", "fixed"] = attrs.field(
+        default="adaptive", validator=in_(("adaptive", "weighted", "fixed"))
+    )
+    """"adaptive" compares the raw residuals, "weighted" those with the weights w of each part, E|w R|; "fixed" is
+    lambda = alpha."""
     correction_start: float = attrs.field(default=0.0, validator=and_(ge(0.0), le(1.0)))
     """The part of the training after which the correction begins; until then the whole batch is prediction."""
     online_warmup: float = attrs.field(default=0.0, validator=and_(ge(0.0), le(1.0)))
@@ -107,16 +112,17 @@ class Combined(Objective):
         scale = self._scale(prediction, correction)
         renamed = {f"correction_{name}": value for name, value in correction.metrics.items()}
         metrics = {**prediction.metrics, **renamed, "lambda": scale}
-        return ObjectiveOutput(prediction.loss + scale * correction.loss, metrics, prediction.residual_norm)
+        return attrs.evolve(prediction, loss=prediction.loss + scale * correction.loss, metrics=metrics)
 
     def _scale(self, prediction: ObjectiveOutput, correction: ObjectiveOutput) -> torch.Tensor:
         if self.balance == "fixed":
             dtype = torch.promote_types(prediction.loss.dtype, torch.float32)
             return torch.full_like(prediction.loss, self.alpha, dtype=dtype)
-        if prediction.residual_norm is None or correction.residual_norm is None:
-            raise ConfigError("an adaptive balance needs two objectives that report their residual_norm")
-        floor = (1e-4 * prediction.residual_norm).clamp_min(torch.finfo(prediction.residual_norm.dtype).tiny)
-        return self.alpha * prediction.residual_norm / torch.maximum(correction.residual_norm, floor)
+        parts = (prediction, correction)
+        ours, theirs = (p.weighted_norm if self.balance == "weighted" else p.residual_norm for p in parts)
+        if ours is None or theirs is None:
+            raise ConfigError("this balance needs two objectives that report the norms of their residuals")
+        return self.alpha * ours / torch.maximum(theirs, (1e-4 * ours).clamp_min(torch.finfo(ours.dtype).tiny))
 
     def auxiliary_loss(self, name: str, states: States, step: Step) -> ObjectiveOutput | None:
         """The loss of the part whose module it is, on its rows; None before the warm-up of the correction's."""

@@ -228,4 +228,5 @@ def pull(
     if scale is not None:
         weight = weight * scale
     distance = reduce(residual.attached.square().flatten(1), dim=1)
-    return ObjectiveOutput((weight * distance).mean(), {"error": error.mean()}, detached.norm(dim=1).mean())
+    norm = detached.norm(dim=1)
+    return ObjectiveOutput((weight * distance).mean(), {"error": error.mean()}, norm.mean(), (weight * norm).mean())

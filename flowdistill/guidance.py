@@ -34,8 +34,8 @@ class GuidedTeacher(Teacher):
             all.
 
     Raises:
-        ConfigError: classifier-free guidance of an unconditional teacher, an interval outside [0, 1], or more channels
-            than there are.
+        ConfigError: classifier-free guidance of an unconditional teacher, or of one without a null label; an interval
+            outside [0, 1], or more channels than there are.
 
     Examples:
         >>> from flowdistill import Condition, load_teacher
@@ -64,6 +64,8 @@ class GuidedTeacher(Teacher):
             )
         if guide is None and teacher.num_classes is None:
             raise ConfigError("classifier-free guidance needs a class-conditional teacher, or give a guide")
+        if guide is None and not teacher.null_label and scale != 1.0:
+            raise _without_null_label(teacher)
         self.teacher, self.guide, self.scale = teacher, guide, scale
         self.interval, self.channels = check_interval(interval), channels
         self.decoder = teacher.decoder
@@ -98,6 +100,8 @@ class GuidedTeacher(Teacher):
     def _strong_and_weak(self, x: Tensor, t: Tensor, plain: Condition) -> tuple[Tensor, Tensor]:
         if self.guide is not None:
             return self.teacher.velocity(x, t, plain), self.guide.velocity(x, t, plain)
+        if not self.teacher.null_label:
+            raise _without_null_label(self.teacher)
         if plain.labels is None:
             raise ConfigError("classifier-free guidance needs labels in the condition")
         labels = torch.cat([plain.labels, plain.drop().labels])  # type: ignore[list-item]
@@ -105,3 +109,10 @@ class GuidedTeacher(Teacher):
         both = self.teacher.velocity(torch.cat([x, x]), torch.cat([t, t]), Condition(labels, extra=extra))
         strong, weak = both.chunk(2)
         return strong, weak
+
+
+def _without_null_label(teacher: Teacher) -> ConfigError:
+    return ConfigError(
+        f"{type(teacher).__name__} was trained with a class for every sample: its null label means nothing, so that "
+        "classifier-free guidance is impossible; set guided.guide to an unconditional or a weaker network"
+    )

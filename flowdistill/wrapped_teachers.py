@@ -15,11 +15,12 @@ class NetworkTeacher(Teacher):
     Args:
         network: the network; its parameters are frozen.
         decoder: turns samples into images.
+        null_label: whether the network has learnt from dropped labels, see `Teacher`.
     """
 
-    def __init__(self, network: VelocityNetwork, decoder: Decoder | None = None) -> None:
+    def __init__(self, network: VelocityNetwork, decoder: Decoder | None = None, null_label: bool = True) -> None:
         super().__init__()
-        self.decoder = decoder
+        self.decoder, self.null_label = decoder, null_label
         self.network = network.eval().requires_grad_(False)
         self.sample_shape, self.num_classes = network.sample_shape, network.num_classes
 

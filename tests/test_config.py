@@ -226,6 +226,12 @@ def test_text_that_is_no_configuration(text, wanted):
         config.statements_of(text, "text")
 
 
+@pytest.mark.parametrize("name", [name for name in config.recipes() if "imagenet" in name])
+def test_recipes_of_imagenet_state_their_clipping(name):
+    """No default decides: the file itself says whether it is published."""
+    assert "train.gradient_clip" in {statement.name for statement in config.statements(config.find_gin_file(name))}
+
+
 RECIPES = [name for name in config.recipes() if "imagenet" not in name]  # those are planned, see test_planning.py
 QUICK = [name for name in RECIPES if "mnist" not in name and "fashion" not in name]
 SETTINGS = [name for name in config.settings() if not name.startswith(("imagenet", "plane"))]

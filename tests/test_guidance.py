@@ -77,6 +77,21 @@ def test_what_cannot_be_guided():
         GuidedTeacher(GaussianTeacher([0.0, 0.0], 1.0), 2.0, guide=conditional)
 
 
+def test_a_teacher_without_a_null_label_needs_a_guide():
+    """Whether the scale is the teacher's or the condition's; the scale 1 asks for nothing, nor does a guide."""
+    teacher = GaussianTeacher([0.0], 1.0, class_means=[[1.0]])
+    teacher.null_label = False
+    x, t, labels = torch.zeros(2, 1), torch.ones(2), torch.zeros(2, dtype=torch.long)
+    with pytest.raises(ConfigError, match=r"GaussianTeacher was trained with a class for every sample.*guided.guide"):
+        GuidedTeacher(teacher, 2.0)
+    plain = GuidedTeacher(teacher)
+    torch.testing.assert_close(plain.velocity(x, t, Condition(labels)), teacher.velocity(x, t, Condition(labels)))
+    with pytest.raises(ConfigError, match="its null label means nothing"):
+        plain.velocity(x, t, Condition(labels, torch.tensor([1.0, 2.0])))
+    guided = GuidedTeacher(teacher, 2.0, guide=GaussianTeacher([0.5], 1.0))
+    assert guided.velocity(x, t, Condition(labels)).shape == x.shape
+
+
 # Channels.
 
 

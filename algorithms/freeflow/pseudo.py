@@ -53,8 +53,5 @@ class FreeFlowPseudo(FreeFlow):
         again = noised(samples, r, start.condition, step.generator)
         assert again.noise is not None
         tracked = pull(diagonal(self.student, again.noise - samples, again))
-        return ObjectiveOutput(
-            output.loss + self.tracking * tracked.loss,
-            {**output.metrics, "tracking_error": tracked.metrics["error"]},
-            output.residual_norm,
-        )
+        metrics = {**output.metrics, "tracking_error": tracked.metrics["error"]}
+        return attrs.evolve(output, loss=output.loss + self.tracking * tracked.loss, metrics=metrics)

@@ -118,11 +118,8 @@ class DMD2(VSD):
         held = {name: p.detach() for name, p in self._judge.named_parameters()}
         logits = torch.func.functional_call(self._judge, held, (seen.x, seen.t, seen.condition))
         adversarial = F.softplus(-logits).mean()
-        return ObjectiveOutput(
-            output.loss + self.discriminator_weight * adversarial,
-            {**output.metrics, "adversarial": adversarial.detach()},
-            output.residual_norm,
-        )
+        metrics = {**output.metrics, "adversarial": adversarial.detach()}
+        return attrs.evolve(output, loss=output.loss + self.discriminator_weight * adversarial, metrics=metrics)
 
     def auxiliary_loss(self, name: str, states: States, step: Step) -> ObjectiveOutput | None:
         """The loss of VSD for the fake score, that of telling samples from data for the discriminator."""

@@ -41,6 +41,8 @@ class ObjectiveOutput:
     residual_norm: Tensor | None = None
     """The mean over the batch of the norm of a sample's residual, before any weight, by which two objectives are
     balanced."""
+    weighted_norm: Tensor | None = None
+    """The same after the weight of each sample, which its gradient has."""
 
 
 class Objective(Part, ABC):

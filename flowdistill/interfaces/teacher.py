@@ -41,6 +41,8 @@ class Teacher(nn.Module, Counted, ABC):
     """Turns samples into images; None if the samples themselves are shown."""
     takes_guidance: bool = False
     """Whether the velocity follows the guidance of its condition."""
+    null_label: bool = True
+    """Whether the null label asks for the velocity without a class; networks learn it from dropped labels."""
     suffixes: ClassVar[tuple[str, ...]] = ()
     """The suffixes of other people's files that a teacher reads from its argument ``checkpoint``."""
     citation: ClassVar[str] = ""

@@ -47,6 +47,7 @@ def save_model(teacher: Teacher, folder: str | Path, dtype: Literal["float32", "
         "arguments": network.arguments,
         "decoder": None if decoder is None else DECODERS.name_of(type(decoder)),
         "decoder_arguments": {} if decoder is None else attrs.asdict(decoder),  # type: ignore[arg-type]
+        "null_label": teacher.null_label,
     }
     tensors = {name: v.to(getattr(torch, dtype)).cpu() for name, v in network.state_dict().items()}
     try:
@@ -83,7 +84,7 @@ def load_model(folder: str | Path, **decoder_arguments: Any) -> NetworkTeacher:
         config = json.loads((folder / "config.json").read_text())
         if config["format"] != _FORMAT:
             raise CheckpointError(f"{folder} has format {config['format']}, this version reads {_FORMAT}")
-        parts = {key: config[key] for key in ("network", "arguments", "decoder", "decoder_arguments")}
+        parts = {key: config[key] for key in ("network", "arguments", "decoder", "decoder_arguments", "null_label")}
         with torch.device("meta"):  # whose weights cost neither time nor memory
             network: Any = NETWORKS.build(parts["network"], **parts["arguments"])
         unknown = decoder_arguments.keys() - parts["decoder_arguments"].keys()
@@ -97,12 +98,12 @@ def load_model(folder: str | Path, **decoder_arguments: Any) -> NetworkTeacher:
     if unknown:
         raise ConfigError(f"the decoder of {folder} takes no {', '.join(sorted(unknown))}")
     if files_unread():
-        return NetworkTeacher(NETWORKS.build(parts["network"], **parts["arguments"]), decoder)
+        return NetworkTeacher(NETWORKS.build(parts["network"], **parts["arguments"]), decoder, parts["null_label"])
     path = folder / "model.safetensors"
     mapped = load_tensors(path).items()  # copied, lest the teacher change, or die, with its file
     tensors = {name: v.to(torch.float32 if v.is_floating_point() else v.dtype, copy=True) for name, v in mapped}
     fill_module(network, tensors, path, assign=True)
-    return NetworkTeacher(network, decoder)
+    return NetworkTeacher(network, decoder, parts["null_label"])
 
 
 def is_model(path: Path) -> bool:

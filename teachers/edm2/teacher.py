@@ -57,7 +57,7 @@ class EDM2Teacher(NetworkTeacher):
 
     def __init__(self, checkpoint: str | Path, variant: str | None = None, vae: str | None = None) -> None:
         if files_unread():
-            super().__init__(_of_variant(variant))
+            super().__init__(_of_variant(variant), null_label=False)
             return
         path = locate(checkpoint)
         stored, tensors = read_release(path)
@@ -79,7 +79,7 @@ class EDM2Teacher(NetworkTeacher):
                 pixel_range=(0.0, 1.0),
                 rounding="down",
             )
-        super().__init__(network, decoder)
+        super().__init__(network, decoder, null_label=False)  # the authors dropped no labels
 
 
 def _expected(variant: str) -> dict[str, Any]:

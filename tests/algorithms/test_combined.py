@@ -92,6 +92,7 @@ class Recorder(Objective):
 
     name: str
     norm: float | None = 1.0
+    weighted: float | None = None
     updates: int = 1
     data: bool = False
     calls: list = attrs.field(factory=list)
@@ -116,8 +117,8 @@ class Recorder(Objective):
 
     def loss(self, states, step):
         self.calls.append(states.x[:, 0].tolist())
-        norm = None if self.norm is None else torch.tensor(self.norm)
-        return ObjectiveOutput(self.module(states.x).mean(), {"error": torch.tensor(0.0)}, norm)
+        norms = (None if norm is None else torch.tensor(norm) for norm in (self.norm, self.weighted))
+        return ObjectiveOutput(self.module(states.x).mean(), {"error": torch.tensor(0.0)}, *norms)
 
     def auxiliary_loss(self, name, states, step):
         assert name == self.name
@@ -236,5 +237,15 @@ def test_adaptive_balance():
     assert scale(3.0, 1e-9) == pytest.approx(0.5e4)
     assert scale(0.0, 0.0) == 0.0
     for missing in ((None, 1.0), (1.0, None)):
-        with pytest.raises(ConfigError, match="residual_norm"):
+        with pytest.raises(ConfigError, match="norms of their residuals"):
             scale(*missing)
+
+
+def test_the_balance_of_weighted_residuals():
+    """It asks for the norms after the weights, whatever the raw ones are."""
+    norms = ({"norm": 7.0, "weighted": 3.0}, {"norm": 5.0, "weighted": 2.0})
+    objective = recorders(*norms, alpha=0.5, balance="weighted")
+    assert float(called(objective, objective.loss, 0)[0].metrics["lambda"]) == pytest.approx(0.75)
+    objective = recorders({}, {}, balance="weighted")
+    with pytest.raises(ConfigError, match="norms of their residuals"):
+        called(objective, objective.loss, 0)

@@ -11,6 +11,7 @@ from packaged import packaged
 import flowdistill
 from flowdistill import Condition, ConfigError, States
 from flowdistill.algorithms.freeflow import FreeFlow, FreeFlowCorrection, FreeFlowPrediction
+from flowdistill.algorithms.identities import Residual, pull
 from flowdistill.flow_maps import from_teacher
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.networks import MLP
@@ -107,6 +108,38 @@ def joint(**kwargs):
         correction=FreeFlowCorrection(noising=Exact(distribution=gaussian([0.3, 0.3])), times=Uniform(low=0.1)),
         **kwargs,
     )
+
+
+def test_the_correction_looks_at_high_noise():
+    """The quantiles of logit-normal(0.8, 1.6): t = 1 is noise, and the median 1 / (1 + exp(-0.8)) = 0.69."""
+    r = FreeFlowCorrection().times.sample(200_000, generator())
+    levels = torch.tensor([0.1, 0.5, 0.9])
+    wanted = torch.sigmoid(0.8 + 1.6 * torch.special.ndtri(levels))
+    torch.testing.assert_close(r[:100_000].quantile(levels), wanted, rtol=0, atol=0.01)
+    assert float(wanted[1]) == pytest.approx(0.69, abs=0.001)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_the_norm_of_weighted_residuals(power):
+    """By hand: E[w |R|] with w = (|R|^2/D + eps)^-k."""
+    value = torch.randn(7, 3, generator=generator(), dtype=torch.float64)
+    output = pull(Residual(torch.zeros(7, 3, dtype=torch.float64, requires_grad=True), value), power=power, eps=0.1)
+    weights = (value.square().mean(1) + 0.1) ** -power
+    torch.testing.assert_close(output.weighted_norm, (weights * value.norm(dim=1)).mean())
+    torch.testing.assert_close(output.residual_norm, value.norm(dim=1).mean())
+
+
+def test_weighted_residuals_balance_the_joint_loss():
+    teacher = gaussian([1.0, 0.0])
+    student, states = perturbed(teacher, 0.3), prior_states(teacher, 100)
+    objective = joint(alpha=0.5, balance="weighted")
+    output = loss_of(objective, student, teacher, states, step=0, generator=generator(4))
+    again = generator(4)
+    prediction = loss_of(objective.prediction, student, teacher, states[25:], step=0, generator=again)
+    correction = loss_of(objective.correction, student, teacher, states[:25], step=0, generator=again)
+    wanted = 0.5 * prediction.weighted_norm / correction.residual_norm
+    assert abs(float(wanted / (0.5 * prediction.residual_norm / correction.residual_norm)) - 1) > 0.1
+    torch.testing.assert_close(output.metrics["lambda"], wanted, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])

@@ -8,6 +8,7 @@ import flowdistill
 from flowdistill import CheckpointError, Condition, ConfigError
 from flowdistill.networks import EDM2
 from flowdistill.networks.edm2 import SIZES
+from flowdistill.runs.pretrained import save_model
 from flowdistill.teachers.edm2 import VARIANTS
 
 TINY = {
@@ -83,6 +84,13 @@ def test_an_unconditional_network_guides_a_conditional_one(write, tmp_path):
     x, t, condition = strong.sample_prior(3), torch.rand(3), Condition(torch.tensor([0, 1, 2]))
     a, b = strong.velocity(x, t, condition), weak.velocity(x, t)
     torch.testing.assert_close(guided.velocity(x, t, condition), b + 1.4 * (a - b))
+
+
+def test_its_own_null_label_guides_nothing_in_model_folders_neither(write, tmp_path):
+    teacher = flowdistill.load_teacher(write(network()))
+    for found in (teacher, flowdistill.load_teacher(save_model(teacher, tmp_path / "model"))):
+        with pytest.raises(ConfigError, match="trained with a class for every sample"):
+            flowdistill.guidance.GuidedTeacher(found, 1.4)
 
 
 def test_another_architecture_is_refused(write):
