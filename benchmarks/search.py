@@ -91,7 +91,7 @@ def trained(suite: str, jobs: int, steps: int | None) -> dict[tuple[str, int], P
     if steps is not None:
         bindings += [f"bench.seeds = {SEEDS[:1]}", f"train.steps = {steps}"]
     results = bench("freeflow", bindings=bindings, runs=RUNS, out=RUNS / f"search_{suite}", jobs=jobs)
-    records = json.loads((results / "results.json").read_text())["records"]
+    records = json.loads((results / "results.json").read_text(encoding="utf-8"))["records"]
     return {(r["name"], r["seed"]): RUNS / r["run"] for r in records if r["name"] != "teacher"}
 
 
@@ -228,7 +228,7 @@ def main() -> None:
     report(f"search_{options.suite}", [table(rows), correlated], note, write=options.steps is None)
     if options.steps is None:
         record = {"seeds": seeds, "num_samples": n, "machine": machine(), "rows": rows, "rank_correlations": ranks}
-        (RESULTS / f"search_{options.suite}.json").write_text(json.dumps(record, indent=1) + "\n")
+        (RESULTS / f"search_{options.suite}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         plot(rows, students, ASSETS / f"search_{options.suite}.png")
 
 

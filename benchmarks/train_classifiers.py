@@ -161,7 +161,7 @@ The second figure fixes the unit of the features. {stored}
 
 Made on: {machine()}.
 """
-    (Path(WEIGHTS) / f"{options.name}.md").write_text(card)
+    (Path(WEIGHTS) / f"{options.name}.md").write_text(card, encoding="utf-8")
     print(card)
 
 

@@ -21,7 +21,7 @@ _TABLE = "<!-- the table of objectives -->"
 def _folders() -> dict[str, str]:
     """The algorithms by the names of their folders, with the titles of their cards."""
     cards = sorted((_ROOT / "algorithms").glob("*/card.md"))
-    titles = {card.parent.name: card.read_text().splitlines()[0].removeprefix("# ") for card in cards}
+    titles = {card.parent.name: card.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ") for card in cards}
     return dict(sorted(titles.items(), key=lambda item: item[1].lower()))
 
 
@@ -45,7 +45,7 @@ def _page(name: str) -> str:
     members = getattr(importlib.import_module(f"flowdistill.algorithms.{name}"), "__all__", [])
     return "\n".join(
         [
-            (_ROOT / "algorithms" / name / "card.md").read_text(),
+            (_ROOT / "algorithms" / name / "card.md").read_text(encoding="utf-8"),
             "## Code",
             "",
             f"::: flowdistill.algorithms.{name}",
@@ -109,4 +109,4 @@ def _table() -> str:
 
 def _card(folder: str) -> str:
     path = _ROOT / "algorithms" / folder / "card.md"
-    return path.read_text() if path.is_file() else ""
+    return path.read_text(encoding="utf-8") if path.is_file() else ""

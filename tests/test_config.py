@@ -1,5 +1,8 @@
 """Gin files: what is wrong with them is said once, clearly, with the place."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from runs import RING, write
 
@@ -384,3 +387,109 @@ def test_shared_settings_are_found_quietly(tmp_path, caplog, monkeypatch):
     file.write_text("include 'settings/nowhere.gin'\n")
     with pytest.raises(ConfigError, match=r"settings/nowhere\.gin"), config.parsed([file], []):
         pass
+
+
+# Files that include others, circles, and encodings.
+
+
+def test_included_files_lie_beside_the_file_that_includes_them(tmp_path, monkeypatch):
+    """From wherever it is read; blocks and lines after an include keep their numbers."""
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "steps.gin").write_text("include 'more.gin'\ntrain.steps = 5\n")
+    (tmp_path / "shared" / "more.gin").write_text("train.batch_size = 3\n")
+    file = tmp_path / "mine.gin"
+    file.write_text("train.seed = 4\ninclude 'shared/steps.gin'\n\ntrain.steps = 7\ntrain.lr = 3\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    bindings = config.statements(file)
+    assert [str(b) for b in bindings[:4]] == [
+        "train.seed = 4",
+        "train.batch_size = 3",
+        "train.steps = 5",
+        "train.steps = 7",
+    ]
+    assert bindings[-1].place == f"{file}, line 5"
+    with (
+        pytest.raises(ConfigError, match=rf"unknown parameter of train 'lr'(?s:.*){file}(?s:.*)line 5"),
+        config.parsed([file], []),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_files_that_include_each_other_in_a_circle(length, tmp_path):
+    for i in range(length):
+        (tmp_path / f"{i}.gin").write_text(f"train.seed = {i}\ninclude '{(i + 1) % length}.gin'\n")
+    with pytest.raises(ConfigError) as found:
+        config.statements(tmp_path / "0.gin")
+    assert str(found.value).startswith(f"{tmp_path / f'{length - 1}.gin'}, line 2: {tmp_path / '0.gin'} includes ")
+    assert str(found.value).endswith("0.gin, in a circle")
+
+
+def test_a_file_may_be_included_twice(tmp_path):
+    (tmp_path / "one.gin").write_text("train.seed = 1\n")
+    (tmp_path / "two.gin").write_text("include 'one.gin'\ninclude 'one.gin'\n")
+    assert len(config.statements(tmp_path / "two.gin")) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("train.teacher = @guided()\nguided.teacher = @guided()\n", ["guided.teacher = @guided()"]),
+        (
+            "train.teacher = @guided()\nguided.teacher = %mine\nmine = @guided()\n",
+            ["guided.teacher = %mine", "mine = @guided()"],
+        ),
+        ("train.teacher = %a\na = %b\nb = %a\n", ["a = %b", "b = %a"]),
+    ],
+    ids=["itself", "through a macro", "macros"],
+)
+def test_references_in_a_circle_are_named_with_their_lines(text, parts, tmp_path):
+    file = write(tmp_path / "circle.gin", RING + text)
+    with pytest.raises(ConfigError) as found:
+        flowdistill.train(gin_file=file, workdir=tmp_path / "run")
+    message = str(found.value)
+    assert "refers to itself in a circle" in message
+    for part in parts:
+        assert f"{part}: {file}, line " in message
+    assert message.count("\n") == len(parts)
+
+
+def test_values_that_are_nested_too_deeply(tmp_path):
+    file = tmp_path / "deep.gin"
+    file.write_text(f"train.seed = {'[' * 20_000}{']' * 20_000}\n")
+    with pytest.raises(ConfigError, match=r"deep\.gin: a value is nested too deeply"):
+        config.statements(file)
+
+
+def test_files_are_utf_8(tmp_path):
+    file = tmp_path / "mine.gin"
+    file.write_bytes("# café\ntrain.seed = 3\n".encode())
+    assert [str(binding) for binding in config.statements(file)] == ["train.seed = 3"]
+    file.write_bytes(b"# caf\xe9\ntrain.seed = 3\n")
+    with pytest.raises(ConfigError, match=r"mine\.gin is no gin file: it is not UTF-8"):
+        config.statements(file)
+
+
+def test_gins_own_search_path_stays_as_it_is(tmp_path):
+    before = list(config.gin.config._LOCATION_PREFIXES), list(config.gin.config._FILE_READERS), list(config.sys.path)
+    for _ in range(3):
+        with config.parsed(["freeflow/digits.gin"], ["include 'settings/plane.gin'"]):
+            pass
+    after = list(config.gin.config._LOCATION_PREFIXES), list(config.gin.config._FILE_READERS), list(config.sys.path)
+    assert after == before
+
+
+def test_threads_do_not_see_each_others_configuration():
+    """Each holds gin for itself, however they interleave."""
+
+    def steps(number):
+        found = set()
+        for _ in range(30):
+            with config.parsed([], [f"train.steps = {number}"]):
+                time.sleep(0.0005)
+                found.add(config.value("train.steps"))
+        return found
+
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(steps, range(1, 7))) == [{number} for number in range(1, 7)]

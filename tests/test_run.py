@@ -1,6 +1,7 @@
 """A run as an object: what it holds, that it does nothing twice, and what it is known by."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def counts(monkeypatch):
     built.clear()
     done = {"verified": 0, "hashed": [], "parsed": 0}
     verify, fingerprint = checkpoints.verify_checkpoint, files.file_fingerprint
-    parse = config.gin.parse_config_file
+    parse = config.gin.parse_config
 
     def verifying(checkpoint):
         done["verified"] += 1
@@ -59,16 +60,16 @@ def counts(monkeypatch):
         done["hashed"].append(file.name)
         return fingerprint(file)
 
-    def parsing(*arguments, **settings):
-        done["parsed"] += 1
-        return parse(*arguments, **settings)
+    def parsing(text, **settings):
+        done["parsed"] += Path(text.name).name == "config.gin"
+        return parse(text, **settings)
 
     from flowdistill.runs import run
 
     monkeypatch.setattr(run, "verify_checkpoint", verifying)
     for module in (run, checkpoints):
         monkeypatch.setattr(module, "file_fingerprint", hashing)
-    monkeypatch.setattr(config.gin, "parse_config_file", parsing)
+    monkeypatch.setattr(config.gin, "parse_config", parsing)
     return done
 
 

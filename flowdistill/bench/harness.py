@@ -145,7 +145,7 @@ def _start_worker(threads: int) -> None:
 
 def _jobs(suite: Suite, rows: Sequence[Row], costs: Path) -> list[Job]:
     """The trainings, with the costs of their configurations kept in a file."""
-    known: dict[str, float] = json.loads(costs.read_text()) if costs.is_file() else {}
+    known: dict[str, float] = json.loads(costs.read_text(encoding="utf-8")) if costs.is_file() else {}
     before = len(known)
     jobs = suite.jobs(rows, known)
     if len(known) > before:
@@ -158,7 +158,7 @@ def _known(results: Path) -> dict[str, dict[str, Any]]:
     if not results.is_file():
         return {}
     try:
-        records = json.loads(results.read_text())["records"]
+        records = json.loads(results.read_text(encoding="utf-8"))["records"]
         return {record["figures"]: record for record in records if "error" not in record}
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{results} is not what flowdistill bench writes: move it, or name another --out") from None
@@ -188,7 +188,7 @@ def _record(job: Job, workdir: Path, device: str | None) -> dict[str, Any]:
             return record | {"error": str(error).splitlines()[0]}
         except Exception as error:
             return record | {"error": f"{type(error).__name__}: {error}; see {workdir.with_suffix('.log')}"}
-    figures = json.loads((workdir / job.figures).read_text())
+    figures = json.loads((workdir / job.figures).read_text(encoding="utf-8"))
     kept = ("num_samples", "machine", "rows", "trajectory_errors")
     return record | {key: figures[key] for key in kept if key in figures} | _training(workdir)
 
@@ -197,8 +197,8 @@ def _process(job: Job, workdir: Path, device: str | None) -> None:
     """Train what is not trained yet, and measure; what is printed goes into a log beside the run directory."""
     workdir.mkdir(parents=True, exist_ok=True)
     gin_file = workdir.with_suffix(".gin").absolute()
-    gin_file.write_text(job.gin)
-    with workdir.with_suffix(".log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+    gin_file.write_text(job.gin, encoding="utf-8")
+    with workdir.with_suffix(".log").open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
         try:
             student = None
             if not job.teacher:

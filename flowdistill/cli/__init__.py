@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import warnings
@@ -16,6 +17,9 @@ from flowdistill.plumbing.errors import ConfigError, FlowDistillError
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit: 0 if all went well, 2 for a user's mistake, 1 for a failure."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # letters that the terminal's encoding does not have
     given = list(sys.argv[1:] if arguments is None else arguments)
     bindings = [a.removeprefix("--gin.") for a in given if a.startswith("--gin.")]
     parser = _parser()
@@ -25,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if malformed := [b for b in bindings if "=" not in b]:
         parser.error(f"--gin.{malformed[0]} lacks =VALUE")
     options.bindings = bindings
-    sys.path.insert(0, os.getcwd())  # a gin file may import the user's own modules
+    if options.command in (_train, _plan, _search, _bench):
+        sys.path.append(os.getcwd())  # a gin file may import the user's own modules
     try:
         options.command(options)
         sys.stdout.flush()
@@ -159,6 +164,11 @@ def _parser() -> argparse.ArgumentParser:
     cite = commands.add_parser("cite", help="print the BibTeX of what a run or gin file uses")
     cite.add_argument("source", metavar="RUN|GIN_FILE")
     cite.set_defaults(command=cite_command)
+
+    for command in (sample, evaluate, search, convert, cite):
+        command.add_argument(
+            "--allow_imports", action="store_true", help="import the modules that the run's configuration imports"
+        )
     return parser
 
 
@@ -206,7 +216,7 @@ def _sample(options: argparse.Namespace) -> None:
 
     if options.out.suffix not in (".png", ".npz"):
         raise ConfigError(f"--out must end in .png or .npz, not {options.out.name!r}")
-    run = Run(options.run)
+    run = Run(options.run, allow_imports=options.allow_imports)
     samples = sample(
         run,
         options.num_samples,
@@ -227,6 +237,7 @@ def _sample(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from flowdistill.plumbing.registry import FEATURES
     from flowdistill.runs.evaluating import evaluate
+    from flowdistill.runs.run import Run
 
     features = options.features
     if options.weights is not None:
@@ -236,7 +247,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         metrics = evaluate(
-            options.run,
+            Run(options.run, allow_imports=options.allow_imports),
             metrics=options.metrics,
             num_samples=options.num_samples,
             steps=options.steps,
@@ -260,6 +271,7 @@ def _search(options: argparse.Namespace) -> None:
 
     from flowdistill.plumbing import config
     from flowdistill.plumbing.registry import SEARCH_STRATEGIES, VERIFIERS
+    from flowdistill.runs.run import Run
     from flowdistill.searching import search
 
     with config.parsed([], options.bindings), config.errors_located():
@@ -267,7 +279,7 @@ def _search(options: argparse.Namespace) -> None:
         strategy = gin.get_configurable(SEARCH_STRATEGIES.get(options.strategy))()
         config.check_all_used()
     result = search(
-        options.run,
+        Run(options.run, allow_imports=options.allow_imports),
         options.budget,
         teacher=options.teacher,
         verifier=verifier,
@@ -311,5 +323,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 def _convert(options: argparse.Namespace) -> None:
     from flowdistill.runs.loading import convert
+    from flowdistill.runs.run import Run
 
-    print(convert(options.source, options.folder, teacher=options.teacher, dtype=options.dtype))
+    source = Run(options.source, allow_imports=True) if options.allow_imports else options.source
+    print(convert(source, options.folder, teacher=options.teacher, dtype=options.dtype))

@@ -69,7 +69,7 @@ def _cut(text: str, width: int) -> str:
 
 def _first_comment(path: Path) -> str:
     """The comment that opens a gin file."""
-    first = path.read_text().partition("\n")[0]
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
     return first.removeprefix("#").strip() if first.startswith("#") else ""
 
 
@@ -100,7 +100,7 @@ def show_command(options: argparse.Namespace) -> None:
         known = _GIN_FILES[kind]()
         if name not in known:
             raise unknown_name(kind.removesuffix("s"), name, list(known))
-        print(known[name].read_text(), end="")
+        print(known[name].read_text(encoding="utf-8"), end="")
         return
     if kind not in REGISTRIES:
         raise unknown_name("kind", kind, [*_GIN_FILES, *REGISTRIES])
@@ -130,7 +130,10 @@ def cite_command(options: argparse.Namespace) -> None:
     from flowdistill.runs.run import Run
 
     source = Path(options.source)
-    objective: Any = Run(source).objective if source.is_dir() else Configuration(source).build("train.objective")
+    if source.is_dir():
+        objective: Any = Run(source, allow_imports=options.allow_imports).objective
+    else:
+        objective = Configuration(source, importing=True).build("train.objective")
     if objective is None:
         raise ConfigError(f"{source} sets no train.objective")
     print(objective.citation)

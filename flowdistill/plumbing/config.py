@@ -11,8 +11,10 @@ import copy
 import functools
 import importlib
 import inspect
-import logging
+import io
 import re
+import sys
+import threading
 import tokenize
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,13 +22,14 @@ from typing import Any
 
 import attrs
 import gin
-from gin.config_parser import BindingStatement, ConfigParser, IncludeStatement, ParserDelegate
+from gin.config_parser import BindingStatement, ConfigParser, ImportStatement, IncludeStatement, ParserDelegate
 
 from flowdistill.plumbing.errors import ConfigError, FlowDistillError
 from flowdistill.plumbing.registry import load_all, load_plugins, unknown_name
 
 _RECIPE_PACKAGES = ("flowdistill.algorithms", "flowdistill.teachers")
 _BOUND: list[Statement] = []  # the bindings of the present configuration, in their order
+_LOCK = threading.RLock()  # gin has one configuration for all threads
 
 
 def recipe_roots() -> list[Path]:
@@ -232,8 +235,7 @@ def statements(gin_file: str | Path) -> list[Statement]:
         >>> print(statements("freeflow/ring.gin")[0])
         distribution = @ring()
     """
-    path = find_gin_file(gin_file)
-    return statements_of(path.read_text(), str(path))
+    return [statement for piece in _pieces_of_file(find_gin_file(gin_file)) for statement in piece.statements]
 
 
 def statements_of(text: str, source: str) -> list[Statement]:
@@ -248,17 +250,92 @@ def statements_of(text: str, source: str) -> list[Statement]:
         >>> binding.scope, binding.part, binding.parameter, binding.value, binding.place
         ('decoder', 'mlp', 'depth', 3, 'an example, line 1')
     """
-    found: list[Statement] = []
+    return [statement for piece in _pieces(text, source, None) for statement in piece.statements]
+
+
+@attrs.frozen
+class _Piece:
+    """The lines of a gin file between two includes, with empty lines in the places of the others."""
+
+    lines: list[str]
+    source: str
+    folder: Path | None
+    statements: list[Statement] = attrs.field(factory=list)
+    imports: dict[int, str] = attrs.field(factory=dict)
+    """The modules that it imports, by the number of the line."""
+
+    def parse(self, importing: bool, skip_unknown: bool = False) -> None:
+        """Let gin read it; without ``importing`` only what has been imported already is imported."""
+        kept = self.lines.copy()
+        for number, module in self.imports.items():
+            if not importing and module not in sys.modules:
+                kept[number - 1] = "\n"
+        file = io.StringIO("".join(kept))
+        file.name = self.source  # for gin's messages
+        with _located(self.source), _on_path(self.imports.values(), self.folder):
+            gin.parse_config(file, skip_unknown=skip_unknown)
+
+
+def _pieces_of_file(path: Path, within: tuple[Path, ...] = ()) -> Iterator[_Piece]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no gin file: it is not UTF-8 ({error})") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    yield from _pieces(text, str(path), path.absolute().parent, (*within, path.resolve()))
+
+
+def _pieces(text: str, source: str, folder: Path | None, within: tuple[Path, ...] = ()) -> Iterator[_Piece]:
+    """The pieces of a text and of all that it includes, in the order in which gin is to read them.
+
+    Args:
+        text: what a gin file may hold.
+        source: where it comes from, for messages.
+        folder: where included files are looked for first; None for a text that is in no file.
+        within: the files that include this one, and itself.
+    """
+    lines = text.splitlines(keepends=True)
+    found, first = _Piece(lines, source, folder), 0
     with _located(source):
         for parsed in ConfigParser(text, _AsData()):
             if isinstance(parsed, IncludeStatement):
-                found += statements(parsed.filename)
+                line = parsed.location.line_num
+                yield attrs.evolve(found, lines=["\n"] * first + lines[first : line - 1])
+                included = _included(parsed.filename, folder)
+                if included.resolve() in within:
+                    chain = " includes ".join(map(str, (*within[within.index(included.resolve()) :], included)))
+                    raise ConfigError(f"{source}, line {line}: {chain}, in a circle")
+                yield from _pieces_of_file(included, within)
+                found, first = _Piece(lines, source, folder), line
+            elif isinstance(parsed, ImportStatement):
+                found.imports[parsed.location.line_num] = parsed.module
             elif isinstance(parsed, BindingStatement):
                 scope, selector, parameter, value, location = parsed
                 if not parameter:  # a macro
                     selector, parameter = "", selector
-                found.append(Statement(scope, selector, parameter, value, f"{source}, line {location.line_num}"))
-    return found
+                place = f"{source}, line {location.line_num}"
+                found.statements.append(Statement(scope, selector, parameter, value, place))
+    yield attrs.evolve(found, lines=["\n"] * first + lines[first:])
+
+
+def _included(name: str, folder: Path | None) -> Path:
+    """An included file: beside the file that includes it, else where `find_gin_file` looks."""
+    if folder is not None and (folder / name).is_file():
+        return folder / name
+    return find_gin_file(name)
+
+
+@contextlib.contextmanager
+def _on_path(modules: Iterable[str], folder: Path | None) -> Iterator[None]:
+    """Inside, modules are also found where Python does not look: in the working directory, and beside the gin file."""
+    before = sys.path.copy()
+    if modules:
+        sys.path += map(str, (Path.cwd(), *([] if folder is None else (folder, folder.parent))))
+    try:
+        yield
+    finally:
+        sys.path[:] = before
 
 
 def parts_of(*bindings: Statement) -> set[str]:
@@ -275,17 +352,16 @@ def parsed(files: Sequence[str | Path], bindings: Sequence[str]) -> Iterator[Non
     `ConfigError`, with the file and the line.
     """
     load_all()
-    with _empty() if files or bindings else contextlib.nullcontext():
+    with _LOCK, _empty() if files or bindings else contextlib.nullcontext():
         for file in files:
-            path = find_gin_file(file)
-            with _located(path), _files_alone():
-                gin.parse_config_file(str(path))
-                _note_places(statements(path))
+            for piece in _pieces_of_file(find_gin_file(file)):
+                piece.parse(importing=True)
+                _note_places(piece.statements)
         for binding in bindings:
             place = f"binding {binding!r}"
-            with _located(place), _files_alone():
-                gin.parse_config(binding)
-                _note_places(attrs.evolve(s, place=place) for s in statements_of(binding, place))
+            for piece in _pieces(binding, place, None):
+                piece.parse(importing=True)
+                _note_places(attrs.evolve(s, place=place) for s in piece.statements)
         yield
 
 
@@ -297,6 +373,7 @@ class Configuration:
 
     Args:
         gin_file: see `find_gin_file`.
+        importing: whether the modules that the file imports are imported; without, only those that already are.
 
     Attributes:
         statements: the bindings as data.
@@ -306,9 +383,10 @@ class Configuration:
         (2,)
     """
 
-    def __init__(self, gin_file: str | Path) -> None:
-        self._path = find_gin_file(gin_file)
-        self.statements = statements(self._path)
+    def __init__(self, gin_file: str | Path, importing: bool = False) -> None:
+        self._path, self._importing = find_gin_file(gin_file), importing
+        self._pieces = list(_pieces_of_file(self._path))
+        self.statements = [statement for piece in self._pieces for statement in piece.statements]
         self._state: list[Any] | None = None  # what gin has read, and the names that it did not know then
         self._unknown: set[str] = set()
 
@@ -331,7 +409,7 @@ class Configuration:
     def in_force(self, parameter: str) -> Iterator[None]:
         """Inside the with statement gin has the bindings, at least those of the parts that a parameter needs."""
         needed = self._needed(parameter)
-        with _empty():
+        with _LOCK, _empty():
             if self._state is None or needed & self._unknown:
                 self._parse(needed)
             else:
@@ -347,15 +425,21 @@ class Configuration:
         for load in (load_plugins, load_all):
             load()
             _install([])
-            with _located(self._path), _files_alone():
-                gin.parse_config_file(str(self._path), skip_unknown=True)
+            for piece in self._pieces:
+                piece.parse(self._importing, skip_unknown=True)
             _note_places(self.statements)
             self._state = _copied()
             self._unknown = {name for name in _names(self.statements) if not _known(name)}
             if not needed & self._unknown:
                 return
-        with _located(self._path), _files_alone():
-            gin.parse_config_file(str(self._path))  # which says what is not known, and where
+        modules = sorted({name for piece in self._pieces for name in piece.imports.values() if name not in sys.modules})
+        if modules and not self._importing:
+            raise ConfigError(
+                f"{self._path} imports {', '.join(modules)}, and nothing that comes with a run is executed unasked: if "
+                "you trust it, give --allow_imports (in Python, Run(..., allow_imports=True)), or import it before"
+            )
+        for piece in self._pieces:
+            piece.parse(self._importing)  # which says what is not known, and where
 
     def _needed(self, parameter: str) -> set[str]:
         """The names of all parts that a parameter refers to, directly or through their own bindings."""
@@ -428,32 +512,19 @@ def _empty() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _files_alone() -> Iterator[None]:
-    """Included files are looked for as files, also among the packaged ones.
-
-    Not in Python packages, where gin would fail at any folder that has the name of a recipe's, nor with a log of every
-    folder in which they are not.
-    """
-    before, readers, prefixes = logging.root.manager.disable, gin.config._FILE_READERS, gin.config._LOCATION_PREFIXES
-    logging.disable(logging.ERROR)
-    gin.config._FILE_READERS = readers[:1]
-    gin.config._LOCATION_PREFIXES = [*prefixes, *map(str, recipe_roots())]
-    try:
-        yield
-    finally:
-        gin.config._FILE_READERS, gin.config._LOCATION_PREFIXES = readers, prefixes
-        logging.disable(before)
-
-
-@contextlib.contextmanager
 def _located(place: str | Path) -> Iterator[None]:
     try:
         yield
+    except (RecursionError, MemoryError):
+        raise ConfigError(f"{place}: a value is nested too deeply") from None
     except tokenize.TokenError as error:
         message, (line, _) = error.args
         raise ConfigError(f"{place}, line {line}: {message}") from None
     except SyntaxError as error:
         raise ConfigError(f"{place}, line {error.lineno}: {error.msg}: {(error.text or '').strip()}") from None
+    except ModuleNotFoundError as error:
+        reason, _, where = str(error).partition("\n")
+        raise ConfigError(f"{reason}: add the folder that holds it to PYTHONPATH\n{where}") from None
     except (ValueError, TypeError, LookupError, NameError, ImportError, OSError, RuntimeError) as error:
         raise _config_error(_text(error)) from None
 
@@ -463,12 +534,33 @@ def errors_located() -> Iterator[None]:
     """Turn what goes wrong while gin builds objects into `ConfigError`, with the bindings of the part that failed."""
     try:
         yield
+    except RecursionError:
+        raise ConfigError(_circle()) from None
     except FlowDistillError as error:
         # gin raises a proxy, a class of its own that overrides __str__, of the class that was raised
         kind = next(cls for cls in type(error).__mro__ if "__str__" not in vars(cls))
         raise kind(_with_bindings(str(error))) from error.__cause__
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError) as error:
         raise _config_error(_text(error)) from error
+
+
+def _circle() -> str:
+    """Which bindings refer to each other in a circle."""
+
+    def follow(chain: list[Statement]) -> list[Statement]:
+        parts = parts_of(chain[-1])
+        for binding in (b for b in last.values() if b.part in parts):
+            if binding in chain:
+                return chain[chain.index(binding) :]
+            if found := follow([*chain, binding]):
+                return found
+        seen.add(chain[-1].name)
+        return []
+
+    last, seen = {binding.name: binding for binding in _BOUND}, set[str]()
+    circle = next((found for b in last.values() if b.name not in seen and (found := follow([b]))), [])
+    lines = "".join(f"\n  {binding}: {binding.place}" for binding in circle)
+    return f"the configuration refers to itself in a circle:{lines}" if lines else "the configuration is too deep"
 
 
 def _text(error: Exception) -> str:

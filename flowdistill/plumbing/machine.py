@@ -55,5 +55,6 @@ def _counted(n: int, noun: str) -> str:
 
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else []
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
+    names = re.findall(r"^model name\s*: (.*)$", text, re.MULTILINE)
     return names[0] if names else platform.processor() or platform.machine()

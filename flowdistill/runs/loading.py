@@ -85,7 +85,7 @@ gin.register("load_teacher", module="teachers")(load_teacher)
 
 
 def convert(
-    source: str | Path,
+    source: Run | str | Path,
     folder: str | Path,
     *,
     teacher: str | None = None,

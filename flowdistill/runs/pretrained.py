@@ -81,7 +81,7 @@ def load_model(folder: str | Path, **decoder_arguments: Any) -> NetworkTeacher:
     """
     folder = Path(folder)
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if config["format"] != _FORMAT:
             raise CheckpointError(f"{folder} has format {config['format']}, this version reads {_FORMAT}")
         parts = {key: config[key] for key in ("network", "arguments", "decoder", "decoder_arguments", "null_label")}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
+from collections.abc import Iterator
+from contextvars import ContextVar
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,7 +17,7 @@ from torch import nn
 from flowdistill.flow_maps import build_flow_map
 from flowdistill.interfaces import FlowMap, Objective, Teacher
 from flowdistill.plumbing.config import Configuration
-from flowdistill.plumbing.errors import CheckpointError
+from flowdistill.plumbing.errors import CheckpointError, ConfigError
 from flowdistill.plumbing.files import file_fingerprint, json_fingerprint, load_module
 from flowdistill.runs.checkpoints import checkpoint_paths, verify_checkpoint
 
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from flowdistill.evaluation.comparison import Evaluation
 
 _M = TypeVar("_M", bound=nn.Module)
+_PUPILS: ContextVar[tuple[Path, ...]] = ContextVar("_PUPILS", default=())  # the runs whose teachers are being built
 
 
 class Run:
@@ -32,6 +36,7 @@ class Run:
 
     Args:
         path: a run directory, whose newest checkpoint is taken, or a checkpoint in it.
+        allow_imports: whether the modules that its configuration imports may be imported, and so executed.
 
     Attributes:
         workdir: the run directory.
@@ -45,8 +50,8 @@ class Run:
         (torch.Size([4, 2]), {'w2': 0.09, 'w2_noise_floor': 0.05})
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self._path = Path(path)
+    def __init__(self, path: str | Path, allow_imports: bool = False) -> None:
+        self._path, self._allow_imports = Path(path), allow_imports
         self._is_checkpoint = (self._path / "meta.json").is_file()
         if not self._is_checkpoint and not (self._path / "config.gin").is_file():
             raise CheckpointError(f"{path} is neither a run directory nor a checkpoint in one")
@@ -83,14 +88,25 @@ class Run:
     @cached_property
     def config(self) -> Configuration:
         """The configuration that was trained."""
-        return Configuration(self.workdir.absolute() / "config.gin")
+        return Configuration(self.workdir.absolute() / "config.gin", importing=self._allow_imports)
 
     @cached_property
     def teacher(self) -> Teacher | None:
         """The teacher of the training, as it was guided there, in evaluation mode; None if there was none."""
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), self._not_its_own_teacher():
             teacher: Teacher | None = self.config.build("train.teacher")
         return None if teacher is None else teacher.eval().requires_grad_(False)
+
+    @contextlib.contextmanager
+    def _not_its_own_teacher(self) -> Iterator[None]:
+        place, pupils = self.workdir.resolve(), _PUPILS.get()
+        if place in pupils:
+            raise ConfigError(f"{self.workdir} is its own teacher, directly or through other runs")
+        token = _PUPILS.set((*pupils, place))
+        try:
+            yield
+        finally:
+            _PUPILS.reset(token)
 
     @cached_property
     def student(self) -> FlowMap:
