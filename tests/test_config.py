@@ -4,12 +4,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from packaged import packaged
 from runs import RING, write
 
 import flowdistill
 from flowdistill import CheckpointError, ConfigError
 from flowdistill.plumbing import config
-from flowdistill.plumbing.registry import Registry
+from flowdistill.plumbing.hints import hints_of, matches
+from flowdistill.plumbing.registry import REGISTRIES, Preset, Registry, load_all
 
 
 def fail(tmp_path, text="", bindings=(), **changes):
@@ -34,10 +36,10 @@ def fail(tmp_path, text="", bindings=(), **changes):
         ("train.steps = = 3", ["bad.gin", "line 20"]),
         ("train.steps = (3", ["bad.gin"]),
         ("train.steps = 0", ["train: steps must be positive"]),
-        ("train.steps = 1.5", ["train: steps must be of type int", "1.5"]),
-        ("train.steps = True", ["train: steps must be of type int", "True"]),
-        ("train.batch_size = '4'", ["train: batch_size must be of type int"]),
-        ("train.seed = 'x'", ["train: seed must be of type int"]),
+        ("train.steps = 1.5", ["train.steps must be a whole number", "1.5"]),
+        ("train.steps = True", ["train.steps must be a whole number", "True"]),
+        ("train.batch_size = '4'", ["train.batch_size must be a whole number"]),
+        ("train.seed = 'x'", ["train.seed must be a whole number"]),
         ("train.gradient_clip = 'x'", ["train.gradient_clip"]),
         ("train.gradient_clip = -1.0", ["train: gradient_clip must be positive"]),
         ("train.evaluation = @evaluation()\nevaluation.metrics = ('w3',)", ["w3", "did you mean"]),
@@ -45,7 +47,7 @@ def fail(tmp_path, text="", bindings=(), **changes):
         ("train.evaluation = @evaluation()\nevaluation.teacher_steps = ()", ["teacher_steps"]),
         ("train.evaluation = @evaluation()\nring.modes = 1\nevaluation.deltas = (2.0,)", ["deltas"]),
         ("train.precision = 'fp8'", ["precision", "fp8", "bf16"]),
-        ("train.objective = 3", ["train: objective must be of type Objective"]),
+        ("train.objective = 3", ["train.objective must be an Objective, by a reference such as @NAME()"]),
         ("train.teacher = @mlp()", ["train: teacher must be of type Teacher"]),
         ("train.teacher = None", ["needs a teacher"]),
         ("train.flow_map = 3", ["train.flow_map"]),
@@ -493,3 +495,71 @@ def test_threads_do_not_see_each_others_configuration():
 
     with ThreadPoolExecutor(6) as pool:
         assert list(pool.map(steps, range(1, 7))) == [{number} for number in range(1, 7)]
+
+
+# Types, before anything is built.
+
+
+def parameters():
+    """Each parameter of everything that is registered, with the hint of its type."""
+    load_all()
+    for registry in REGISTRIES.values():
+        for name in packaged(registry):
+            entry = registry.get(name)
+            kind = entry.entry if isinstance(entry, Preset) else entry
+            suffix = "_features" if registry.kind == "feature extractor" else ""
+            for parameter, hint in hints_of(kind).items():
+                if parameter not in ("return", "self"):
+                    yield pytest.param(f"{name}{suffix}.{parameter}", hint, id=f"{name}{suffix}.{parameter}")
+
+
+def refused(binding):
+    with pytest.raises(ConfigError) as found, config.parsed([], [binding]):
+        pass
+    assert f"binding {binding!r}" in str(found.value)
+    return str(found.value)
+
+
+def test_every_parameter_refuses_what_it_cannot_be():
+    """Of all registered parts; a parameter whose hint says nothing would take anything."""
+    seen = [parameter.values for parameter in parameters()]
+    assert len(seen) > 200
+    for name, hint in seen:
+        for literal in ("{'odd': 'thing'}", "(1, 'two', None, 3.5)"):
+            if not matches(config.statements_of(f"x.y = {literal}", "here")[0].value, hint):
+                assert f"{name} must be " in refused(f"{name} = {literal}")
+    takes_anything = [name for name, hint in seen if matches({"odd": "thing"}, hint) or matches((1, "two", None), hint)]
+    arrays = {"gaussian", "gaussian_mixture", "product_mixture"}  # which make arrays of numbers, or say what is wrong
+    assert {name.partition(".")[0] for name in takes_anything} <= arrays
+
+
+@pytest.mark.parametrize(
+    ("binding", "reason"),
+    [
+        ("logit_normal.mean = '0.5'", "logit_normal.mean must be a number, not '0.5'"),
+        ("logit_normal.mean = (0.5,)", "logit_normal.mean must be a number, not (0.5,)"),
+        ("finite_difference.anneal = 0.5", "must be (a number, a number), not 0.5"),
+        ("finite_difference.anneal = (0.0, 0.5, 1.0)", "must be (a number, a number), not (0.0, 0.5, 1.0)"),
+        ("finite_difference.anneal = None", "must be (a number, a number), not None"),
+        ("guided.scale = None", "guided.scale must be a number, not None"),
+        ("guided.scale = True", "guided.scale must be a number, not True"),
+        ("mlp.depth = 3.0", "mlp.depth must be a whole number, not 3.0"),
+        ("sit.depth = 2147483648", "sit.depth is too large: 2147483648"),
+        ("policy.substeps = 100000000000000000000", "policy.substeps is too large"),
+        ("train.steps = 1000000000000", "train.steps is too large"),
+        ("meanflow.pairs = 'uniform'", "meanflow.pairs must be a Pairs, by a reference such as @NAME(), not 'uniform'"),
+        ("dmd2.weighting = 'dmd3'", "dmd2.weighting must be 'none' or 'dmd', not 'dmd3'"),
+        ("number = 'x'\nlogit_normal.mean = %number", "logit_normal.mean must be a number, not 'x'"),
+        ("AdamW.betas = (0.9, 0.9, 0.9, 0.9)", "AdamW.betas must be "),
+    ],
+)
+def test_types_are_checked_before_anything_is_built(binding, reason):
+    with pytest.raises(ConfigError) as found, config.parsed([], binding.split("\n")):
+        pass
+    assert reason in str(found.value)
+    assert f"binding {binding.splitlines()[-1]!r}" in str(found.value)
+
+
+def test_large_seeds_are_seeds():
+    with config.parsed([], ["train.seed = 12345678901234"]):
+        assert config.value("train.seed") == 12345678901234

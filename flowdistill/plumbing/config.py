@@ -25,6 +25,8 @@ import gin
 from gin.config_parser import BindingStatement, ConfigParser, ImportStatement, IncludeStatement, ParserDelegate
 
 from flowdistill.plumbing.errors import ConfigError, FlowDistillError
+from flowdistill.plumbing.fields import short
+from flowdistill.plumbing.hints import hints_of, in_words, matches, too_large
 from flowdistill.plumbing.registry import load_all, load_plugins, unknown_name
 
 _RECIPE_PACKAGES = ("flowdistill.algorithms", "flowdistill.teachers")
@@ -362,6 +364,7 @@ def parsed(files: Sequence[str | Path], bindings: Sequence[str]) -> Iterator[Non
             for piece in _pieces(binding, place, None):
                 piece.parse(importing=True)
                 _note_places(attrs.evolve(s, place=place) for s in piece.statements)
+        _check_values()
         yield
 
 
@@ -428,6 +431,7 @@ class Configuration:
             for piece in self._pieces:
                 piece.parse(self._importing, skip_unknown=True)
             _note_places(self.statements)
+            _check_values()
             self._state = _copied()
             self._unknown = {name for name in _names(self.statements) if not _known(name)}
             if not needed & self._unknown:
@@ -462,6 +466,28 @@ def _known(name: str) -> bool:
 def _note_places(bindings: Iterable[Statement]) -> None:
     """Remember every binding with its place, which gin 0.5 does not."""
     _BOUND.extend(bindings)
+
+
+def _check_values() -> None:
+    """Fail at the first literal that cannot be what its parameter asks for, before anything is built."""
+    last = {binding.name: binding for binding in _BOUND}
+    for binding in last.values():
+        value = binding.value
+        for _ in last:  # a macro may stand for another one
+            if isinstance(value, Reference) and value.macro and value.name in last:
+                value = last[value.name].value
+        if not _known(binding.selector) or list(_references(value)):
+            continue
+        part = gin.config._REGISTRY.get_match(binding.selector).wrapped
+        hint = hints_of(getattr(part, "entry", part)).get(binding.parameter)
+        if hint is not None and not matches(value, hint):
+            reason = f"must be {in_words(hint)}, not {short(value)}"
+        elif too_large(value) and binding.parameter != "seed":
+            reason = f"is too large: {short(value)}"
+        else:
+            continue
+        name = f"{_last(binding.selector)}.{binding.parameter}"
+        raise ConfigError(f"{name} {reason}\n  {binding.name}: {binding.place}")
 
 
 def _spared() -> set[str]:

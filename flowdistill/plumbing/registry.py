@@ -228,6 +228,7 @@ def _for_gin(entry: Callable[..., Any]) -> Callable[..., Any]:
 
     del build.__wrapped__  # lest gin look for arguments there
     build.__signature__ = entry.__signature__  # type: ignore[attr-defined]
+    build.entry = entry.entry  # type: ignore[attr-defined]
     return build
 
 
