@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from flowdistill.interfaces import Condition, Guidance, Teacher
 from flowdistill.interfaces.condition import check_interval
+from flowdistill.networks.embeddings import NO_NULL_LABEL
 from flowdistill.paths import expand_time
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.registry import register_teacher
@@ -34,8 +35,8 @@ class GuidedTeacher(Teacher):
             all.
 
     Raises:
-        ConfigError: classifier-free guidance of an unconditional teacher, an interval outside [0, 1], or more channels
-            than there are.
+        ConfigError: classifier-free guidance of an unconditional teacher or of one without a null label, an interval
+            outside [0, 1], or more channels than there are.
 
     Examples:
         >>> from flowdistill import Condition, load_teacher
@@ -64,6 +65,8 @@ class GuidedTeacher(Teacher):
             )
         if guide is None and teacher.num_classes is None:
             raise ConfigError("classifier-free guidance needs a class-conditional teacher, or give a guide")
+        if guide is None and not teacher.has_null_label:
+            raise ConfigError(f"classifier-free guidance of this teacher is impossible: {NO_NULL_LABEL}; give a guide")
         self.teacher, self.guide, self.scale = teacher, guide, scale
         self.interval, self.channels = check_interval(interval), channels
         self.decoder = teacher.decoder

@@ -65,6 +65,11 @@ class Teacher(nn.Module, Counted, ABC):
         return None
 
     @property
+    def has_null_label(self) -> bool:
+        """Whether a conditional teacher has a velocity without a class, as classifier-free guidance needs."""
+        return getattr(self.backbone, "has_null_label", True)
+
+    @property
     def device(self) -> torch.device:
         """Where the parameters and buffers lie; the CPU for a teacher without any."""
         tensor = next(itertools.chain(self.parameters(), self.buffers()), None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pickletools
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any, ClassVar
 
 _CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
@@ -40,6 +40,15 @@ class Object:
     name: str
     arguments: tuple[Any, ...]
     state: Any = None
+    items: dict[Any, Any] = field(default_factory=dict)
+    """What is to be in it, if it is a dictionary of a class of its own."""
+
+
+def as_dictionary(value: Any) -> dict[Any, Any]:
+    """A dictionary, the items of one of a class of its own, or the attributes of an object; empty for all else."""
+    if isinstance(value, Object):
+        value = value.items or value.state
+    return value if isinstance(value, dict) else {}
 
 
 class PickleReader:
