@@ -26,7 +26,7 @@ from flowdistill.plumbing.errors import CheckpointError
 
 _CHUNK = 1 << 20
 _WRAPPERS = {"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-_MAX_PARTS = 16
+_MAX_PARTS, _SHOWN = 16, 200
 _V = TypeVar("_V")
 
 # Writing.
@@ -244,7 +244,7 @@ def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: Path
         changed = sorted(name for name in own.keys() & theirs.keys() if own[name] != theirs[name])
         named = missing[:2] + extra[:2] + changed[:2]
         lines = [
-            f"{name}: {theirs.get(name, 'absent')} in the file, {own.get(name, 'absent')} in the model"
+            f"{name[:_SHOWN].encode('unicode_escape').decode()}: {theirs.get(name, 'absent')} in the file, {own.get(name, 'absent')} in the model"
             for name in named
         ]
         rest = len(missing) + len(extra) + len(changed) - len(named)

@@ -45,10 +45,9 @@ class Object:
 
 
 def as_dictionary(value: Any) -> dict[Any, Any]:
-    """A dictionary, the items of one of a class of its own, or the attributes of an object; empty for all else."""
-    if isinstance(value, Object):
-        value = value.items or value.state
-    return value if isinstance(value, dict) else {}
+    """A dictionary, or the items of one of a class of its own; empty for all else."""
+    items = value.items if isinstance(value, Object) else value
+    return items if isinstance(items, dict) else {}
 
 
 class PickleReader:

@@ -109,6 +109,11 @@ class _TorchReader(PickleReader):
         raise ValueError("it refers to something that is no storage of numbers")
 
 
+def is_tensor(value: Any) -> bool:
+    """Whether it is the record of a tensor, ordinary or not."""
+    return isinstance(value, Object) and value.name.startswith(_TENSORS)
+
+
 class TorchFile:
     """A file of `torch.save`, in the format of today or in that before PyTorch 1.6.
 
@@ -187,7 +192,7 @@ class TorchFile:
         """
         found, size = {}, 0
         for key, value in named.items():
-            if isinstance(value, Object) and value.name.startswith(_TENSORS):
+            if is_tensor(value):
                 name = str(key)
                 if len(name) > _NAME_LENGTH or not name.isprintable():
                     raise ValueError(f"it has a tensor whose name, of {len(name)} characters, cannot be one")

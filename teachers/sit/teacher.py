@@ -21,7 +21,7 @@ from flowdistill.plumbing.files import check_tensors, fill_module, unwrapped
 from flowdistill.plumbing.pickles import as_dictionary
 from flowdistill.plumbing.references import bibtex
 from flowdistill.plumbing.registry import register_teacher, unknown_name
-from flowdistill.plumbing.torch_files import TorchFile
+from flowdistill.plumbing.torch_files import TorchFile, is_tensor
 from flowdistill.runs.pretrained import locate
 from flowdistill.wrapped_teachers import NetworkTeacher
 
@@ -137,7 +137,6 @@ _COMPARED = {"patch_size", "in_channels", "hidden_size", "depth", "learn_sigma",
 _SECTIONS = (*_OPTIONS, "model", "network", "transport")
 _TRAINED = {"path_type": ("linear",), "prediction": ("velocity", "v")}
 _OF_REPA = {"encoder_depth", "proj_coeff"}
-_MAX_LEVELS = 8
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
@@ -152,18 +151,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
             tensors = {name: v.clone() for name, v in mapped}
         else:
             file = TorchFile(path)
-            content = as_dictionary(file.content)
-            for _ in range(_MAX_LEVELS):
-                for key in _OPTIONS:
-                    said |= _options(content.get(key))
-                inner = next(filter(None, (as_dictionary(content.get(key)) for key in _WEIGHTS)), None)
-                if inner is None:
-                    break
-                content = inner
-            tensors = file.tensors(content)
-            if not tensors:
-                holds = ", ".join(str(key)[:40] for key in content) or "something else"
-                raise ValueError(f"it holds no state dictionary, but {holds[:200]}")
+            stored, said = _weights(file.content)
+            if not stored:
+                holds = ", ".join(str(key)[:40] for key in as_dictionary(file.content)) or "something else"
+                raise ValueError(f"it holds no state dictionary, but {holds}")
+            tensors = file.tensors(stored)
         tensors, wrappers = unwrapped(tensors, _NEEDED)
     except Exception as error:  # whatever a damaged or hostile file makes the readers raise
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -177,23 +169,40 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
     return named, said, wrappers
 
 
+def _weights(content: Any, levels: int = 4) -> tuple[dict[Any, Any], dict[str, Any]]:
+    """The dictionary that holds tensors, in others or not, and the options that lie beside it or around it."""
+    named = as_dictionary(content)
+    options: dict[str, Any] = {}
+    for key in filter(named.__contains__, _OPTIONS):
+        options |= _options(named[key])
+    for key in filter(named.__contains__, _WEIGHTS if levels else ()):
+        stored, said = _weights(named[key], levels - 1)
+        if stored:
+            return stored, options | said
+    return (named if any(map(is_tensor, named.values())) else {}), options
+
+
 def _options(value: Any, levels: int = 4) -> dict[str, Any]:
     """The options in a namespace, a dictionary or a configuration, and in the sections of it that are of the network.
 
     Others than numbers are left out, but for those that `_check_training` must know.
     """
-    options = as_dictionary(value)
+    options = _attributes(value)
     options = as_dictionary(options.get("_content")) or options  # omegaconf
     found: dict[str, Any] = {}
-    for section in _SECTIONS if levels else ():
-        found |= _options(options.get(section), levels - 1)
+    for section in filter(options.__contains__, _SECTIONS if levels else ()):
+        found |= _options(options[section], levels - 1)
     for key, item in options.items():
-        name, item = str(key).lower().replace("-", "_"), as_dictionary(item).get("_val", item)
-        if isinstance(item, int) or (isinstance(item, float) and name.endswith("_prob")):
+        name, item = str(key).lower().replace("-", "_"), _attributes(item).get("_val", item)
+        if (isinstance(item, int) and item >= 0) or (isinstance(item, float) and name.endswith("_prob")):
             found[name] = item
         elif name in _TRAINED and item is not None:
-            found[name] = item if isinstance(item, str) else f"a {getattr(item, 'name', type(item).__name__)}"
+            found[name] = item[:40] if isinstance(item, str) else f"a {getattr(item, 'name', type(item).__name__)}"
     return found
+
+
+def _attributes(value: Any) -> dict[Any, Any]:
+    return as_dictionary(value) or as_dictionary(getattr(value, "state", None))
 
 
 def _depth(tensors: Mapping[str, Tensor]) -> int:
