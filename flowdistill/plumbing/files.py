@@ -243,10 +243,10 @@ def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: Path
         missing, extra = sorted(own.keys() - theirs.keys()), sorted(theirs.keys() - own.keys())
         changed = sorted(name for name in own.keys() & theirs.keys() if own[name] != theirs[name])
         named = missing[:2] + extra[:2] + changed[:2]
-        lines = [
-            f"{name[:_SHOWN].encode('unicode_escape').decode()}: {theirs.get(name, 'absent')} in the file, {own.get(name, 'absent')} in the model"
-            for name in named
-        ]
+        lines = []
+        for name in named:
+            shown = name[:_SHOWN].encode("unicode_escape").decode()
+            lines.append(f"{shown}: {theirs.get(name, 'absent')} in the file, {own.get(name, 'absent')} in the model")
         rest = len(missing) + len(extra) + len(changed) - len(named)
         more = f"\n... and {rest} more" if rest else ""
         raise CheckpointError(f"{source} is of another architecture:\n" + "\n".join(lines) + more)

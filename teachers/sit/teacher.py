@@ -83,17 +83,12 @@ class SiTTeacher(NetworkTeacher):
             raise CheckpointError(f"{path} is {arguments['hidden_size']} wide, and a SiT's width is divisible by 4")
         heads = num_heads or said.get("num_heads") or _heads(tensors) or _HEADS.get(arguments["hidden_size"])
         check_tensors(_built(path, **arguments, num_heads=heads or 1), useful, f"{source}, read as a SiT,")
-        _check_training(path, said)
-        for name in _COMPARED & said.keys():
-            if said[name] != arguments[name]:
-                raise CheckpointError(
-                    f"{path} contradicts itself: {name} {said[name]!r}, but tensors of {arguments[name]}"
-                )
+        _check_training(path, said, arguments)
+        _check_square(path, tensors["pos_embed"][0])
         arguments |= _classes(path, arguments["num_classes"] + 1, num_classes, said)
-        has_projectors = any(name.startswith("projectors.") for name in tensors)
-        of_repa = has_projectors or bool(_OF_REPA & said.keys())
+        of_repa = len(useful) < len(tensors) or bool(_OF_REPA & said.keys())
         if variant is not None:
-            _check_variant(path, variant, arguments, has_projectors)
+            _check_variant(path, variant, arguments, of_repa)
             noise_time = (1 if "repa" in variant else 0) if noise_time is None else noise_time
         elif noise_time is None and (arguments["learn_sigma"] or of_repa):
             noise_time = 1 if of_repa else 0
@@ -117,8 +112,8 @@ def _built(path: Path, **arguments: Any) -> SiT:
 
 def _heads(tensors: Mapping[str, Tensor]) -> int | None:
     """The number of heads, which the shapes tell where queries and keys are normalised."""
-    norm, qkv = tensors.get("blocks.0.attn.q_norm.weight"), tensors.get("blocks.0.attn.proj.bias")
-    return len(qkv) // len(norm) if norm is not None and qkv is not None and norm.ndim == qkv.ndim == 1 else None
+    norm, bias = (tensors.get(f"blocks.0.attn.{name}", torch.zeros(0)) for name in ("q_norm.weight", "proj.bias"))
+    return bias.numel() // norm.numel() if norm.numel() else None
 
 
 _HEADS = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
@@ -133,7 +128,6 @@ _NEEDED = {
 }
 _WEIGHTS = ("ema", "ema_model", "model_ema", "model", "state_dict", "module")
 _OPTIONS = ("args", "hyper_parameters", "config", "cfg")
-_COMPARED = {"patch_size", "in_channels", "hidden_size", "depth", "learn_sigma", "qk_norm"}
 _SECTIONS = (*_OPTIONS, "model", "network", "transport")
 _TRAINED = {"path_type": ("linear",), "prediction": ("velocity", "v")}
 _OF_REPA = {"encoder_depth", "proj_coeff"}
@@ -237,14 +231,27 @@ def _arguments(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _check_training(path: Path, said: Mapping[str, Any]) -> None:
-    """Refuse networks of other paths and predictions than those of the published ones."""
+def _check_training(path: Path, said: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Refuse networks of other paths and predictions than the published ones, and what no shape tells."""
+    qk_norm, learn_sigma = arguments["qk_norm"], arguments["learn_sigma"]
+    flags = {"learn_sigma": learn_sigma, "qk_norm": qk_norm, "use_qknorm": qk_norm}
+    for name, ours in {**flags, "use_rope": False, "use_rmsnorm": False}.items():
+        if said.get(name, ours) != ours:
+            raise CheckpointError(f"{path} was trained with {name} {said[name]}, and a SiT of its tensors has {ours}")
     for name, known in _TRAINED.items():
         if str(said.get(name, known[0])).lower() not in known:
             raise CheckpointError(
                 f"{path} was trained with {name} {said[name]!r}, and only {known[0]} is read: for another one write a "
                 "network of your own, as the documentation shows under 'Your own network'"
             )
+
+
+def _check_square(path: Path, positions: Tensor) -> None:
+    """Refuse the table of another grid than a square, whose rows tell its width by their half of the channels."""
+    rows = positions[:, positions.shape[1] // 2 :]
+    width = int((rows == rows[0]).all(1).int().cumprod(0).sum())
+    if 1 < width < len(rows) != width**2:
+        raise CheckpointError(f"{path} is of samples that are not square: {len(rows)} patches in rows of {width}")
 
 
 def _classes(path: Path, rows: int, num_classes: int | None, said: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,7 +265,8 @@ def _classes(path: Path, rows: int, num_classes: int | None, said: Mapping[str, 
         num_classes = said.get("num_classes", rows - bool(dropout))
         if num_classes not in possible or (dropout is not None and rows - num_classes != bool(dropout)):
             raise CheckpointError(
-                f"{path} contradicts itself: {num_classes!r} classes, label dropout {dropout!r} and {rows} labels"
+                f"{path} contradicts itself: {num_classes} classes, label dropout {dropout} and {rows} labels: give "
+                "num_classes"
             )
     elif rows in (1, 1001):
         num_classes = possible[-1]
@@ -286,14 +294,14 @@ def _parts(variant: str) -> tuple[str, str, str | None, str]:
     return match[1], match[2], match[3], match[4]
 
 
-def _check_variant(path: Path, variant: str, arguments: Mapping[str, Any], has_projectors: bool) -> None:
+def _check_variant(path: Path, variant: str, arguments: Mapping[str, Any], of_repa: bool) -> None:
     size, patch, repa, pixels = _parts(variant)
     expected = {"patch_size": int(patch), "input_size": int(pixels) // 8, **SIZES[size]}
     del expected["num_heads"]
     wrong = [f"{name} {arguments[name]} in place of {v}" for name, v in expected.items() if arguments[name] != v]
     if repa and arguments["learn_sigma"]:
         wrong.append("a doubled output, which REPA never has")
-    if not repa and has_projectors:
-        wrong.append("the projectors of REPA")
+    if not repa and of_repa:
+        wrong.append("the projectors of REPA, or its options")
     if wrong:
         raise CheckpointError(f"{path} is not {variant}: it has {', '.join(wrong)}")

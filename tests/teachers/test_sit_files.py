@@ -20,6 +20,7 @@ from torch import nn
 import flowdistill
 from flowdistill import NULL_LABEL, CheckpointError, Condition, ConfigError, load_teacher
 from flowdistill.guidance import GuidedTeacher
+from flowdistill.networks.embeddings import position_table
 from flowdistill.networks.sit import SiT
 from flowdistill.runs.pretrained import load_model, save_model
 
@@ -277,10 +278,10 @@ def test_options_beside_a_bare_state_dictionary(tmp_path):
     assert "path_type 'GVP'" in refused(path)
 
 
-@pytest.mark.parametrize("said", [{"learn_sigma": False}, {"qk_norm": True}, {"depth": 3}, {"patch_size": 4}])
-def test_options_that_the_shapes_contradict(tmp_path, said):
+@pytest.mark.parametrize("said", [{"learn_sigma": False}, {"qk_norm": True}, {"use_rope": True}])
+def test_options_of_what_no_tensor_shows(tmp_path, said):
     path = saved(tmp_path / "sit.pt", {"ema": network().state_dict(), "args": argparse.Namespace(**said)})
-    assert f"contradicts itself: {next(iter(said))}" in refused(path)
+    assert f"was trained with {next(iter(said))}" in refused(path)
 
 
 def test_the_heads_are_those_of_the_options_or_of_the_norms(tmp_path):
@@ -318,6 +319,20 @@ def test_harmless_things_beside_the_weights(tmp_path):
     }
     assert same(load(saved(tmp_path / "training.pt", {"ema": net.state_dict(), **beside})), net)
     assert same(load(saved(tmp_path / "flat.pt", net.state_dict() | beside | {"model": {"name": "SiT"}})), net)
+
+
+@pytest.mark.parametrize("grid", [(2, 8), (8, 2)])
+def test_positions_of_a_rectangle_of_as_many_patches_as_a_square(tmp_path, grid):
+    net = network(input_size=8)
+    path = saved(tmp_path / "square.pt", net.state_dict())
+    assert load(path).sample_shape == (2, 8, 8)
+    rows, columns = grid
+    line = position_table(8, 8)[0]  # of 8 x 8: columns in the first half, rows in the second
+    table = torch.stack([torch.cat([line[c, :4], line[8 * r, 4:]]) for r in range(rows) for c in range(columns)])
+    message = refused(saved(tmp_path / "sit.pt", net.state_dict() | {"pos_embed": table[None]}))
+    assert f"not square: 16 patches in rows of {columns}" in message
+    learned = torch.randn(1, 16, 8)
+    assert load(saved(tmp_path / "learned.pt", net.state_dict() | {"pos_embed": learned})).sample_shape == (2, 8, 8)
 
 
 def test_a_module_is_not_a_state_dictionary(tmp_path):
