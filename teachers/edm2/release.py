@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flowdistill.plumbing.errors import CheckpointError
-from flowdistill.plumbing.pickles import INSTRUCTIONS, Function, Object, PickleReader, checked
+from flowdistill.plumbing.pickles import Function, Object, PickleReader, checked
 
 _DICTS = {"collections.OrderedDict", "dnnlib.util.EasyDict"}
 _PARAMETERS = {"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"}
@@ -39,18 +39,18 @@ _NAMES = {
     "numpy.dtype",
 }
 
-_RELEASE_INSTRUCTIONS = INSTRUCTIONS - {"LONG1", "BINPUT", "LONG_BINPUT", "GLOBAL", "BINPERSID", "BINBYTES8"}
-_RELEASE_INSTRUCTIONS -= {"BYTEARRAY8", "FROZENSET", "ADDITEMS", "NEWOBJ_EX"}
-_STORAGE_INSTRUCTIONS = INSTRUCTIONS - {"FRAME", "MEMOIZE", "LONG_BINPUT", "LONG_BINGET", "STACK_GLOBAL", "BUILD"}
-_STORAGE_INSTRUCTIONS -= {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "FROZENSET", "ADDITEMS", "BYTEARRAY8"}
-_STORAGE_INSTRUCTIONS -= {"SHORT_BINBYTES", "BINBYTES", "BINBYTES8"}
+_CONSTANTS = {"NONE", "NEWTRUE", "NEWFALSE", "EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"}
+_VALUES = {"BININT", "BININT1", "BININT2", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"}
+_CONTAINERS = {"MARK", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "APPEND", "APPENDS", "SETITEM", "SETITEMS"}
+_COMMON = _CONSTANTS | _VALUES | _CONTAINERS | {"PROTO", "BINGET", "STOP"}
+_OBJECTS = {"STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD"}
 _MAX_LEVELS = 8
 
 
 class _ReleaseReader(PickleReader):
     """Reads the pickle of a released file."""
 
-    instructions = _RELEASE_INSTRUCTIONS
+    instructions = _COMMON | _OBJECTS | {"FRAME", "MEMOIZE", "LONG_BINGET", "SHORT_BINBYTES", "BINBYTES"}
     names: ClassVar[Set[str]] = _NAMES
 
     def imported(self, name: str) -> Function:
@@ -69,7 +69,7 @@ class _ReleaseReader(PickleReader):
 class _StorageReader(_ReleaseReader):
     """Reads the pickles of a storage in a released file."""
 
-    instructions = _STORAGE_INSTRUCTIONS
+    instructions = _COMMON | {"LONG1", "BINPUT", "GLOBAL", "BINPERSID"}
     names = _DTYPES.keys()
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -138,11 +141,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
 
     Also the options that the file says it was trained with, and what `unwrapped` says of wrappers.
     """
-    said: dict[str, Any] = {}
     try:
         if path.suffix == ".safetensors":
             mapped = safetensors.torch.load_file(path).items()  # copied, lest the teacher change, or die, with its file
-            tensors = {name: v.clone() for name, v in mapped}
+            tensors, said = {name: v.clone() for name, v in mapped}, _metadata(path)
         else:
             file = TorchFile(path)
             stored, said = _weights(file.content)
@@ -161,6 +163,16 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
         for name, v in tensors.items()
     }
     return named, said, wrappers
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """The options in the metadata of a safetensors file, which are texts or JSON."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        texts: dict[str, Any] = file.metadata() or {}
+    for key, value in texts.items():
+        with contextlib.suppress(ValueError):
+            texts[key] = json.loads(value)
+    return _options(texts)
 
 
 def _weights(content: Any, levels: int = 4) -> tuple[dict[Any, Any], dict[str, Any]]:

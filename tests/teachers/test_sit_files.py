@@ -6,6 +6,7 @@ All files are made here, with the names and the shapes of the authors' files.
 import argparse
 import datetime
 import itertools
+import json
 import pathlib
 import types
 
@@ -271,6 +272,16 @@ def test_networks_of_other_paths_and_predictions_are_not_taken_for_velocities(tm
     message = refused(saved(path, {"ema": net.state_dict(), **KEPT[kept](LINEAR | change)}))
     assert named in message
     assert "Your own network" in message
+
+
+def test_options_in_the_metadata_of_safetensors(tmp_path):
+    net, path = network(), tmp_path / "sit.safetensors"
+    for metadata in ({"num_classes": "5", "prediction": "velocity"}, {"config": json.dumps({"num_classes": 5})}):
+        safetensors.torch.save_file(net.state_dict(), path, metadata)
+        assert same(load(path, num_classes=None), net)
+    for metadata in ({"path_type": "GVP"}, {"args": json.dumps({"path_type": "GVP"})}):
+        safetensors.torch.save_file(net.state_dict(), path, metadata)
+        assert "path_type 'GVP'" in refused(path)
 
 
 def test_options_beside_a_bare_state_dictionary(tmp_path):
