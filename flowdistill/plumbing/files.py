@@ -189,12 +189,12 @@ def unwrapped(tensors: Mapping[str, _V], needed: Set[str]) -> tuple[dict[str, _V
         parts = name.split(".", _MAX_PARTS)
         counts.update(".".join(parts[:i]) for i in range(len(parts)) if _unwrapped(".".join(parts[i:])) in needed)
     most = max(counts.values(), default=0)
-    prefixes = {f"{prefix}." if prefix else "" for prefix, count in counts.items() if count == most}
-    inmost = [p for p in prefixes if not any(other != p and other.startswith(p) for other in prefixes)]
+    best = sorted(f"{prefix}." if prefix else "" for prefix, count in counts.items() if count == most)
+    inmost = [p for i, p in enumerate(best) if not any(following.startswith(p) for following in best[i + 1 : i + 2])]
     if len(inmost) > 1 and len(averages := [p for p in inmost if "ema" in re.split(r"[._]", p)]) == 1:
         inmost = averages
     if len(inmost) > 1:
-        raise ValueError(f"it holds several such networks, under {' and '.join(sorted(inmost))}: save one alone")
+        raise ValueError(f"it holds several such networks, under {' and '.join(inmost[:3])}: save one alone")
     prefix = inmost[0] if inmost else ""
     inside = {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
     found = {_unwrapped(name): v for name, v in inside.items()}
