@@ -193,6 +193,8 @@ def unwrapped(tensors: Mapping[str, _V], needed: Set[str]) -> tuple[dict[str, _V
     inmost = [p for i, p in enumerate(best) if not any(following.startswith(p) for following in best[i + 1 : i + 2])]
     if len(inmost) > 1 and len(averages := [p for p in inmost if "ema" in re.split(r"[._]", p)]) == 1:
         inmost = averages
+    if len(inmost) > 1 and most < len(needed):  # of another kind, without a wrapper that could be told
+        return dict(tensors), ""
     if len(inmost) > 1:
         raise ValueError(f"it holds several such networks, under {' and '.join(inmost[:3])}: save one alone")
     prefix = inmost[0] if inmost else ""

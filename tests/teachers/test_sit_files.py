@@ -399,6 +399,11 @@ def relatives():
         ],
     )
     yield (
+        "tables of positions in two other networks",
+        {"encoder.pos_embed": torch.zeros(3), "decoder.pos_embed": torch.zeros(3)},
+        ["decoder.pos_embed: (3,) in the file, absent in the model"],
+    )
+    yield (
         "another network",
         nn.Linear(3, 4).state_dict(),
         ["final_layer.adaLN_modulation.1.bias: absent in the file", "weight: (4, 3) in the file, absent in the model"],
