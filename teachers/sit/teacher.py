@@ -48,9 +48,9 @@ class SiTTeacher(NetworkTeacher):
         variant: the architecture that the file must have, as in ``load_teacher("sit-xl/2-256", checkpoint=...)``; None
             takes what the shapes say.
         vae: the autoencoder of the decoder, see `StableDiffusionVae`.
-        num_heads: attention heads, which no shape tells; None is the number of a published width.
+        num_heads: attention heads, which few shapes tell; None is what the file says, or that of a published width.
         noise_time: the time of the noise, 0 as SiT trains or 1 as REPA does; None is that of ``variant``, and without
-            one 0 where the output is doubled (``learn_sigma``) and 1 where there are REPA's projectors.
+            one 0 where the output is doubled (``learn_sigma``) and 1 where there are REPA's projectors or options.
         num_classes: the number of classes; the table of labels has one row more if labels were dropped in training, and
             only then there is classifier-free guidance. None is what the file says, or 1000 of 1001 rows.
 
@@ -73,7 +73,7 @@ class SiTTeacher(NetworkTeacher):
         num_classes: int | None = None,
     ) -> None:
         if files_unread():
-            super().__init__(_of_variant(variant))
+            super().__init__(_of_variant(variant, num_classes or 1000))
             return
         if variant is not None:
             _parts(variant)
@@ -150,8 +150,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
             file = TorchFile(path)
             stored, said = _weights(file.content)
             if not stored:
-                holds = ", ".join(str(key)[:40] for key in as_dictionary(file.content)) or "something else"
-                raise ValueError(f"it holds no state dictionary, but {holds}")
+                holds = ", ".join(str(key)[:40] for key in as_dictionary(file.content))
+                holds = holds or getattr(file.content, "name", type(file.content).__name__)
+                raise ValueError(f"it holds no state dictionary, as network.state_dict() gives it, but {holds}")
             tensors = file.tensors(stored)
         tensors, wrappers = unwrapped(tensors, _NEEDED)
     except Exception as error:  # whatever a damaged or hostile file makes the readers raise
@@ -290,13 +291,13 @@ def _classes(path: Path, rows: int, num_classes: int | None, said: Mapping[str, 
     return {"num_classes": num_classes, "null_label": num_classes < rows}
 
 
-def _of_variant(variant: str | None) -> SiT:
+def _of_variant(variant: str | None, num_classes: int) -> SiT:
     """The network of a variant, with fresh weights."""
     if variant is None:
         raise ConfigError("a plan reads no checkpoint: give sit_teacher.variant")
     size, patch, repa, pixels = _parts(variant)
     arguments: dict[str, Any] = {"input_size": int(pixels) // 8, "patch_size": int(patch), **SIZES[size]}
-    return SiT(**arguments, num_classes=1000, learn_sigma=not repa, noise_time=1 if repa else 0)
+    return SiT(**arguments, num_classes=num_classes, learn_sigma=not repa, noise_time=1 if repa else 0)
 
 
 def _parts(variant: str) -> tuple[str, str, str | None, str]:

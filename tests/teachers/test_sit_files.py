@@ -347,7 +347,10 @@ def test_positions_of_a_rectangle_of_as_many_patches_as_a_square(tmp_path, grid)
 
 
 def test_a_module_is_not_a_state_dictionary(tmp_path):
-    assert "no state dictionary" in refused(saved(tmp_path / "module.pt", {"model": network()}))
+    assert "no state dictionary, as network.state_dict() gives it, but model" in refused(
+        saved(tmp_path / "module.pt", {"model": network()})
+    )
+    assert "but flowdistill.networks.sit.SiT" in refused(saved(tmp_path / "module.pt", network()))
 
 
 # Relatives.
