@@ -115,6 +115,7 @@ class _ResidualNetwork(VelocityNetwork):
         self.network = network
         self.sample_shape, self.num_classes = network.sample_shape, network.num_classes
         self.embedding_size, self.only_embeds_time = network.embedding_size, network.only_embeds_time
+        self.null_label = teacher.null_label and network.null_label
 
     def velocity(
         self,

@@ -168,7 +168,7 @@ class _OfTeacher:
         _check(not self._teacher.training, f"{self._name}.train() leaves evaluation mode")
 
     def takes_the_null_label(self) -> None:
-        if self._teacher.num_classes is None:
+        if self._teacher.num_classes is None or not self._teacher.null_label:
             return
         velocity = self._teacher.velocity(self._x, self._x.new_full((self._n,), 0.5), self._condition.unlabelled())
         _check(bool(velocity.isfinite().all()), f"{self._name} does not take the null label {NULL_LABEL}")

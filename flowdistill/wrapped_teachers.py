@@ -20,7 +20,7 @@ class NetworkTeacher(Teacher):
 
     def __init__(self, network: VelocityNetwork, decoder: Decoder | None = None, null_label: bool = True) -> None:
         super().__init__()
-        self.decoder, self.null_label = decoder, null_label
+        self.decoder, self.null_label = decoder, null_label and network.null_label
         self.network = network.eval().requires_grad_(False)
         self.sample_shape, self.num_classes = network.sample_shape, network.num_classes
 

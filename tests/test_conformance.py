@@ -65,7 +65,7 @@ TEACHER_ARGUMENTS = {
 def sit_file(folder):
     network = SiT(8, 2, hidden_size=16, depth=2, num_heads=2, num_classes=5)
     torch.save(trained(network).state_dict(), folder / "sit.pt")
-    return {"checkpoint": folder / "sit.pt", "num_heads": 2}
+    return {"checkpoint": folder / "sit.pt", "num_heads": 2, "num_classes": 5}
 
 
 def edm2_file(folder):

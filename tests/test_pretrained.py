@@ -90,7 +90,7 @@ def test_a_teacher_outlives_the_file_that_it_came_from(tmp_path):
     save_model(teacher_of(), tmp_path / "model")
     path = tmp_path / "model" / "model.safetensors"
     shutil.copy(path, tmp_path / "sit.safetensors")
-    teachers = load_model(tmp_path / "model"), load_teacher(tmp_path / "sit.safetensors", num_heads=2)
+    teachers = load_model(tmp_path / "model"), load_teacher(tmp_path / "sit.safetensors", num_heads=2, num_classes=3)
     for file in (path, tmp_path / "sit.safetensors"):
         size = file.stat().st_size
         with file.open("r+b") as opened:
@@ -328,10 +328,13 @@ def test_the_command_line_converts_and_a_fresh_process_loads(tmp_path):
     wide = SiT(**{**SIT, "hidden_size": 384, "num_heads": 6, "depth": 1, "learn_sigma": False, "noise_time": 1})
     torch.nn.init.normal_(wide.final_layer.linear.weight)
     torch.save(wide.state_dict() | projector, tmp_path / "last.pt")
-    done = command("convert", "last.pt", "model", "--dtype", "float16", cwd=tmp_path)
+    done = command("convert", "last.pt", "model", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "4 labels, which may be 4 classes (num_classes=4), or 3 and a null label (num_classes=3)" in done.stderr
+    done = command("convert", "last.pt", "model", "--dtype", "float16", "--num_classes", "3", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "model\n"), done.stderr
     before = [(path, path.read_bytes()) for path in sorted((tmp_path / "model").iterdir())]
-    done = command("convert", "last.pt", "model", cwd=tmp_path)
+    done = command("convert", "last.pt", "model", "--num_classes", "3", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == "flowdistill: error: model is taken: choose another place\n"
     assert before == [(path, path.read_bytes()) for path in sorted((tmp_path / "model").iterdir())]

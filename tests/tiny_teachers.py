@@ -1,5 +1,6 @@
 """Small teachers of every family, their checkpoint files, and fresh processes that load them."""
 
+import argparse
 import functools
 import os
 import subprocess
@@ -61,7 +62,8 @@ def velocity(teacher):
 def checkpoint(path):
     """A training checkpoint of a SiT, as its authors write it."""
     teacher = teacher_of()
-    torch.save({"ema": teacher.network.state_dict()}, path)
+    args = argparse.Namespace(num_classes=teacher.num_classes)
+    torch.save({"ema": teacher.network.state_dict(), "args": args}, path)
     return teacher
 
 

@@ -148,6 +148,8 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("folder", metavar="DST", type=Path, help="for model.safetensors and config.json")
     convert.add_argument("--teacher", help="what the file is, such as sit-xl/2-256; by default what it says itself")
     convert.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="of the stored weights")
+    for name in ("num_classes", "num_heads", "noise_time"):
+        convert.add_argument(f"--{name}", type=int, help="of a SiT whose file does not tell it, see sit_teacher")
     convert.set_defaults(command=_convert)
 
     listing = commands.add_parser("list", help="list methods, settings and recipes, and what is registered")
@@ -326,4 +328,6 @@ def _convert(options: argparse.Namespace) -> None:
     from flowdistill.runs.run import Run
 
     source = Run(options.source, allow_imports=True) if options.allow_imports else options.source
-    print(convert(source, options.folder, teacher=options.teacher, dtype=options.dtype))
+    told = {name: getattr(options, name) for name in ("num_classes", "num_heads", "noise_time")}
+    told = {name: value for name, value in told.items() if value is not None}
+    print(convert(source, options.folder, teacher=options.teacher, dtype=options.dtype, **told))

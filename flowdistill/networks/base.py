@@ -22,6 +22,8 @@ class VelocityNetwork(nn.Module, ABC):
     """The shape of one sample, without the batch."""
     num_classes: int | None
     """The number of classes; None for an unconditional network."""
+    null_label: bool = True
+    """Whether a conditional network has a velocity without a class, as classifier-free guidance needs."""
     embedding_size: int
     """The size of the vector that conditions every block."""
     early_blocks: int

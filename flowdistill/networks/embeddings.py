@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from flowdistill.interfaces import NULL_LABEL
 from flowdistill.networks.linear import Linear
+from flowdistill.plumbing.dry import files_unread
+from flowdistill.plumbing.errors import ConfigError
 
 
 def sinusoids(value: Tensor, size: int) -> Tensor:
@@ -56,16 +58,25 @@ class LabelEmbedding(nn.Module):
     Args:
         num_classes: number of classes.
         size: of the embedding.
+        null_label: whether there is that row.
     """
 
-    def __init__(self, num_classes: int, size: int) -> None:
+    def __init__(self, num_classes: int, size: int, null_label: bool = True) -> None:
         super().__init__()
-        self.num_classes = num_classes
-        self.embedding_table = nn.Embedding(num_classes + 1, size)
+        self.num_classes, self.null_label = num_classes, null_label
+        self.embedding_table = nn.Embedding(num_classes + null_label, size)
         nn.init.normal_(self.embedding_table.weight, std=0.02)
 
     def forward(self, labels: Tensor) -> Tensor:
-        """Embed labels (B,) as (B, size); NULL_LABEL and ``num_classes`` both mean no class."""
+        """Embed labels (B,) as (B, size); NULL_LABEL and ``num_classes`` both mean no class.
+
+        Raises:
+            ConfigError: no class is asked for, and there is no null label.
+        """
+        if not (self.null_label or files_unread()) and bool(((labels < 0) | (labels >= self.num_classes)).any()):
+            raise ConfigError(
+                "this network needs a class for each sample: it was trained without dropping labels and has no null label"
+            )
         rows = labels.masked_fill(labels == NULL_LABEL, self.num_classes)
         embedded: Tensor = self.embedding_table(rows)
         return embedded

@@ -118,6 +118,8 @@ class SiT(VelocityNetwork):
         learn_sigma: output twice the channels, of which the second half is dropped, as in the published weights.
         qk_norm: normalise queries and keys of each head.
         noise_time: the time of the noise in `forward`, 0 (SiT) or 1 (REPA).
+        null_label: whether the table of labels has a row for no class; without one there is no classifier-free
+            guidance.
 
     Raises:
         ConfigError: sizes that do not divide as they must.
@@ -141,6 +143,7 @@ class SiT(VelocityNetwork):
         learn_sigma: bool = True,
         qk_norm: bool = False,
         noise_time: Literal[0, 1] = 0,
+        null_label: bool = True,
     ) -> None:
         super().__init__()
         if input_size % patch_size:
@@ -148,13 +151,13 @@ class SiT(VelocityNetwork):
         if hidden_size % num_heads or hidden_size % 4:
             raise ConfigError(f"hidden_size {hidden_size} is not divisible by 4 and by num_heads {num_heads}")
         self.sample_shape = (in_channels, input_size, input_size)
-        self.num_classes = num_classes
+        self.num_classes, self.null_label = num_classes, null_label
         self.embedding_size = hidden_size
         self.patch_size, self.learn_sigma, self.noise_time = patch_size, learn_sigma, noise_time
         self.early_blocks = round(depth * 2 / 3)
         self.x_embedder = _PatchEmbedding(patch_size, in_channels, hidden_size)
         self.t_embedder = ScalarEmbedding(hidden_size)
-        self.y_embedder = LabelEmbedding(num_classes, hidden_size)
+        self.y_embedder = LabelEmbedding(num_classes, hidden_size, null_label)
         table = position_table(input_size // patch_size, hidden_size)
         self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.blocks = nn.ModuleList(_Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))

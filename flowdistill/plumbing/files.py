@@ -10,11 +10,13 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -23,6 +25,9 @@ from torch import Tensor, nn
 from flowdistill.plumbing.errors import CheckpointError
 
 _CHUNK = 1 << 20
+_WRAPPERS = {"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_MAX_PARTS, _SHOWN = 16, 200
+_V = TypeVar("_V")
 
 # Writing.
 
@@ -161,6 +166,51 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
 
 
+def unwrapped(tensors: Mapping[str, _V], needed: Set[str]) -> tuple[dict[str, _V], str]:
+    """The tensors without what the wrappers of a network put before or into their names.
+
+    Such wrappers are `torch.compile`, data-parallel training, averages and Lightning's modules, in any order. What lies
+    beside the network, such as a wrapper's counter, is left out.
+
+    Args:
+        tensors: by name; those of a network without a wrapper are returned as they are.
+        needed: names that the network has.
+
+    Returns:
+        The tensors, and a phrase that says what was taken away, to follow the file in messages; empty if nothing was.
+
+    Raises:
+        ValueError: there are several such networks, and not one of them is an average.
+    """
+    if needed <= tensors.keys():
+        return dict(tensors), ""
+    counts: Counter[str] = Counter()  # of needed names behind each prefix
+    for name in tensors:
+        parts = name.split(".", _MAX_PARTS)
+        counts.update(".".join(parts[:i]) for i in range(len(parts)) if _unwrapped(".".join(parts[i:])) in needed)
+    most = max(counts.values(), default=0)
+    best = sorted(f"{prefix}." if prefix else "" for prefix, count in counts.items() if count == most)
+    inmost = [p for i, p in enumerate(best) if not any(following.startswith(p) for following in best[i + 1 : i + 2])]
+    if len(inmost) > 1 and len(averages := [p for p in inmost if "ema" in re.split(r"[._]", p)]) == 1:
+        inmost = averages
+    if len(inmost) > 1 and most < len(needed):  # of another kind, without a wrapper that could be told
+        return dict(tensors), ""
+    if len(inmost) > 1:
+        raise ValueError(f"it holds several such networks, under {' and '.join(inmost[:3])}: save one alone")
+    prefix = inmost[0] if inmost else ""
+    inside = {name.removeprefix(prefix): v for name, v in tensors.items() if name.startswith(prefix)}
+    found = {_unwrapped(name): v for name, v in inside.items()}
+    if len(found) < len(inside):
+        raise ValueError("without what wrappers add, some of its tensors have the same name")
+    wrappers = sorted(_WRAPPERS & {part for name in inside for part in name.split(".")})
+    taken = [*filter(None, [prefix]), *(f"{part}." for part in wrappers)]
+    return found, f" (read without {' and '.join(taken)} in its names)" if taken else ""
+
+
+def _unwrapped(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
 def load_module(module: nn.Module, path: Path) -> None:
     """Load a safetensors file into a module whose tensors have just these names and shapes.
 
@@ -170,7 +220,7 @@ def load_module(module: nn.Module, path: Path) -> None:
     fill_module(module, load_tensors(path), path)
 
 
-def fill_module(module: nn.Module, tensors: Mapping[str, Tensor], source: Path, assign: bool = False) -> None:
+def fill_module(module: nn.Module, tensors: Mapping[str, Tensor], source: Path | str, assign: bool = False) -> None:
     """Put tensors into a module that has just these names and shapes.
 
     Args:
@@ -180,16 +230,25 @@ def fill_module(module: nn.Module, tensors: Mapping[str, Tensor], source: Path, 
         assign: use the tensors themselves, as for a module that was built on the meta device.
 
     Raises:
-        CheckpointError: they are of another architecture; lists the first tensors that differ.
+        CheckpointError: they are of another architecture; names the first tensors that are missing, that are too many,
+            and that have another shape.
     """
+    check_tensors(module, tensors, source)
+    module.load_state_dict(tensors, assign=assign)
+
+
+def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
+    """Raise CheckpointError unless the tensors have the names and shapes of a module's, see `fill_module`."""
     own = {name: tuple(v.shape) for name, v in module.state_dict().items()}
     theirs = {name: tuple(v.shape) for name, v in tensors.items()}
     if own != theirs:
-        names = [name for name in sorted(own.keys() | theirs.keys()) if own.get(name) != theirs.get(name)]
-        lines = [
-            f"{name}: {theirs.get(name, 'absent')} in the file, {own.get(name, 'absent')} in the model"
-            for name in names[:5]
-        ]
-        more = f"\n... and {len(names) - 5} more" if len(names) > 5 else ""
+        missing, extra = sorted(own.keys() - theirs.keys()), sorted(theirs.keys() - own.keys())
+        changed = sorted(name for name in own.keys() & theirs.keys() if own[name] != theirs[name])
+        named = missing[:2] + extra[:2] + changed[:2]
+        lines = []
+        for name in named:
+            shown = name[:_SHOWN].encode("unicode_escape").decode()
+            lines.append(f"{shown}: {theirs.get(name, 'absent')} in the file, {own.get(name, 'absent')} in the model")
+        rest = len(missing) + len(extra) + len(changed) - len(named)
+        more = f"\n... and {rest} more" if rest else ""
         raise CheckpointError(f"{source} is of another architecture:\n" + "\n".join(lines) + more)
-    module.load_state_dict(tensors, assign=assign)

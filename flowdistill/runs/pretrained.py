@@ -18,7 +18,7 @@ from flowdistill.interfaces import Decoder, Teacher
 from flowdistill.networks import VelocityNetwork
 from flowdistill.plumbing.dry import files_unread
 from flowdistill.plumbing.errors import CheckpointError, CheckpointWriteError, ConfigError
-from flowdistill.plumbing.files import fill_module, load_tensors, replaced_folder, write_json, write_tensors
+from flowdistill.plumbing.files import fill_module, load_tensors, replaced_folder, unwrapped, write_json, write_tensors
 from flowdistill.plumbing.registry import DECODERS, NETWORKS, TEACHERS
 from flowdistill.wrapped_teachers import NetworkTeacher
 
@@ -100,9 +100,13 @@ def load_model(folder: str | Path, **decoder_arguments: Any) -> NetworkTeacher:
     if files_unread():
         return NetworkTeacher(NETWORKS.build(parts["network"], **parts["arguments"]), decoder, parts["null_label"])
     path = folder / "model.safetensors"
-    mapped = load_tensors(path).items()  # copied, lest the teacher change, or die, with its file
-    tensors = {name: v.to(torch.float32 if v.is_floating_point() else v.dtype, copy=True) for name, v in mapped}
-    fill_module(network, tensors, path, assign=True)
+    try:
+        mapped, wrappers = unwrapped(load_tensors(path), network.state_dict().keys())
+    except ValueError as error:
+        raise CheckpointError(f"{path} does not hold a model: {error}") from None
+    # copied, lest the teacher change, or die, with its file
+    tensors = {name: v.to(torch.float32 if v.is_floating_point() else v.dtype, copy=True) for name, v in mapped.items()}
+    fill_module(network, tensors, f"{path}{wrappers}", assign=True)
     return NetworkTeacher(network, decoder, parts["null_label"])
 
 

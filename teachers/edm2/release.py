@@ -1,26 +1,23 @@
 """EDM2's released files, read without running anything in them.
 
-A released file is a pickle: a program for a small stack machine, some of whose instructions import and call functions.
-Here a stack machine follows it that knows only the instructions such files use and neither imports nor calls: it makes
-records of the names and arguments, and from these the tensors are put together. (`pickle.Unpickler` is not safe even
-where it may import nothing: a deeply nested tuple as a key of a dictionary overflows its stack and kills the process.)
+A released file is a pickle. `PickleReader` follows it, confined to the instructions and names that such files use, and
+makes records of the names and arguments; from these the tensors are put together.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
-import pickletools
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from flowdistill.plumbing.errors import CheckpointError
+from flowdistill.plumbing.pickles import Function, Object, PickleReader, checked
 
 _DICTS = {"collections.OrderedDict", "dnnlib.util.EasyDict"}
 _PARAMETERS = {"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"}
@@ -42,32 +39,38 @@ _NAMES = {
     "numpy.dtype",
 }
 
-_CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": frozenset}
-_VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"}
-_SINCE_MARK = {"TUPLE", "APPENDS", "SETITEMS"}
-_TAKES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2}
-_TAKES |= {"STACK_GLOBAL": 2, "REDUCE": 2, "NEWOBJ": 2, "BUILD": 1, "BINPERSID": 1}
-_ALL = {*_CONSTANTS, *_EMPTY, *_VALUES, *_SINCE_MARK, *_TAKES, "PROTO", "MARK", "BINGET", "STOP"}
-_INSTRUCTIONS = (_ALL | {"FRAME", "MEMOIZE", "LONG_BINGET", "SHORT_BINBYTES", "BINBYTES"}) - {"LONG1", "BINPERSID"}
-_INNER_INSTRUCTIONS = (_ALL | {"BINPUT", "GLOBAL"}) - {"STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD"}
-_MAX_INSTRUCTIONS, _MAX_MARKS, _MAX_LEVELS = 500_000, 100, 8
+_CONSTANTS = {"NONE", "NEWTRUE", "NEWFALSE", "EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"}
+_VALUES = {"BININT", "BININT1", "BININT2", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"}
+_CONTAINERS = {"MARK", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "APPEND", "APPENDS", "SETITEM", "SETITEMS"}
+_COMMON = _CONSTANTS | _VALUES | _CONTAINERS | {"PROTO", "BINGET", "STOP"}
+_OBJECTS = {"STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD"}
+_MAX_LEVELS = 8
 
 
-@dataclass(frozen=True)
-class _Function:
-    """Something the file wants to import."""
+class _ReleaseReader(PickleReader):
+    """Reads the pickle of a released file."""
 
-    name: str
+    instructions = _COMMON | _OBJECTS | {"FRAME", "MEMOIZE", "LONG_BINGET", "SHORT_BINBYTES", "BINBYTES"}
+    names: ClassVar[Set[str]] = _NAMES
+
+    def imported(self, name: str) -> Function:
+        if name not in self.names:
+            raise ValueError(f"it wants to import {name}")
+        return super().imported(name)
+
+    def called(self, function: Any, arguments: tuple[Any, ...]) -> Object | dict[str, Any]:
+        """A dictionary, empty as yet, or the record of anything else."""
+        name = checked(function, Function).name
+        if name == "numpy.dtype" and arguments[:1] not in (("f4",), ("f8",)):
+            raise ValueError("it has an array that is not of floats")
+        return {} if name in _DICTS and not arguments else Object(name, arguments)
 
 
-@dataclass(eq=False)
-class _Object:
-    """What the file wants to make by calling ``name``."""
+class _StorageReader(_ReleaseReader):
+    """Reads the pickles of a storage in a released file."""
 
-    name: str
-    arguments: tuple[Any, ...]
-    state: Any = None
+    instructions = _COMMON | {"LONG1", "BINPUT", "GLOBAL", "BINPERSID"}
+    names = _DTYPES.keys()
 
 
 def read_release(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -88,7 +91,7 @@ def read_release(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if not path.is_file():
             raise CheckpointError(f"there is no file {path}")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            release = _follow(data, _INSTRUCTIONS, _NAMES)
+            release = _ReleaseReader().read(data)
             if data.tell() != len(data):
                 raise ValueError(f"{len(data) - data.tell()} bytes follow its end")
             if type(release) is not dict or "ema" not in release:
@@ -105,85 +108,12 @@ def read_release(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"{path} is not a released EDM2 network: {printable}") from None
 
 
-def _follow(data: Any, instructions: set[str], names: set[str]) -> Any:
-    """What the pickle at the current position of the file describes; bytes are ranges of positions in the file."""
-    stack: list[Any] = []
-    outer_stacks: list[list[Any]] = []
-    memo: dict[int, Any] = {}
-    argument: Any
-    for count, (opcode, argument, position) in enumerate(pickletools.genops(data)):
-        code, items = opcode.name, []
-        if code not in instructions:
-            raise ValueError(f"it uses the pickle instruction {code}, at byte {position}, as no such file does")
-        if count == _MAX_INSTRUCTIONS or len(outer_stacks) > _MAX_MARKS:
-            raise ValueError("it has too many instructions, or nests them too deeply")
-        if code in _SINCE_MARK:
-            items, stack = stack, outer_stacks.pop()
-        elif code in _TAKES:
-            if len(stack) < _TAKES[code]:
-                raise ValueError(f"it is damaged: the instruction at byte {position} lacks its arguments")
-            items = stack[-_TAKES[code] :]
-            del stack[-_TAKES[code] :]
-        if code in _CONSTANTS:
-            stack.append(_CONSTANTS[code])
-        elif code in _EMPTY:
-            stack.append(_EMPTY[code]())
-        elif code in _VALUES:
-            stack.append(argument)
-        elif code.endswith("BINBYTES"):
-            stack.append(range(data.tell() - len(argument), data.tell()))
-        elif code == "MARK":
-            outer_stacks.append(stack)
-            stack = []
-        elif code.startswith("TUPLE"):
-            stack.append(tuple(items))
-        elif code.startswith("APPEND"):
-            _checked(stack[-1], list).extend(items)
-        elif code.startswith("SETITEM"):
-            keys = [_checked(key, str) for key in items[::2]]
-            _checked(stack[-1], dict).update(zip(keys, items[1::2], strict=True))
-        elif code in ("MEMOIZE", "BINPUT"):
-            memo[len(memo) if code == "MEMOIZE" else argument] = stack[-1]
-        elif code in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
-        elif code in ("GLOBAL", "STACK_GLOBAL"):
-            name = argument.replace(" ", ".") if code == "GLOBAL" else ".".join(items)
-            if name not in names:
-                raise ValueError(f"it wants to import {name}")
-            stack.append(_Function(name))
-        elif code in ("REDUCE", "NEWOBJ"):
-            stack.append(_make(_checked(items[0], _Function).name, _checked(items[1], tuple)))
-        elif code == "BUILD":
-            _checked(stack[-1], _Object).state = items[0]
-        elif code == "BINPERSID":
-            stack.append(items[0])
-        elif code == "FRAME" and argument > len(data) - data.tell():
-            raise ValueError("it is truncated")
-    if len(stack) != 1 or outer_stacks:
-        raise ValueError("it is damaged: its instructions do not add up to one value")
-    return stack[0]
-
-
-def _checked(value: Any, kind: type) -> Any:
-    if type(value) is not kind:
-        wrong, right = (t.__name__.strip("_").lower() for t in (type(value), kind))
-        raise ValueError(f"it has a value of type {wrong} where such a file has one of type {right}")
-    return value
-
-
-def _make(name: str, arguments: tuple[Any, ...]) -> _Object | dict[str, Any]:
-    """A dictionary, empty as yet, or the record of anything else."""
-    if name == "numpy.dtype" and arguments[:1] not in (("f4",), ("f8",)):
-        raise ValueError("it has an array that is not of floats")
-    return {} if name in _DICTS and not arguments else _Object(name, arguments)
-
-
 def _state(module: Any, class_name: str | None = None) -> dict[str, Any]:
     """The attributes of a module, which must be of the named class."""
     match module:
-        case _Object("torch.nn.modules.container.ModuleDict", state=dict(state)) if class_name is None:
+        case Object("torch.nn.modules.container.ModuleDict", state=dict(state)) if class_name is None:
             return state
-        case _Object(
+        case Object(
             "torch_utils.persistence._reconstruct_persistent_obj",
             ({"version": version, "class_name": str(name), "state": dict(state)},),
             None,
@@ -197,7 +127,7 @@ def _state(module: Any, class_name: str | None = None) -> dict[str, Any]:
 
 
 def _constructor_arguments(state: dict[str, Any]) -> dict[str, Any]:
-    arguments: dict[str, Any] = _checked(state.get("_init_kwargs"), dict)
+    arguments: dict[str, Any] = checked(state.get("_init_kwargs"), dict)
     for name, value in arguments.items():
         for item in value if isinstance(value, (list, tuple)) else [value]:
             if item is not None and not isinstance(item, (bool, int, float, str)):
@@ -209,7 +139,7 @@ def _tensors(data: Any, state: dict[str, Any], prefix: str, seen: set[int]) -> I
     """The names and tensors of a module and of those in it, of which none may occur twice."""
     names: set[str] = set()
     for kind in ("_parameters", "_buffers", "_modules"):
-        group = _checked(state.get(kind), dict)
+        group = checked(state.get(kind), dict)
         if id(group) in seen or prefix.count(".") > _MAX_LEVELS:
             raise ValueError(f"module {prefix[:-1]} occurs twice, or is too deep in others")
         seen.add(id(group))
@@ -226,12 +156,12 @@ def _tensors(data: Any, state: dict[str, Any], prefix: str, seen: set[int]) -> I
 
 def _tensor(data: Any, value: Any, name: str, seen: set[int]) -> Tensor:
     """A copy of a tensor or parameter: gains as they are stored, all others in float32."""
-    if isinstance(value, _Object) and value.name in _PARAMETERS and value.arguments:
+    if isinstance(value, Object) and value.name in _PARAMETERS and value.arguments:
         value = value.arguments[0]
     match value:
-        case _Object(
+        case Object(
             "torch._utils._rebuild_tensor_v2",
-            (_Object("torch.storage._load_from_bytes", (range() as file,)), int(first), tuple(size), tuple(stride), *_),
+            (Object("torch.storage._load_from_bytes", (range() as file,)), int(first), tuple(size), tuple(stride), *_),
             None,
         ):
             pass
@@ -259,14 +189,14 @@ def _storage(data: Any, file: range, name: str) -> tuple[torch.dtype, int, int]:
     It is five pickles (magic number, format, machine, reference to the storage, key), the number, the elements.
     """
     data.seek(file.start)
-    pickles = [_follow(data, _INNER_INSTRUCTIONS, set(_DTYPES)) for _ in range(5)]
+    pickles = [_StorageReader().read(data) for _ in range(5)]
     count, start = int.from_bytes(data.read(8), "little"), data.tell()
     match pickles:
         case [
             0x1950A86A20F9469CFC6C,
             1001,
             {"little_endian": True},
-            ("storage", _Function(kind), str(key), str(), int(numel), None),
+            ("storage", Function(kind), str(key), str(), int(numel), None),
             [str(only_key)],
         ] if key == only_key and numel == count and start + count * _DTYPES[kind].itemsize == file.stop:
             return _DTYPES[kind], start, count

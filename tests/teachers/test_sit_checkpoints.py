@@ -89,7 +89,7 @@ def repa_velocity(net):
 
 
 def load(path, **kwargs):
-    return load_teacher(path, **{"num_heads": 2, **kwargs})
+    return load_teacher(path, **{"num_heads": 2, "num_classes": 5, **kwargs})
 
 
 # Every form.
@@ -100,7 +100,7 @@ def test_a_bare_state_dictionary(tmp_path):
     torch.save(net.state_dict(), tmp_path / "sit.pt")
     teacher = load(tmp_path / "sit.pt")
     assert torch.equal(velocity(teacher), sit_velocity(net))
-    by_name = load_teacher("sit_teacher", checkpoint=tmp_path / "sit.pt", num_heads=2)
+    by_name = load_teacher("sit_teacher", checkpoint=tmp_path / "sit.pt", num_heads=2, num_classes=5)
     assert torch.equal(velocity(by_name), velocity(teacher))
     assert isinstance(teacher, SiTTeacher)
     assert teacher.sample_shape == (3, 6, 6)
@@ -212,7 +212,8 @@ def test_the_architecture_is_read_from_the_shapes(tmp_path, changes):
     net = network(**changes)
     extra = {} if net.learn_sigma else projectors(net.arguments["hidden_size"])
     torch.save(net.state_dict() | extra, tmp_path / "sit.pt")
-    read = load(tmp_path / "sit.pt", num_heads=net.arguments["num_heads"]).network.arguments
+    said = {name: net.arguments[name] for name in ("num_heads", "num_classes")}
+    read = load(tmp_path / "sit.pt", **said).network.arguments
     ratio = read.pop("mlp_ratio")
     assert int(ratio * read["hidden_size"]) == int(net.arguments["mlp_ratio"] * read["hidden_size"])
     assert read == {name: v for name, v in net.arguments.items() if name != "mlp_ratio"}
@@ -221,7 +222,7 @@ def test_the_architecture_is_read_from_the_shapes(tmp_path, changes):
 def test_no_shape_tells_the_number_of_heads(tmp_path):
     torch.save(network().state_dict(), tmp_path / "sit.pt")
     with pytest.raises(ConfigError, match="16 wide, which no published SiT is: give num_heads"):
-        load_teacher(tmp_path / "sit.pt")
+        load_teacher(tmp_path / "sit.pt", num_classes=5)
     four = load(tmp_path / "sit.pt", num_heads=4)
     assert torch.equal(velocity(four), sit_velocity(network(num_heads=4)))
     assert not torch.allclose(velocity(four), sit_velocity(network()))
@@ -466,7 +467,7 @@ def contents():
     yield "a tensor", torch.zeros(3)
     yield "nothing", {}
     yield "numbers", {"a": 1, "b": 2.0}
-    yield "a number among tensors", replaced("extra", 3)
+    yield "a number in place of a tensor", replaced("pos_embed", 3)
     yield "a list in ema", {"ema": [torch.zeros(3)], "args": options()}
     yield "another network", nn.Linear(3, 4).state_dict()
     yield "one tensor less", {name: v for name, v in tensors.items() if name != "blocks.1.mlp.fc2.bias"}
