@@ -12,6 +12,7 @@ import functools
 import importlib
 import inspect
 import logging
+import math
 import re
 import tokenize
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -233,7 +234,15 @@ def statements(gin_file: str | Path) -> list[Statement]:
         distribution = @ring()
     """
     path = find_gin_file(gin_file)
-    return statements_of(path.read_text(), str(path))
+    return statements_of(text_of(path), str(path))
+
+
+def text_of(path: Path) -> str:
+    """The text of a gin file; ConfigError if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no text, or damaged: {error}") from None
 
 
 def statements_of(text: str, source: str) -> list[Statement]:
@@ -257,8 +266,41 @@ def statements_of(text: str, source: str) -> list[Statement]:
                 scope, selector, parameter, value, location = parsed
                 if not parameter:  # a macro
                     selector, parameter = "", selector
-                found.append(Statement(scope, selector, parameter, value, f"{source}, line {location.line_num}"))
+                found.append(
+                    Statement(scope, selector, parameter, _readable(value), f"{source}, line {location.line_num}")
+                )
     return found
+
+
+class _Infinite(float):
+    """An infinite number, which gin and Python read again as they write it."""
+
+    def __repr__(self) -> str:
+        return "1e999" if self > 0 else "-1e999"
+
+
+def _readable(value: Any) -> Any:
+    """A value with its infinite numbers written so that gin reads them."""
+    if isinstance(value, float) and math.isinf(value):
+        return _Infinite(value)
+    if type(value) in (list, tuple):
+        return type(value)(map(_readable, value))
+    if type(value) is dict:
+        return {_readable(key): _readable(part) for key, part in value.items()}
+    return value
+
+
+def operative() -> str:
+    """All parameters of the parts that gin has built so far, as a gin file that builds them again."""
+    state = gin.config._OPERATIVE_CONFIG
+    before = {part: dict(parameters) for part, parameters in state.items()}
+    try:
+        for parameters in state.values():
+            parameters.update({name: _readable(value) for name, value in parameters.items()})
+        text: str = gin.operative_config_str()
+        return text
+    finally:
+        state.update(before)
 
 
 def parts_of(*bindings: Statement) -> set[str]:
