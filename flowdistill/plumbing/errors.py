@@ -31,7 +31,7 @@ class DataError(FlowDistillError):
 
 
 class NonFiniteError(FlowDistillError):
-    """A loss, a gradient, a weight or a metric became NaN or infinite."""
+    """A loss, a gradient, a weight or a sample became NaN or infinite."""
 
     exit_code = 1
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flowdistill.ema import AveragedModel
 from flowdistill.flow_maps import build_flow_map
-from flowdistill.interfaces import Counted, FlowMap, ObjectiveOutput, States, StateSource, Step, Teacher
+from flowdistill.interfaces import Condition, Counted, FlowMap, ObjectiveOutput, States, StateSource, Step, Teacher
 from flowdistill.plumbing.distributed import add_up, find_device, gathered, rank_and_world
 from flowdistill.plumbing.dry import files_unread, placed
 from flowdistill.plumbing.errors import CheckpointError, NonFiniteError
@@ -79,7 +79,7 @@ class Loop:
         self.average = None if training.ema is None else AveragedModel(student, training.ema)
         self._sums: dict[str, Tensor] = {}
         self._counts: Counter[str] = Counter()
-        self._recorded = 0
+        self._recorded = self._checks = 0
         self._first_bad = torch.full((), -1, device=self.device)
         self._started = time.monotonic()
         self.origin = ""  # in words, of a run that starts from another
@@ -188,8 +188,7 @@ class Loop:
             batches.append(states)
             self._seed_global("global", micro)
             self._backward(self.loss(states, self._random("loss", micro)))
-        norm = self.trained.update(factor, training.gradient_clip)
-        self._watch(norm)
+        norm = self._update("student", self.trained, factor)
         self._add({"gradient_norm": norm})
         if self.average is not None:
             self.average.update(self.step)
@@ -200,8 +199,19 @@ class Loop:
                 batches = [self.draw(self._random(f"states{stream}", micro)) for micro in self._micros]
             for name, auxiliary in self.auxiliary.items():
                 if self._train_auxiliary(name, batches, f"auxiliary {name}{stream}"):
-                    self._watch(auxiliary.update(factor, training.gradient_clip))
+                    self._update(name, auxiliary, factor)
         self.step += 1
+
+    def _update(self, name: str, trained: _Trained, factor: float) -> Tensor:
+        """One optimiser step of a module; returns the norm of its gradient."""
+        try:
+            norm = trained.update(factor, self.training.gradient_clip)
+        except RuntimeError as error:
+            if "without overflow" not in str(error):
+                raise
+            raise self._not_finite(f"the update of {name} at step {self.step} is too large for its weights") from None
+        self._watch(norm)
+        return norm
 
     def _train_auxiliary(self, name: str, batches: list[States], stream: str) -> bool:
         trained = False
@@ -241,6 +251,7 @@ class Loop:
         """Evaluations of student, teacher and the objective's own models so far, by all processes, per sample."""
         models: dict[str, Any] = {"student": self.student, "teacher": self.teacher, **self._extra}
         ours = {f"{name}_evaluations": m.evaluations for name, m in models.items() if isinstance(m, Counted)}
+        ours["student_evaluations"] -= self._checks
         ours.setdefault("teacher_evaluations", 0)
         parts = gathered(ours)
         return {name: self._base_counters.get(name, 0) + sum(part[name] for part in parts) for name in ours}
@@ -252,15 +263,26 @@ class Loop:
         bad = [step for step in gathered(int(self._first_bad)) if step >= 0]
         if bad:
             name = type(self.objective).__name__
-            raise self.not_finite(f"the loss or gradient of {name} became NaN or infinite at step {min(bad)}")
+            raise self._not_finite(f"the loss or gradient of {name} became NaN or infinite at step {min(bad)}")
 
     def _check_weights(self) -> None:
         """Raise NonFiniteError if a weight is NaN or infinite, as after a step too large for its type."""
         for name, module in self._modules().items():
             if not all(bool(torch.isfinite(p).all()) for p in module.parameters()):
-                raise self.not_finite(f"weights of {name} became NaN or infinite by step {self.step}")
+                raise self._not_finite(f"weights of {name} became NaN or infinite by step {self.step}")
 
-    def not_finite(self, what: str) -> NonFiniteError:
+    @torch.no_grad()
+    def _check_samples(self) -> None:
+        """Raise NonFiniteError if the result makes samples that are NaN or infinite, as of weights that are large."""
+        n, result = 4, self.result
+        before = self.student.evaluations
+        noise = torch.randn((n, *result.sample_shape), generator=self._random("samples", 0), device=self.device)
+        samples = result.sample(noise, 1, Condition.in_turn(result.num_classes, n).to(self.device))
+        self._checks += self.student.evaluations - before
+        if not bool(torch.isfinite(samples).all()):
+            raise self._not_finite(f"samples of the student became NaN or infinite by step {self.step}")
+
+    def _not_finite(self, what: str) -> NonFiniteError:
         """The error, with the way to go on."""
         saved = checkpoint_paths(self.workdir)
         if not saved:
@@ -284,11 +306,12 @@ class Loop:
         """Write a checkpoint of the present step, by the first process, and keep the newest ``keep``.
 
         Raises:
-            NonFiniteError: a loss, a gradient or a weight is NaN or infinite; nothing is written.
+            NonFiniteError: a loss, a gradient, a weight or a sample is NaN or infinite; nothing is written.
             CheckpointWriteError: the disk refused.
         """
         self.check_finite()
         self._check_weights()
+        self._check_samples()
         counters, totals = self.counters, self._totals()
         if rank_and_world()[0] == 0:
             states = {name: trained.optimizer.state_dict() for name, trained in self._all_trained().items()}

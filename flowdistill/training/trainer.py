@@ -17,7 +17,7 @@ from flowdistill.evaluation.report import write_report
 from flowdistill.interfaces import FlowMap
 from flowdistill.plumbing import config
 from flowdistill.plumbing.distributed import barrier, by_first, find_device, process_group, rank_and_world
-from flowdistill.plumbing.errors import ConfigError, TrainingInterrupted
+from flowdistill.plumbing.errors import ConfigError, NonFiniteError, TrainingInterrupted
 from flowdistill.plumbing.files import locked, write_text
 from flowdistill.plumbing.progress import progress
 from flowdistill.runs.checkpoints import checkpoint_paths, newest_whole, read_meta
@@ -76,7 +76,7 @@ def train(
     Raises:
         ConfigError: the configuration cannot work, or ``workdir`` holds a run of another one or is in use.
         CheckpointError: all checkpoints to resume from are damaged; nothing of them is overwritten.
-        NonFiniteError: a loss, a weight or a metric became NaN or infinite; says how to go on.
+        NonFiniteError: a loss, a weight or a sample became NaN or infinite; says how to go on.
         TrainingInterrupted: SIGTERM, SIGINT, SIGHUP or SIGUSR1 came, and the last step is saved; the same call
             continues. It is a `KeyboardInterrupt`. The caller's signal handlers are back.
 
@@ -166,7 +166,10 @@ def _run(loop: Loop, saved: Path | None, operative: str, report: bool) -> tuple[
                 log.say(f"measuring {run.evaluation.num_samples} samples of each model")
             figures = write_report(workdir, result, loop.teacher, run.evaluation)
             if bad := [name for name, value in figures.items() if not math.isfinite(value)]:
-                raise loop.not_finite(f"{', '.join(bad)} of the student's samples is not finite")
+                raise NonFiniteError(
+                    f"{', '.join(bad)} of the student is NaN or infinite: train in another directory with a lower "
+                    "learning rate or train.gradient_clip"
+                )
     return (
         TrainResult(flow_map=result, workdir=workdir, metrics={**record, **figures}, checkpoint=saved, steps=loop.step),
         "",

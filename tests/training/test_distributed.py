@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import flowdistill
 from flowdistill import ConfigError
+from flowdistill.plumbing.files import locked
 from flowdistill.runs.checkpoints import checkpoint_paths
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -125,6 +126,14 @@ def test_processes_that_cannot_meet_are_told_so(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ConfigError, match=r"cannot meet.*MASTER_ADDR.*torchrun"):
         flowdistill.train(write(tmp_path / "ring.gin"), workdir=tmp_path / "run")
+
+
+def test_all_processes_are_refused_where_the_first_one_is(alone, tmp_path):
+    with locked(tmp_path / "run"):
+        _, err = (process := training(alone[0], tmp_path / "run")).communicate(timeout=120)
+    assert process.returncode == 1
+    assert f"process {os.getpid()} on " in err
+    assert not (tmp_path / "run" / "config.gin").exists()
 
 
 STOPPED = """
