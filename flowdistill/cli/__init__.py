@@ -33,7 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if sys.stdout is not None:  # as it is where it was closed
             sys.stdout.flush()
     except TrainingInterrupted as stop:
-        sys.exit(_say(stop, 0 if options.command is _train else 130))
+        from flowdistill.plumbing.distributed import rank_and_world
+
+        code = 0 if options.command is _train else 130
+        sys.exit(code if rank_and_world()[0] else _say(stop, code))
     except FlowDistillError as error:
         sys.exit(_fail(error, error.exit_code))
     except BrokenPipeError:  # the reader, such as head, has seen enough

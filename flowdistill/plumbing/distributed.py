@@ -122,13 +122,20 @@ class Vote:
         """Say yes or no, and learn whether any process said yes the time before."""
         if self._group is None:
             return yes
-        before = self.close()
+        before = self._answer()
         self._yes = torch.tensor(int(yes))
         self._asked = dist.all_reduce(self._yes, dist.ReduceOp.MAX, group=self._group, async_op=True)
         return before
 
     def close(self) -> bool:
-        """Wait for the last answer, and give it."""
+        """Wait for the last answer, and give it; nothing can be asked afterwards."""
+        answer = self._answer()
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
+        return answer
+
+    def _answer(self) -> bool:
         if self._asked is None or self._yes is None:
             return False
         self._asked.wait()

@@ -53,7 +53,7 @@ def _has_student(instance: Any, field: attrs.Attribute[Any], value: Any) -> None
 
 
 _word = and_(of_type(str), max_len(200))
-_file = and_(_word, matches_re(r"[^/\\\x00]+\.(safetensors|json)"))
+_file = and_(_word, matches_re(r"[\w .-]+\.(safetensors|json)"))
 _hash = and_(of_type(str), matches_re("[0-9a-f]{64}"))
 
 
@@ -162,6 +162,8 @@ def read_meta(checkpoint: Path) -> Meta:
         if found["format"] != _FORMAT:
             raise CheckpointError(f"{checkpoint} has format {short(found['format'])}, this version reads {_FORMAT}")
         own = found.pop("meta_sha256")
+        if found.keys() != {"format", *(field.name for field in attrs.fields(Meta))}:
+            raise ValueError("its entries are others")
         meta = Meta(**{name: value for name, value in found.items() if name != "format"})
         if json_fingerprint(found) != own:
             raise ValueError("its own SHA-256 is another one")

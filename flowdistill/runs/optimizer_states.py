@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill.plumbing.errors import CheckpointError
+from flowdistill.plumbing.fields import short
 
 
 def pack(value: Any, tensors: MutableMapping[str, Tensor]) -> Any:
@@ -127,7 +128,7 @@ def _check_saved(
         if theirs.get("params") != ours["params"]:
             raise ValueError(f"group {number} has other parameters")
         if unknown := theirs.keys() - ours.keys() - later:
-            raise ValueError(f"group {number} has {', '.join(sorted(map(str, unknown)))}")
+            raise ValueError(f"group {number} has {short(sorted(map(str, unknown)))}")
         for key in theirs.keys() & ours.keys() - {"params"}:
             _check(theirs[key], ours[key], f"{key} of group {number}")
 

@@ -335,7 +335,9 @@ class Loop:
         self.step = self._recorded = meta.step
         self._base_counters = meta.counters
         if rank_and_world()[0] == 0:
-            self._sums = {name: torch.tensor(total, device=self.device) for name, (total, _) in meta.sums.items()}
+            self._sums = {
+                name: torch.tensor(float(total), device=self.device) for name, (total, _) in meta.sums.items()
+            }
             self._counts = Counter({name: int(count) for name, (_, count) in meta.sums.items()})
 
     def _take(self, run: Run) -> None:

@@ -40,8 +40,6 @@ class StopSignals:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._restore()
-        if error is None:
-            self._vote.close()
 
     def _restore(self) -> None:
         for number, before in self._before.items():
@@ -62,7 +60,7 @@ class StopSignals:
         return "a signal" if self._received is None else self._received[0]
 
     def asked_at_last(self) -> bool:
-        """The same after the last step, with what came during it; all processes agree."""
+        """The same for once after the last step, with what came during it."""
         return self._vote.close() or (rank_and_world()[1] == 1 and self._received is not None)
 
     def asked(self) -> bool:

@@ -115,6 +115,7 @@ def test_meta_data_that_are_none(run, meta):
         {"sums": {"loss": [1.0]}},
         {"sums": {"loss": "x"}},
         {"more": 1},
+        {"sha256": {"student.safetensors": "0" * 64, "\ud800.safetensors": "0" * 64}},
     ],
 )
 def test_meta_data_of_another_form(run, change, signed):

@@ -136,7 +136,7 @@ def changed(state, place, value):
         (["param_groups", 0, "lr"], "fast", "lr of group 0 is a str, not a float"),
         (["param_groups", 0, "betas"], (0.9,), "betas of group 0 has 1 entries, not 2"),
         (["param_groups", 0, "betas"], (0.9, "x"), "betas of group 0 is a str"),
-        (["param_groups", 0, "momentum"], 0.9, "group 0 has momentum"),
+        (["param_groups", 0, "momentum"], 0.9, r"group 0 has \['momentum'\]"),
         (["state", 7], {}, "no parameter 7"),
         (["state", 0], 3, "state of parameter 0 is a int"),
         (["state", 0, "exp_avg"], None, "state of parameter 0 lacks exp_avg"),
