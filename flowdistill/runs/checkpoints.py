@@ -73,7 +73,10 @@ class Meta:
 
 def checkpoint_paths(workdir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first: the folders with exactly the names that this module gives."""
-    folder = workdir / "checkpoints"
+    return _checkpoints_in(workdir / "checkpoints")
+
+
+def _checkpoints_in(folder: Path) -> list[Path]:
     found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=_step)
 
@@ -109,6 +112,8 @@ def save_checkpoint(
     """
     final = checkpoint_path(workdir, step)
     try:
+        if final.is_dir() and not any(final.iterdir()):  # which would be filled file by file
+            discard(final)
         with replaced_folder(final) as partial:
             hashes: dict[str, str] = {}
             for name, data in _contents(modules, optimizers):
@@ -198,14 +203,14 @@ def verify_checkpoint(checkpoint: Path) -> Meta:
 
 
 def earlier_whole(checkpoint: Path) -> Path | None:
-    """The newest checkpoint before this one, in the same run, that is whole; None if there is none."""
+    """The newest checkpoint before this one, in the same folder, that is whole; None if there is none."""
     if not has_checkpoint_name(checkpoint):
         return None
-    for path in reversed(checkpoint_paths(checkpoint.absolute().parents[1])):
+    for path in reversed(_checkpoints_in(checkpoint.parent)):
         if _step(path) < _step(checkpoint):
             with contextlib.suppress(CheckpointError):
                 verify_checkpoint(path)
-                return checkpoint.with_name(path.name)
+                return path
     return None
 
 

@@ -88,7 +88,11 @@ class Run:
             return verify_checkpoint(self.checkpoint)
         except CheckpointError as error:
             earlier = earlier_whole(self.checkpoint)
-            instead = "no earlier one is whole" if earlier is None else f"name {earlier}, which is whole, in its place"
+            instead = (
+                "no earlier one beside it is whole"
+                if earlier is None
+                else f"name {earlier}, which is whole, in its place"
+            )
             raise CheckpointError(f"{error}; {instead}") from None
 
     def tensors(self, name: str) -> dict[str, Tensor]:

@@ -90,13 +90,25 @@ def train(
     if workdir is None:
         workdir = Path("runs") / _name(recipe, on, files)
     place = find_device(device)
-    with torch.random.fork_rng(), config.parsed(files, gin_bindings), process_group(place):
-        loop = configured_loop(workdir, place)
+    folder = Path(workdir)
+    with (
+        torch.random.fork_rng(),
+        config.parsed(files, gin_bindings),
+        process_group(place),
+        contextlib.ExitStack() as owned,
+    ):
+
+        def own() -> bool:
+            owned.enter_context(locked(folder))
+            return True
+
+        ours = by_first(lambda: folder.is_dir() and own())
+        loop = configured_loop(folder, place)
         operative = config.operative()
-        with contextlib.ExitStack() as owned:
-            by_first(lambda: owned.enter_context(locked(loop.workdir)))
-            saved = by_first(lambda: _claim(loop, resume, operative))
-            result, stopped = _run(loop, saved, operative, report)
+        if not ours:  # a mistake in the configuration makes no directory
+            by_first(own)
+        saved = by_first(lambda: _claim(loop, resume, operative))
+        result, stopped = _run(loop, saved, operative, report)
     if result is None:
         raise TrainingInterrupted(stopped)
     return result
