@@ -17,6 +17,7 @@ from flowdistill import ConfigError, TrainingInterrupted
 from flowdistill.plumbing import files
 from flowdistill.plumbing.files import locked
 from flowdistill.runs.checkpoints import checkpoint_paths
+from flowdistill.training import stopping
 
 SIGNALS = ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"]
 
@@ -205,3 +206,15 @@ def test_the_owner_is_named_only_where_the_lock_says_it(tmp_path, owner):
         (tmp_path / ".lock").write_bytes(owner)
         with pytest.raises(ConfigError, match=r"^another process is using"), locked(tmp_path):
             pass
+
+
+def test_several_processes_take_the_same_signal_from_launcher_and_scheduler_for_one(handlers, monkeypatch):
+    monkeypatch.setattr(stopping, "rank_and_world", lambda: (0, 2))
+    with stopping.StopSignals() as signals:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert handlers == []
+        assert signals.asked()
+        monkeypatch.setattr(stopping, "_ECHO", 0.0)
+        signal.raise_signal(signal.SIGTERM)
+        assert handlers == [signal.SIGTERM]
