@@ -38,6 +38,7 @@ from flowdistill.plumbing.errors import (
     DataError,
     FlowDistillError,
     NonFiniteError,
+    TrainingInterrupted,
 )
 from flowdistill.plumbing.registry import (
     DATASETS,
@@ -159,6 +160,7 @@ __all__ = [
     "TimeSampler",
     "TrainResult",
     "Training",
+    "TrainingInterrupted",
     "VELOCITY_ESTIMATORS",
     "VERIFIERS",
     "VelocityEstimator",

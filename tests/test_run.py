@@ -77,7 +77,14 @@ def once(counts, *more):
     """Everything was done once."""
     assert len(built) == 1
     assert counts["verified"] == counts["parsed"] == 1
-    names = ["ema.safetensors", "online.safetensors", "optimizers.pt", "student.safetensors", *more]
+    names = [
+        "ema.safetensors",
+        "online.safetensors",
+        "optimizers.json",
+        "optimizers.safetensors",
+        "student.safetensors",
+        *more,
+    ]
     assert sorted(counts["hashed"]) == sorted(names)
 
 
@@ -126,7 +133,7 @@ def test_what_a_run_holds(path):
     run = Run(path)
     assert run.workdir == path
     assert run.checkpoint.name == "step_00000012"
-    assert run.meta["step"] == 12
+    assert run.meta.step == 12
     assert isinstance(run.teacher, CountedRing)
     assert run.student.jumps is Jumps.FROM_NOISE
     assert not run.student.training
@@ -140,7 +147,7 @@ def test_what_a_run_holds(path):
 def test_a_checkpoint_is_a_run_as_well(path):
     earlier = Run(path / "checkpoints" / "step_00000008")
     assert earlier.workdir == path.resolve()
-    assert earlier.meta["step"] == 8
+    assert earlier.meta.step == 8
     assert not torch.equal(flowdistill.sample(earlier, 4), flowdistill.sample(path, 4))
     assert earlier.folder("jobs") != Run(path).folder("jobs")
 

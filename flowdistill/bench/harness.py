@@ -14,7 +14,6 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import gin
 import torch
 
 from flowdistill.bench.suite import Job, Row, Suite, load_suite
@@ -219,7 +218,7 @@ def _measure(student: FlowMap | None, gin_file: Path, figures: Path, cache: Path
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with config.parsed([gin_file], []), config.errors_located():
         teacher, evaluation = config.value("train.teacher"), config.value("train.evaluation")
-        used = gin.operative_config_str()
+        used = config.operative()
     if evaluation is None:
         raise ConfigError("nothing to measure: the recipe has no train.evaluation")
     best = None

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from flowdistill.cli.listing import cite_command, list_command, show_command
-from flowdistill.plumbing.errors import ConfigError, FlowDistillError
+from flowdistill.plumbing.errors import ConfigError, FlowDistillError, TrainingInterrupted
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -31,15 +32,23 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     options.bindings = bindings
     if options.command in (_train, _plan, _search, _bench):
         sys.path.append(os.getcwd())  # a gin file may import the user's own modules
+    warnings.formatwarning = _warning  # type: ignore[assignment]
     try:
         options.command(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as it is where it was closed
+            sys.stdout.flush()
+    except TrainingInterrupted as stop:
+        from flowdistill.plumbing.distributed import rank_and_world
+
+        code = 0 if options.command is _train else 130
+        sys.exit(code if rank_and_world()[0] else _say(stop, code))
     except FlowDistillError as error:
         sys.exit(_fail(error, error.exit_code))
     except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        _abandon(sys.stdout)
         sys.exit(1)
     except OSError as error:
+        _abandon(sys.stdout)
         sys.exit(_fail(error, 1))
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted; run the same command again to continue from the last checkpoint", 130))
@@ -47,8 +56,34 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _fail(error: object, code: int) -> int:
-    print(f"flowdistill: error: {error}", file=sys.stderr)
+    return _say(f"error: {error}", code)
+
+
+def _say(message: object, code: int) -> int:
+    """Tell the user, where standard error takes it; returns the code."""
+    try:
+        print(f"flowdistill: {message}", file=sys.stderr, flush=True)
+    except OSError:
+        _abandon(sys.stderr)
     return code
+
+
+def _abandon(stream: TextIO | None) -> None:
+    """Let a stream that cannot be written lose what it holds, for the flush at exit."""
+    if stream is None:
+        return
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _warning(message: Warning | str, category: type[Warning], *place: Any) -> str:
+    """A warning as the user sees it; only those of other kinds concern the code."""
+    return f"flowdistill: {message}\n" if category is RuntimeWarning else _format_warning(message, category, *place)
+
+
+_format_warning = warnings.formatwarning
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -188,7 +223,9 @@ def _train(options: argparse.Namespace) -> None:
         device=options.device,
     )
     if rank_and_world()[0] == 0:
-        print(result.workdir / "report.md")
+        with contextlib.suppress(OSError):  # nobody reads it, and the training has ended well
+            print(result.workdir / "report.md", flush=True)
+    _abandon(sys.stdout)
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -39,7 +39,7 @@ def write_report(
     operations, or a tenth of the network evaluations of the training. Otherwise the page says what is left out.
     """
     plots = workdir / "plots"
-    plots.mkdir(exist_ok=True)
+    plots.mkdir(parents=True, exist_ok=True)
     records = read_records(workdir)
     lines = [f"# {workdir.name}", ""]
 
@@ -86,7 +86,7 @@ def write_report(
     if loss_curves(records, plots / "curves.png"):
         lines += ["![curves](plots/curves.png)", ""]
     if records:
-        last = records[-1]
+        last: Mapping[str, Any] = {"student_evaluations": 0, "teacher_evaluations": 0, **records[-1]}
         lines.append(
             f"{last['step']} steps. Networks evaluated in training, each time on one sample: the student "
             f"{last['student_evaluations']:.0f} times, the teacher {last['teacher_evaluations']:.0f} times."

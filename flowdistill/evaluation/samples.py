@@ -13,7 +13,7 @@ from torch import Tensor
 from flowdistill.evaluation.features import FeatureExtractor, load_features
 from flowdistill.evaluation.metrics import Moments, moments
 from flowdistill.interfaces import Decoder
-from flowdistill.plumbing.errors import ConfigError, DataError
+from flowdistill.plumbing.errors import ConfigError, DataError, NonFiniteError
 from flowdistill.plumbing.files import read_tensors, write_tensors
 
 _CHUNK = 500  # images that an extractor sees at a time
@@ -108,11 +108,12 @@ def sample_set(
         decoder: turns samples into images.
 
     Raises:
-        DataError: samples are not finite, or not images of the extractor's channels and size.
+        NonFiniteError: samples are not finite.
+        DataError: they are not images of the extractor's channels and size.
         ConfigError: an unknown name.
     """
     if not bool(torch.isfinite(samples).all()):
-        raise DataError("some samples are NaN or infinite: nothing can be measured")
+        raise NonFiniteError("some samples are NaN or infinite: nothing can be measured")
     labels = None if labels is None else labels.cpu()
     if features is None:
         return SampleSet(samples.flatten(1).cpu(), labels)

@@ -75,7 +75,7 @@ class LabelEmbedding(nn.Module):
         """
         if not (self.null_label or files_unread()) and bool(((labels < 0) | (labels >= self.num_classes)).any()):
             raise ConfigError(
-                "this network needs a class for each sample: it was trained without dropping labels and has no null label"
+                "each sample needs a class: the network was trained without dropping labels and has no null label"
             )
         rows = labels.masked_fill(labels == NULL_LABEL, self.num_classes)
         embedded: Tensor = self.embedding_table(rows)

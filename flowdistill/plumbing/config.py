@@ -12,6 +12,7 @@ import functools
 import importlib
 import inspect
 import io
+import math
 import re
 import sys
 import threading
@@ -240,6 +241,16 @@ def statements(gin_file: str | Path) -> list[Statement]:
     return [statement for piece in _pieces_of_file(find_gin_file(gin_file)) for statement in piece.statements]
 
 
+def text_of(path: Path) -> str:
+    """The text of a gin file; ConfigError if it cannot be read, or is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no gin file: it is not UTF-8 ({error})") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+
+
 def statements_of(text: str, source: str) -> list[Statement]:
     """The bindings of the text of a gin file; see `statements`.
 
@@ -279,13 +290,7 @@ class _Piece:
 
 
 def _pieces_of_file(path: Path, within: tuple[Path, ...] = ()) -> Iterator[_Piece]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is no gin file: it is not UTF-8 ({error})") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    yield from _pieces(text, str(path), path.absolute().parent, (*within, path.resolve()))
+    yield from _pieces(text_of(path), str(path), path.absolute().parent, (*within, path.resolve()))
 
 
 def _pieces(text: str, source: str, folder: Path | None, within: tuple[Path, ...] = ()) -> Iterator[_Piece]:
@@ -317,7 +322,7 @@ def _pieces(text: str, source: str, folder: Path | None, within: tuple[Path, ...
                 if not parameter:  # a macro
                     selector, parameter = "", selector
                 place = f"{source}, line {location.line_num}"
-                found.statements.append(Statement(scope, selector, parameter, value, place))
+                found.statements.append(Statement(scope, selector, parameter, _readable(value), place))
     yield attrs.evolve(found, lines=["\n"] * first + lines[first:])
 
 
@@ -338,6 +343,37 @@ def _on_path(modules: Iterable[str], folder: Path | None) -> Iterator[None]:
         yield
     finally:
         sys.path[:] = before
+
+
+class _Infinite(float):
+    """An infinite number, which gin and Python read again as they write it."""
+
+    def __repr__(self) -> str:
+        return "1e999" if self > 0 else "-1e999"
+
+
+def _readable(value: Any) -> Any:
+    """A value with its infinite numbers written so that gin reads them."""
+    if isinstance(value, float) and math.isinf(value):
+        return _Infinite(value)
+    if type(value) in (list, tuple):
+        return type(value)(map(_readable, value))
+    if type(value) is dict:
+        return {_readable(key): _readable(part) for key, part in value.items()}
+    return value
+
+
+def operative() -> str:
+    """All parameters of the parts that gin has built so far, as a gin file that builds them again."""
+    state = gin.config._OPERATIVE_CONFIG
+    before = {part: dict(parameters) for part, parameters in state.items()}
+    try:
+        for parameters in state.values():
+            parameters.update({name: _readable(value) for name, value in parameters.items()})
+        text: str = gin.operative_config_str()
+        return text
+    finally:
+        state.update(before)
 
 
 def parts_of(*bindings: Statement) -> set[str]:

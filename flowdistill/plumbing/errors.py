@@ -31,9 +31,16 @@ class DataError(FlowDistillError):
 
 
 class NonFiniteError(FlowDistillError):
-    """A loss or gradient became NaN or infinite."""
+    """A loss, a gradient, a weight or a sample became NaN or infinite."""
 
     exit_code = 1
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """A signal stopped a training, which was saved: the same call continues it.
+
+    It is a `KeyboardInterrupt`, so that a script of several trainings stops as well.
+    """
 
 
 class RunsFailedError(FlowDistillError):

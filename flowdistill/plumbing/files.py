@@ -12,7 +12,9 @@ import json
 import os
 import re
 import shutil
+import socket
 import uuid
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
@@ -22,7 +24,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from flowdistill.plumbing.errors import CheckpointError
+from flowdistill.plumbing.errors import CheckpointError, ConfigError
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 _CHUNK = 1 << 20
 _WRAPPERS = {"module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -68,11 +75,27 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
                 path.rename(folder / path.name)
             partial.rmdir()
         else:
-            shutil.rmtree(folder, ignore_errors=True)
+            discard(folder)
             partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder, or the link to one, in one step: a process that is killed meanwhile leaves no half of it.
+
+    It is renamed first, to a hidden name beside its own, which the next `discard` of the same name removes.
+    """
+    if not folder.is_dir():
+        return
+    hidden = folder.with_name(f".{folder.name}.discarded")
+    shutil.rmtree(hidden, ignore_errors=True)
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        folder.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -96,6 +119,42 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor | None]) -> None:
         except safetensors.SafetensorError as error:  # a full disk, among others
             raise OSError(f"cannot write {path}: {error}") from None
         partial.chmod(mode)  # safetensors lets its owner alone read it
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Own a folder, which is made, inside a with statement: no other process, on whatever machine, owns it meanwhile.
+
+    The operating system releases the lock with the process, however that ends. The file ``.lock`` stays. A file system
+    that has no locks is used without one, and a warning says so.
+
+    Raises:
+        ConfigError: another process owns it; names the process and its machine.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+b") as file:
+        try:
+            if fcntl is None:
+                raise OSError("this system has no flock")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = re.fullmatch(rb"process \d{1,20} on [\w.-]{1,255}\n", file.read(500))
+            who = owner[0].decode().strip() if owner else "another process"
+            raise ConfigError(
+                f"{who} is using {folder}: wait until it has ended, or choose another directory"
+            ) from None
+        except OSError as error:
+            warnings.warn(
+                f"{folder} cannot be locked ({error}): make sure that no other process uses it",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        else:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            file.flush()
+        yield
 
 
 # Fingerprints.

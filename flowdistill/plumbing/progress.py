@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,6 +19,25 @@ from flowdistill.plumbing.distributed import rank_and_world
 _SHOWN: ContextVar[Progress | None] = ContextVar("shown", default=None)
 _TICK = 0.2  # seconds between two looks at a bar
 _PATIENCE = 10.0  # seconds before the first line, where no terminal shows a bar
+
+
+class _Forgiving:
+    """Standard error, where text that it does not take, being closed or full, is lost without an error."""
+
+    def __init__(self) -> None:
+        self._stream = sys.stderr or io.StringIO()
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 @contextlib.contextmanager
@@ -33,7 +54,7 @@ def bars() -> Iterator[Progress]:
     if (shown := _SHOWN.get()) is not None:
         yield shown
         return
-    console = Console(file=sys.stderr)
+    console = Console(file=cast("IO[str]", _Forgiving()))
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),

@@ -1,33 +1,98 @@
 """Checkpoints: folders of tensors, written atomically, verified, and read without running anything in them.
 
-A checkpoint ``step_00000100/`` holds safetensors files (``student``, ``ema`` and the auxiliary networks),
-``optimizers.pt``, and ``meta.json`` with the step and the SHA-256 of every file. It is written beside its place and
-renamed into it, so that a checkpoint that has its name is complete.
+A checkpoint ``step_00000100/`` holds safetensors files (``student``, ``ema``, the auxiliary networks and
+``optimizers``), ``optimizers.json``, and ``meta.json`` with the step and the SHA-256 of every file. It is written
+beside its place and renamed into it, and renamed away before it is deleted, so that one that has its name is complete.
 """
 
 from __future__ import annotations
 
-import io
+import contextlib
 import json
+import re
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import attrs
 import safetensors.torch
-import torch
+from attrs.validators import and_, deep_mapping, matches_re, max_len
 from torch import Tensor, nn
 
 from flowdistill.plumbing.errors import CheckpointError, CheckpointWriteError
-from flowdistill.plumbing.files import file_fingerprint, fingerprint, replaced_folder
+from flowdistill.plumbing.fields import at_least, of_type, short
+from flowdistill.plumbing.files import (
+    discard,
+    file_fingerprint,
+    fingerprint,
+    json_fingerprint,
+    load_tensors,
+    replaced_folder,
+)
+from flowdistill.runs.optimizer_states import pack, unpack
 
-_FORMAT = 1
+_FORMAT = 2
+_NAME = re.compile(r"step_([0-9]{8}|[1-9][0-9]{8,})")
+_LEFT = re.compile(rf"\.{_NAME.pattern}\.(partial|discarded)")
+_OPTIMIZERS = ("optimizers.safetensors", "optimizers.json")
+
+
+def _sum(instance: Any, field: attrs.Attribute[Any], value: Any) -> None:
+    of_type(list)(instance, field, value)
+    if len(value) != 2:
+        raise ValueError(f"{field.name} must be pairs, not {short(value)}")
+    for number in value:
+        of_type(int, float)(instance, field, number)
+
+
+def _has_student(instance: Any, field: attrs.Attribute[Any], value: Any) -> None:
+    if "student.safetensors" not in value:
+        raise ValueError("it does not list student.safetensors")
+
+
+_word = and_(of_type(str), max_len(200))
+_file = and_(_word, matches_re(r"[\w .-]+\.(safetensors|json)"))
+_hash = and_(of_type(str), matches_re("[0-9a-f]{64}"))
+
+
+@attrs.frozen(kw_only=True)
+class Meta:
+    """The contents of ``meta.json``."""
+
+    step: int = attrs.field(validator=at_least(0))
+    """The training steps done."""
+    counters: dict[str, int] = attrs.field(validator=deep_mapping(_word, at_least(0), of_type(dict)))
+    """The evaluations of each model so far."""
+    sums: dict[str, list[float]] = attrs.field(validator=deep_mapping(_word, _sum, of_type(dict)))
+    """The sum of each metric since the last record, and the number of its values."""
+    sha256: dict[str, str] = attrs.field(validator=[deep_mapping(_file, _hash, of_type(dict)), _has_student])
+    """The SHA-256 of each file."""
 
 
 def checkpoint_paths(workdir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    folder = workdir / "checkpoints"
-    return sorted(folder.glob("step_*")) if folder.is_dir() else []
+    """The checkpoints of a run, oldest first: the folders with exactly the names that this module gives."""
+    return _checkpoints_in(workdir / "checkpoints")
+
+
+def _checkpoints_in(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=_step)
+
+
+def checkpoint_path(workdir: Path, step: int) -> Path:
+    """The place of the checkpoint of a step."""
+    return workdir / "checkpoints" / f"step_{step:08d}"
+
+
+def has_checkpoint_name(path: Path) -> bool:
+    """Whether a folder is named as checkpoints are."""
+    return path.is_dir() and _NAME.fullmatch(path.name) is not None
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
 
 
 def save_checkpoint(
@@ -37,38 +102,54 @@ def save_checkpoint(
     optimizers: Mapping[str, Any],
     counters: Mapping[str, int],
     keep: int,
+    sums: Mapping[str, list[float]] | None = None,
 ) -> Path:
     """Write a checkpoint, verify it, then delete all but the newest ``keep``.
 
     Raises:
-        CheckpointWriteError: the disk refused; earlier checkpoints are untouched and nothing half-written is left.
+        CheckpointWriteError: the disk refused, or an optimiser holds what cannot be stored; earlier checkpoints are
+            untouched and nothing half-written is left.
     """
-    final = workdir / "checkpoints" / f"step_{step:08d}"
+    final = checkpoint_path(workdir, step)
     try:
+        if final.is_dir() and not any(final.iterdir()):  # which would be filled file by file
+            discard(final)
         with replaced_folder(final) as partial:
-            contents = {f"{name}.safetensors": _module_bytes(module) for name, module in modules.items()}
-            buffer = io.BytesIO()
-            torch.save(dict(optimizers), buffer)
-            contents["optimizers.pt"] = buffer.getvalue()
-            hashes = {name: fingerprint(data) for name, data in contents.items()}
-            meta = {"format": _FORMAT, "step": step, "counters": dict(counters), "sha256": hashes}
-            contents["meta.json"] = json.dumps(meta, indent=1).encode()
-            for name, data in contents.items():
+            hashes: dict[str, str] = {}
+            for name, data in _contents(modules, optimizers):
+                hashes[name] = fingerprint(data)
                 (partial / name).write_bytes(data)
-    except OSError as error:
-        earlier = checkpoint_paths(workdir)
+            meta = Meta(step=step, counters=dict(counters), sums=dict(sums or {}), sha256=hashes)
+            contents = {"format": _FORMAT, **attrs.asdict(meta)}
+            contents["meta_sha256"] = json_fingerprint(contents)
+            (partial / "meta.json").write_text(json.dumps(contents, indent=1))
+    except (OSError, TypeError) as error:
+        earlier = [path for path in checkpoint_paths(workdir) if path != final]
         safe = f"the last one, {earlier[-1]}, is untouched" if earlier else "there is none from before"
-        raise CheckpointWriteError(f"cannot save checkpoint {final}: {error.strerror}; {safe}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointWriteError(f"cannot save checkpoint {final}: {reason}; {safe}") from error
     verify_checkpoint(final)
     for old in checkpoint_paths(workdir)[:-keep]:
-        shutil.rmtree(old)
+        discard(old)
+    for left in final.parent.iterdir():  # by a process that was killed
+        if _LEFT.fullmatch(left.name):
+            shutil.rmtree(left, ignore_errors=True)
     return final
 
 
-def _module_bytes(module: nn.Module) -> bytes:
+def _contents(modules: Mapping[str, nn.Module], optimizers: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
+    """The files of a checkpoint, one at a time, since each may be large."""
+    for name, module in modules.items():
+        yield f"{name}.safetensors", _bytes(module.state_dict())
+    tensors: dict[str, Tensor] = {}
+    packed = pack(dict(optimizers), tensors)
+    yield from zip(_OPTIMIZERS, (_bytes(tensors), json.dumps(packed).encode()), strict=True)
+
+
+def _bytes(state: Mapping[str, Tensor]) -> bytes:
     tensors: dict[str, Tensor] = {}
     places: set[int] = set()
-    for name, value in module.state_dict().items():
+    for name, value in state.items():
         place = value.untyped_storage().data_ptr()
         value = value.contiguous()
         tensors[name] = value.clone() if place in places else value  # weights may be shared
@@ -76,28 +157,44 @@ def _module_bytes(module: nn.Module) -> bytes:
     return safetensors.torch.save(tensors)
 
 
-def read_meta(checkpoint: Path) -> dict[str, Any]:
-    """The step, counters and hashes of a checkpoint; CheckpointError if it is not one."""
+def read_meta(checkpoint: Path) -> Meta:
+    """The step, counters and hashes of a checkpoint; CheckpointError if it is not one, or not of its name's step."""
+    path = checkpoint / "meta.json"
+    if not path.is_file():
+        raise CheckpointError(f"{checkpoint} is not a checkpoint: it has no meta.json")
     try:
-        meta = json.loads((checkpoint / "meta.json").read_text())
-        if meta["format"] != _FORMAT:
-            raise CheckpointError(f"{checkpoint} has format {meta['format']}, this version reads {_FORMAT}")
-        return {"step": int(meta["step"]), "counters": dict(meta["counters"]), "sha256": dict(meta["sha256"])}
-    except FileNotFoundError:
-        raise CheckpointError(f"{checkpoint} is not a checkpoint: it has no meta.json") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint}/meta.json is damaged: {error!r}") from None
+        found = json.loads(path.read_bytes())
+        if found["format"] != _FORMAT:
+            raise CheckpointError(f"{checkpoint} has format {short(found['format'])}, this version reads {_FORMAT}")
+        own = found.pop("meta_sha256")
+        if found.keys() != {"format", *(field.name for field in attrs.fields(Meta))}:
+            raise ValueError("its entries are others")
+        meta = Meta(**{name: value for name, value in found.items() if name != "format"})
+        if json_fingerprint(found) != own:
+            raise ValueError("its own SHA-256 is another one")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {_reason(error)}") from None
+    if has_checkpoint_name(checkpoint) and _step(checkpoint) != meta.step:
+        raise CheckpointError(f"{checkpoint} is not what its name says: it holds step {meta.step}")
+    return meta
 
 
-def verify_checkpoint(checkpoint: Path) -> dict[str, Any]:
+def _reason(error: Exception) -> str:
+    """An error in one line; those of attrs have further arguments."""
+    text = str(error.args[0]) if error.args else type(error).__name__
+    text = f"{text} is missing" if isinstance(error, KeyError) else text
+    return text if len(text) < 200 else f"{text[:200]} ..."
+
+
+def verify_checkpoint(checkpoint: Path) -> Meta:
     """Read every file back and compare its hash; returns the meta data.
 
     Raises:
         CheckpointError: a file is missing, truncated or altered.
     """
     meta = read_meta(checkpoint)
-    for name, expected in meta["sha256"].items():
-        path = checkpoint / Path(name).name
+    for name, expected in meta.sha256.items():
+        path = checkpoint / name
         if not path.is_file():
             raise CheckpointError(f"{checkpoint} lacks {name}")
         if file_fingerprint(path) != expected:
@@ -105,10 +202,57 @@ def verify_checkpoint(checkpoint: Path) -> dict[str, Any]:
     return meta
 
 
-def load_optimizers(path: Path) -> dict[str, Any]:
-    """The optimiser states of a checkpoint, read as data."""
+def earlier_whole(checkpoint: Path) -> Path | None:
+    """The newest checkpoint before this one, in the same folder, that is whole; None if there is none."""
+    if not has_checkpoint_name(checkpoint):
+        return None
+    for path in reversed(_checkpoints_in(checkpoint.parent)):
+        if _step(path) < _step(checkpoint):
+            with contextlib.suppress(CheckpointError):
+                verify_checkpoint(path)
+                return path
+    return None
+
+
+def newest_whole(workdir: Path) -> Path | None:
+    """The newest checkpoint of a run, from which it continues; None if it has none yet.
+
+    Where the newest is damaged it is the one before. The damaged ones get other names, and a warning says so.
+
+    Raises:
+        CheckpointError: all are damaged.
+    """
+    damaged: dict[Path, str] = {}
+    for path in reversed(checkpoint_paths(workdir)):
+        try:
+            verify_checkpoint(path)
+        except CheckpointError as error:
+            damaged[path] = str(error)
+            continue
+        for bad, reason in damaged.items():
+            aside = bad.with_name(f"damaged_{bad.name}")
+            discard(aside)
+            bad.rename(aside)
+            warnings.warn(
+                f"{reason}; it is now called {aside.name}, and training continues from {path}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return path
+    if damaged:
+        raise CheckpointError(
+            f"{next(iter(damaged.values()))}; no earlier one is whole: restore one, or start in another directory"
+        )
+    return None
+
+
+def load_optimizers(checkpoint: Path) -> dict[str, Any]:
+    """The optimiser states of a checkpoint by name; CheckpointError if they are not what `save_checkpoint` writes."""
+    tensors, layout = (checkpoint / name for name in _OPTIMIZERS)
     try:
-        states: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+        states = unpack(json.loads(layout.read_bytes()), load_tensors(tensors))
+        if not isinstance(states, dict):
+            raise ValueError("they have no names")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{layout} is damaged: {_reason(error)}") from None
     return states

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
 def read_records(workdir: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl; a last line that a kill cut short is left out."""
+    """The records of metrics.jsonl; lines that are none, as a kill may leave, are left out."""
+    return [record for record in map(record_of, record_lines(workdir)) if record is not None]
+
+
+def record_lines(workdir: Path) -> list[bytes]:
+    """The lines of metrics.jsonl that are not empty; none if there is no such file."""
     path = workdir / "metrics.jsonl"
-    return list(_records(path.read_text().splitlines())) if path.is_file() else []
+    return list(filter(None, path.read_bytes().split(b"\n"))) if path.is_file() else []
 
 
-def _records(lines: list[str]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        with contextlib.suppress(json.JSONDecodeError):
-            yield json.loads(line)
+def record_of(line: bytes) -> dict[str, Any] | None:
+    """The record in a line: a step and numbers by name; None if it is no record.
+
+    Examples:
+        >>> record_of(b'{"step": 2, "loss": 0.5}'), record_of(b'{"step": 2, "lo'), record_of(b'{"loss": 0.5}')
+        ({'step': 2, 'loss': 0.5}, None, None)
+    """
+    try:
+        record = json.loads(line)
+        if type(record["step"]) is int and all(_is_number(value) for value in record.values()):
+            return dict(record)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number that arrays can hold."""
+    return isinstance(value, float) or (type(value) is int and 0 <= value < 2**63)

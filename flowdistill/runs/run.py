@@ -12,14 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flowdistill.flow_maps import build_flow_map
 from flowdistill.interfaces import FlowMap, Objective, Teacher
 from flowdistill.plumbing.config import Configuration
 from flowdistill.plumbing.errors import CheckpointError, ConfigError
-from flowdistill.plumbing.files import file_fingerprint, json_fingerprint, load_module
-from flowdistill.runs.checkpoints import checkpoint_paths, verify_checkpoint
+from flowdistill.plumbing.files import file_fingerprint, fill_module, json_fingerprint, load_tensors
+from flowdistill.runs.checkpoints import (
+    Meta,
+    checkpoint_paths,
+    earlier_whole,
+    has_checkpoint_name,
+    verify_checkpoint,
+)
 
 if TYPE_CHECKING:
     from flowdistill.evaluation.comparison import Evaluation
@@ -52,7 +58,7 @@ class Run:
 
     def __init__(self, path: str | Path, allow_imports: bool = False) -> None:
         self._path, self._allow_imports = Path(path), allow_imports
-        self._is_checkpoint = (self._path / "meta.json").is_file()
+        self._is_checkpoint = (self._path / "meta.json").is_file() or has_checkpoint_name(self._path)
         if not self._is_checkpoint and not (self._path / "config.gin").is_file():
             raise CheckpointError(f"{path} is neither a run directory nor a checkpoint in one")
         self.workdir = self._path.resolve().parent.parent if self._is_checkpoint else self._path
@@ -77,13 +83,27 @@ class Run:
         return saved[-1]
 
     @cached_property
-    def meta(self) -> dict[str, Any]:
+    def meta(self) -> Meta:
         """The checkpoint's step, counters and hashes, after each file was compared with its hash.
 
         Raises:
-            CheckpointError: a file is missing, truncated or altered.
+            CheckpointError: a file is missing, truncated or altered; names the earlier checkpoint that is whole.
         """
-        return verify_checkpoint(self.checkpoint)
+        try:
+            return verify_checkpoint(self.checkpoint)
+        except CheckpointError as error:
+            earlier = earlier_whole(self.checkpoint)
+            instead = (
+                "no earlier one beside it is whole"
+                if earlier is None
+                else f"name {earlier}, which is whole, in its place"
+            )
+            raise CheckpointError(f"{error}; {instead}") from None
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a network of the checkpoint, such as ``student``, verified; none if it has no such network."""
+        file = f"{name}.safetensors"
+        return load_tensors(self.checkpoint / file) if file in self.meta.sha256 else {}
 
     @cached_property
     def config(self) -> Configuration:
@@ -115,11 +135,11 @@ class Run:
         Raises:
             CheckpointError: the checkpoint is missing, damaged, or of another architecture.
         """
-        weights = "ema.safetensors" if "ema.safetensors" in self.meta["sha256"] else "student.safetensors"
+        weights = self.tensors("ema") or self.tensors("student")
         teacher = self.teacher
         with torch.random.fork_rng(), self.config.in_force("train.flow_map"):
             student = build_flow_map(self.config.build("train.flow_map"), teacher)
-        load_module(student, self.checkpoint / weights)
+        fill_module(student, weights, self.checkpoint)
         return student.eval().requires_grad_(False)
 
     @cached_property
@@ -137,7 +157,7 @@ class Run:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """The hashes of the weights and of the configuration: stored results are known by them."""
-        return {"weights": self.meta["sha256"], "config": file_fingerprint(self.workdir / "config.gin")}
+        return {"weights": self.meta.sha256, "config": file_fingerprint(self.workdir / "config.gin")}
 
     def folder(self, kind: str, **settings: Any) -> Path:
         """The folder for what a job stores, in the run directory.

@@ -14,13 +14,21 @@ from torch import Tensor, nn
 
 from flowdistill.ema import AveragedModel
 from flowdistill.flow_maps import build_flow_map
-from flowdistill.interfaces import Counted, FlowMap, ObjectiveOutput, States, StateSource, Step, Teacher
+from flowdistill.interfaces import Condition, Counted, FlowMap, ObjectiveOutput, States, StateSource, Step, Teacher
 from flowdistill.plumbing.distributed import add_up, find_device, gathered, rank_and_world
-from flowdistill.plumbing.dry import placed
-from flowdistill.plumbing.errors import NonFiniteError
-from flowdistill.plumbing.files import load_module
+from flowdistill.plumbing.dry import files_unread, placed
+from flowdistill.plumbing.errors import CheckpointError, NonFiniteError
+from flowdistill.plumbing.files import fill_module, load_module
 from flowdistill.plumbing.randomness import step_generator, stream_seed
-from flowdistill.runs.checkpoints import checkpoint_paths, load_optimizers, save_checkpoint, verify_checkpoint
+from flowdistill.runs.checkpoints import (
+    checkpoint_path,
+    checkpoint_paths,
+    load_optimizers,
+    read_meta,
+    save_checkpoint,
+)
+from flowdistill.runs.optimizer_states import restore
+from flowdistill.runs.run import Run
 from flowdistill.training.settings import OptimizerBuilder, Training
 
 
@@ -71,9 +79,10 @@ class Loop:
         self.average = None if training.ema is None else AveragedModel(student, training.ema)
         self._sums: dict[str, Tensor] = {}
         self._counts: Counter[str] = Counter()
-        self._recorded = 0
+        self._recorded = self._checks = 0
         self._first_bad = torch.full((), -1, device=self.device)
         self._started = time.monotonic()
+        self.origin = ""  # in words, of a run that starts from another
 
     @classmethod
     def build(
@@ -88,18 +97,26 @@ class Loop:
 
         Raises:
             ConfigError: the parts do not fit each other.
+            CheckpointError: the run to start from cannot be read, or its student is of another architecture.
         """
         place, teacher = find_device(device), training.teacher
         training.check()
         if teacher is not None:
             teacher = placed(teacher, place).eval().requires_grad_(False)
         student = placed(build_flow_map(training.flow_map, teacher), place)
+        begun = files_unread() or checkpoint_paths(Path(workdir))
+        start = None if training.start is None or begun else Run(training.start)
+        if start is not None:  # before the objective copies the student
+            fill_module(student, start.tensors("student"), start.checkpoint)
         source = training.source()
         source.setup(student, teacher)
         training.objective.setup(student, teacher)
         if source.knows_all_times:
             training.objective.check_jumps(student, training.objective.trains)
-        return cls(training, student, teacher, source, Path(workdir))
+        loop = cls(training, student, teacher, source, Path(workdir))
+        if start is not None:
+            loop._take(start)
+        return loop
 
     @property
     def result(self) -> FlowMap:
@@ -171,8 +188,7 @@ class Loop:
             batches.append(states)
             self._seed_global("global", micro)
             self._backward(self.loss(states, self._random("loss", micro)))
-        norm = self.trained.update(factor, training.gradient_clip)
-        self._watch(norm)
+        norm = self._update("student", self.trained, factor)
         self._add({"gradient_norm": norm})
         if self.average is not None:
             self.average.update(self.step)
@@ -183,8 +199,19 @@ class Loop:
                 batches = [self.draw(self._random(f"states{stream}", micro)) for micro in self._micros]
             for name, auxiliary in self.auxiliary.items():
                 if self._train_auxiliary(name, batches, f"auxiliary {name}{stream}"):
-                    self._watch(auxiliary.update(factor, training.gradient_clip))
+                    self._update(name, auxiliary, factor)
         self.step += 1
+
+    def _update(self, name: str, trained: _Trained, factor: float) -> Tensor:
+        """One optimiser step of a module; returns the norm of its gradient."""
+        try:
+            norm = trained.update(factor, self.training.gradient_clip)
+        except RuntimeError as error:
+            if "without overflow" not in str(error):
+                raise
+            raise self._not_finite(f"the update of {name} at step {self.step} is too large for its weights") from None
+        self._watch(norm)
+        return norm
 
     def _train_auxiliary(self, name: str, batches: list[States], stream: str) -> bool:
         trained = False
@@ -204,18 +231,27 @@ class Loop:
         """
         self.check_finite()
         now = time.monotonic()
-        parts = gathered(({name: float(value) for name, value in self._sums.items()}, self._counts))
-        record = {name: sum(sums[name] for sums, _ in parts) / sum(n[name] for _, n in parts) for name in self._sums}
+        record = {name: total / count for name, (total, count) in self._totals().items()}
         record["steps_per_second"] = (self.step - self._recorded) / max(now - self._started, 1e-9)
         record |= {name: float(count) for name, count in self.counters.items()}
         self._sums, self._counts, self._recorded, self._started = {}, Counter(), self.step, now
         return record
+
+    def _totals(self) -> dict[str, list[float]]:
+        """The sum of each metric since the last record and the number of its values, over all processes."""
+        parts = gathered(({name: float(value) for name, value in self._sums.items()}, self._counts))
+        names = dict.fromkeys(name for sums, _ in parts for name in sums)
+        return {
+            name: [sum(sums.get(name, 0.0) for sums, _ in parts), sum(counts[name] for _, counts in parts)]
+            for name in names
+        }
 
     @property
     def counters(self) -> dict[str, int]:
         """Evaluations of student, teacher and the objective's own models so far, by all processes, per sample."""
         models: dict[str, Any] = {"student": self.student, "teacher": self.teacher, **self._extra}
         ours = {f"{name}_evaluations": m.evaluations for name, m in models.items() if isinstance(m, Counted)}
+        ours["student_evaluations"] -= self._checks
         ours.setdefault("teacher_evaluations", 0)
         parts = gathered(ours)
         return {name: self._base_counters.get(name, 0) + sum(part[name] for part in parts) for name in ours}
@@ -226,37 +262,93 @@ class Loop:
         """Raise NonFiniteError if a loss or gradient so far was NaN or infinite; names the first such step."""
         bad = [step for step in gathered(int(self._first_bad)) if step >= 0]
         if bad:
-            saved = checkpoint_paths(self.workdir)
-            good = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved before"
             name = type(self.objective).__name__
-            raise NonFiniteError(f"the loss or gradient of {name} became NaN or infinite at step {min(bad)}; {good}")
+            raise self._not_finite(f"the loss or gradient of {name} became NaN or infinite at step {min(bad)}")
+
+    def _check_weights(self) -> None:
+        """Raise NonFiniteError if a weight is NaN or infinite, as after a step too large for its type."""
+        for name, module in self._modules().items():
+            if not all(bool(torch.isfinite(p).all()) for p in module.parameters()):
+                raise self._not_finite(f"weights of {name} became NaN or infinite by step {self.step}")
+
+    @torch.no_grad()
+    def _check_samples(self) -> None:
+        """Raise NonFiniteError if the result makes samples that are NaN or infinite, as of weights that are large."""
+        n, result = 4, self.result
+        before = self.student.evaluations
+        noise = torch.randn((n, *result.sample_shape), generator=self._random("samples", 0), device=self.device)
+        samples = result.sample(noise, 1, Condition.in_turn(result.num_classes, n).to(self.device))
+        self._checks += self.student.evaluations - before
+        if not bool(torch.isfinite(samples).all()):
+            raise self._not_finite(f"samples of the student became NaN or infinite by step {self.step}")
+
+    def _not_finite(self, what: str) -> NonFiniteError:
+        """The error, with the way to go on."""
+        saved = checkpoint_paths(self.workdir)
+        if not saved:
+            return NonFiniteError(
+                f"{what}; no checkpoint was saved before: start in another directory with a lower learning rate or "
+                "train.gradient_clip"
+            )
+        return NonFiniteError(
+            f"{what}; the last good checkpoint is {saved[-1]}: start from it in another directory by "
+            f"train.start = '{saved[-1]}', with another learning rate, train.gradient_clip or train.seed"
+        )
 
     def _modules(self) -> dict[str, nn.Module]:
         average = {} if self.average is None else {"ema": self.average.module}
         return {"student": self.student, **average, **self._extra}
 
-    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {
-            "student": self.trained.optimizer,
-            **{name: auxiliary.optimizer for name, auxiliary in self.auxiliary.items()},
-        }
+    def _all_trained(self) -> dict[str, _Trained]:
+        return {"student": self.trained, **self.auxiliary}
 
-    def save(self, keep: int) -> None:
-        """Write a checkpoint of the present step, by the first process, and keep the newest ``keep``."""
+    def save(self, keep: int) -> Path:
+        """Write a checkpoint of the present step, by the first process, and keep the newest ``keep``.
+
+        Raises:
+            NonFiniteError: a loss, a gradient, a weight or a sample is NaN or infinite; nothing is written.
+            CheckpointWriteError: the disk refused.
+        """
         self.check_finite()
-        counters = self.counters
-        if rank_and_world()[0] != 0:
-            return
-        states = {name: optimizer.state_dict() for name, optimizer in self._optimizers().items()}
-        save_checkpoint(self.workdir, self.step, self._modules(), states, counters, keep)
+        self._check_weights()
+        self._check_samples()
+        counters, totals = self.counters, self._totals()
+        if rank_and_world()[0] == 0:
+            states = {name: trained.optimizer.state_dict() for name, trained in self._all_trained().items()}
+            save_checkpoint(self.workdir, self.step, self._modules(), states, counters, keep, totals)
+        return checkpoint_path(self.workdir, self.step)
 
     def load(self, checkpoint: Path) -> None:
-        """Continue from a checkpoint."""
-        meta = verify_checkpoint(checkpoint)
+        """Continue from a checkpoint whose files have been verified.
+
+        Raises:
+            CheckpointError: it is of another training.
+        """
+        meta = read_meta(checkpoint)
         for name, module in self._modules().items():
+            if f"{name}.safetensors" not in meta.sha256:
+                raise CheckpointError(f"{checkpoint} lacks {name}.safetensors, which meta.json does not list")
             load_module(module, checkpoint / f"{name}.safetensors")
-        states = load_optimizers(checkpoint / "optimizers.pt")
-        for name, optimizer in self._optimizers().items():
-            optimizer.load_state_dict(states[name])
-        self.step = self._recorded = meta["step"]
-        self._base_counters = meta["counters"]
+        states = load_optimizers(checkpoint)
+        for name, trained in self._all_trained().items():
+            restore(trained.optimizer, states.get(name), trained.builder, checkpoint)
+        self.step = self._recorded = meta.step
+        self._base_counters = meta.counters
+        if rank_and_world()[0] == 0:
+            self._sums = {
+                name: torch.tensor(float(total), device=self.device) for name, (total, _) in meta.sums.items()
+            }
+            self._counts = Counter({name: int(count) for name, (_, count) in meta.sums.items()})
+
+    def _take(self, run: Run) -> None:
+        """Take a run's average and its networks of the objective, where they have the architecture of ours.
+
+        The average of a run without one is its student.
+        """
+        taken = ["student"]
+        for name, module in self._modules().items():
+            tensors = {} if name == "student" else run.tensors(name)
+            if {key: v.shape for key, v in tensors.items()} == {key: v.shape for key, v in module.state_dict().items()}:
+                module.load_state_dict(tensors)
+                taken.append(name)
+        self.origin = f"started from {run.checkpoint}: {', '.join(taken)}"

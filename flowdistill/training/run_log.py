@@ -4,39 +4,59 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import socket
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
-from flowdistill.plumbing.files import write_text
+from flowdistill.plumbing.files import replaced
 from flowdistill.plumbing.progress import bars
-from flowdistill.runs.records import read_records
+from flowdistill.runs.records import record_lines, record_of
+
+_REJECTED = "metrics.rejected"
 
 
 class RunLog:
     """Writes the records of a run, and shows the latest.
 
-    On a terminal there is a live bar with loss, steps per second and time left; elsewhere a line now and then.
+    On a terminal there is a live bar with loss, steps per second and time left; elsewhere a line now and then. Nothing
+    here ends a training: records that cannot be written are lost, and a warning says so once.
 
     Args:
         workdir: the run directory.
         first_step: step at which this process starts; records at later steps, left by a process that was killed after
-            its last checkpoint, are removed.
+            its last checkpoint, are removed. Lines that are no records are moved to ``metrics.rejected``.
         steps: the last step.
     """
 
     def __init__(self, workdir: Path, first_step: int, steps: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._path = workdir / "metrics.jsonl"
-        kept = [json.dumps(record) + "\n" for record in read_records(workdir) if record["step"] <= first_step]
-        write_text(self._path, "".join(kept))
-        self._file = self._path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+        self._workdir, self._path = workdir, workdir / "metrics.jsonl"
+        self._board = _Board(workdir / "tensorboard", first_step + 1)
         self._name, self._first_step, self._steps = workdir.name, first_step, steps
         self._speed, self._last_line = "", time.monotonic()
         self._open = contextlib.ExitStack()
+        self._lost: set[str] = set()
+        with self.tolerating("metrics.jsonl"):
+            self._clean()
+
+    def _clean(self) -> None:
+        """Leave those records that the training continues from."""
+        records = {line: record_of(line) for line in record_lines(self._workdir)}
+        rejected = [line for line, record in records.items() if record is None]
+        if rejected:
+            with (self._workdir / _REJECTED).open("ab") as file:
+                file.writelines(line + b"\n" for line in rejected)
+            warnings.warn(
+                f"{len(rejected)} lines of {self._path} are no records: they are now in {_REJECTED}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        with replaced(self._path) as partial, partial.open("wb") as file:
+            kept = (line for line, record in records.items() if record and record["step"] <= self._first_step)
+            file.writelines(line + b"\n" for line in kept)
 
     def __enter__(self) -> RunLog:
         self._bars = self._open.enter_context(bars())
@@ -51,8 +71,17 @@ class RunLog:
         trace: TracebackType | None,
     ) -> None:
         self._open.close()
-        self._file.close()
-        self._board.close()
+
+    @contextlib.contextmanager
+    def tolerating(self, what: str) -> Iterator[None]:
+        """Inside, a file that cannot be written is a warning, and only once; the directory is made if it is gone."""
+        try:
+            self._workdir.mkdir(parents=True, exist_ok=True)
+            yield
+        except OSError as error:
+            if what not in self._lost:
+                self._lost.add(what)
+                warnings.warn(f"training goes on without {what}: {error}", RuntimeWarning, stacklevel=4)
 
     def advance(self, step: int) -> None:
         """Move the bar."""
@@ -60,10 +89,10 @@ class RunLog:
 
     def write(self, step: int, record: Mapping[str, float]) -> None:
         """Log the averages of the steps since the last record."""
-        self._file.write(json.dumps({"step": step, **record}) + "\n")
-        self._file.flush()
-        for name, value in record.items():
-            self._board.add_scalar(name, value, step)
+        with self.tolerating("metrics.jsonl"), self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **record}) + "\n")
+        with self.tolerating("tensorboard"):
+            self._board.write(step, record)
         self._speed = f"loss {record['loss']:.4g}  {record['steps_per_second']:.1f} steps/s"
         now = time.monotonic()
         if not self._console.is_terminal and (now - self._last_line > 10 or step == self._steps):
@@ -74,3 +103,40 @@ class RunLog:
     def say(self, message: str) -> None:
         """Print a line above the bar."""
         self._console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+class _Board:
+    """A file of TensorBoard's events, which is opened for each record: `SummaryWriter` dies with its file.
+
+    Args:
+        folder: of the file.
+        purge_step: TensorBoard hides what earlier files say of this step and later ones.
+    """
+
+    def __init__(self, folder: Path, purge_step: int) -> None:
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
+        self._path, self._purge_step = folder / name, purge_step
+
+    def write(self, step: int, record: Mapping[str, float]) -> None:
+        """Append a record."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        now = time.time()
+        events = [
+            Event(wall_time=now, step=step, summary=Summary(value=[Summary.Value(tag=k, simple_value=v)]))
+            for k, v in record.items()
+        ]
+        if not self._path.exists():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            start = SessionLog(status=SessionLog.START)
+            events = [
+                Event(wall_time=now, file_version="brain.Event:2"),
+                Event(wall_time=now, step=self._purge_step, session_log=start),
+                *events,
+            ]
+        with self._path.open("ab") as file:
+            writer = RecordWriter(file)
+            for event in events:
+                writer.write(event.SerializeToString())

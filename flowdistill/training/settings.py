@@ -68,6 +68,9 @@ class Training:
     states: StateSource | None = attrs.field(default=None, validator=of_type(StateSource, NoneType))
     """The state source; None is the macro ``data`` of the configuration for an objective that needs data, else the
     prior."""
+    start: str | None = attrs.field(default=None, validator=of_type(str, NoneType))
+    """A run, or a checkpoint in it, whose networks the first step begins with: the student, its average, and those of
+    the objective that have the same name and architecture. The optimisers and the count of steps start afresh."""
     steps: int = attrs.field(default=gin.REQUIRED, validator=at_least(1))
     """Training steps in all."""
     batch_size: int = attrs.field(default=gin.REQUIRED, validator=at_least(1))

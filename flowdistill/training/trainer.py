@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -15,14 +16,15 @@ from flowdistill.evaluation.pictures import save_samples
 from flowdistill.evaluation.report import write_report
 from flowdistill.interfaces import FlowMap
 from flowdistill.plumbing import config
-from flowdistill.plumbing.distributed import barrier, find_device, process_group, rank_and_world
-from flowdistill.plumbing.errors import ConfigError
-from flowdistill.plumbing.files import write_text
+from flowdistill.plumbing.distributed import barrier, by_first, find_device, process_group, rank_and_world
+from flowdistill.plumbing.errors import ConfigError, NonFiniteError, TrainingInterrupted
+from flowdistill.plumbing.files import locked, write_text
 from flowdistill.plumbing.progress import progress
-from flowdistill.runs.checkpoints import checkpoint_paths, read_meta
+from flowdistill.runs.checkpoints import checkpoint_paths, newest_whole, read_meta
 from flowdistill.training.loop import Loop
 from flowdistill.training.run_log import RunLog
 from flowdistill.training.settings import Training
+from flowdistill.training.stopping import StopSignals
 
 
 @attrs.frozen(eq=False)
@@ -72,9 +74,11 @@ def train(
         report: whether to end with ``report.md``, its pictures and figures; without, nothing is measured.
 
     Raises:
-        ConfigError: the configuration cannot work, or ``workdir`` holds a run of another one.
-        CheckpointError: the checkpoint to resume from is damaged; nothing of it is overwritten.
-        NonFiniteError: a loss became NaN or infinite.
+        ConfigError: the configuration cannot work, or ``workdir`` holds a run of another one or is in use.
+        CheckpointError: all checkpoints to resume from are damaged; nothing of them is overwritten.
+        NonFiniteError: a loss, a weight or a sample became NaN or infinite; says how to go on.
+        TrainingInterrupted: SIGTERM, SIGINT, SIGHUP or SIGUSR1 came, and the last step is saved; the same call
+            continues. It is a `KeyboardInterrupt`. The caller's signal handlers are back.
 
     Examples:
         >>> short = ["train.steps = 2", "evaluation.num_samples = 20"]
@@ -86,10 +90,28 @@ def train(
     if workdir is None:
         workdir = Path("runs") / _name(recipe, on, files)
     place = find_device(device)
-    with torch.random.fork_rng(), config.parsed(files, gin_bindings), process_group(place):
-        loop = configured_loop(workdir, place)
-        _claim(loop, resume, gin.operative_config_str())
-        return _run(loop, report)
+    folder = Path(workdir)
+    with (
+        torch.random.fork_rng(),
+        config.parsed(files, gin_bindings),
+        process_group(place),
+        contextlib.ExitStack() as owned,
+    ):
+
+        def own() -> bool:
+            owned.enter_context(locked(folder))
+            return True
+
+        ours = by_first(lambda: folder.is_dir() and own())
+        loop = configured_loop(folder, place)
+        operative = config.operative()
+        if not ours:  # a mistake in the configuration makes no directory
+            by_first(own)
+        saved = by_first(lambda: _claim(loop, resume, operative))
+        result, stopped = _run(loop, saved, operative, report)
+    if result is None:
+        raise TrainingInterrupted(stopped)
+    return result
 
 
 def _name(recipe: str | Path | None, on: str | Path | None, files: Sequence[str | Path]) -> str:
@@ -110,68 +132,88 @@ def configured_loop(workdir: str | Path, device: str | torch.device | None) -> L
     return loop
 
 
-def _run(loop: Loop, report: bool) -> TrainResult:
+def _run(loop: Loop, saved: Path | None, operative: str, report: bool) -> tuple[TrainResult | None, str]:
+    """Train from a checkpoint, or from the start, to the end: the result, or how a signal stopped it, in words."""
     run, workdir, steps = loop.training, loop.workdir, loop.training.steps
-    saved = checkpoint_paths(workdir)
-    if saved:
-        loop.load(saved[-1])
+    if saved is not None:
+        loop.load(saved)
     record: dict[str, float] = {}
-    first = rank_and_world()[0] == 0
+    first, stopped = rank_and_world()[0] == 0, False
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(RunLog(workdir, loop.step, steps)) if first else None
-        if saved and log is not None:
-            log.say(f"resumed {saved[-1]}")
-        while loop.step < steps:
-            loop.train_step()
-            last = loop.step == steps
-            if last or loop.step % run.log_every == 0:
-                record = loop.record()
+        if log is not None and (saved is not None or loop.origin):
+            log.say(f"resumed {saved}" if saved is not None else loop.origin)
+        with StopSignals() as signals:
+            while loop.step < steps and not stopped:
+                loop.train_step()
+                stopped = signals.asked()
+                last = loop.step == steps
+                if last or loop.step % run.log_every == 0:
+                    record = loop.record()
+                    if log is not None:
+                        log.write(loop.step, record)
                 if log is not None:
-                    log.write(loop.step, record)
-            if log is not None:
-                log.advance(loop.step)
-            if last or loop.step % run.checkpoint_every == 0:
-                with progress("saving a checkpoint", None):
-                    loop.save(run.keep_checkpoints)
-            if first and run.sample_every and (last or loop.step % run.sample_every == 0):
-                picture = workdir / "samples" / f"step_{loop.step:08d}.png"
-                save_samples(loop.result, picture, run.seed)
+                    log.advance(loop.step)
+                if last or stopped or loop.step % run.checkpoint_every == 0:
+                    if first:
+                        _keep_configuration(workdir, operative)
+                    with progress("saving a checkpoint", None):
+                        saved = loop.save(run.keep_checkpoints)
+                if log is not None and run.sample_every and (last or loop.step % run.sample_every == 0):
+                    with log.tolerating("pictures of samples"):
+                        picture = workdir / "samples" / f"step_{loop.step:08d}.png"
+                        save_samples(loop.result, picture, run.seed)
+            stopped = signals.asked_at_last() or stopped
+        assert saved is not None
         result = loop.result.requires_grad_(False)
         barrier()  # until the last checkpoint is there
+        if stopped:
+            return None, (
+                f"{signals.name} stopped the training after step {loop.step} of {steps}, which is saved as {saved}: "
+                "run the same command again to continue"
+            )
         figures: dict[str, float] = {}
         if report and log is not None:
             if run.evaluation is not None:
                 log.say(f"measuring {run.evaluation.num_samples} samples of each model")
             figures = write_report(workdir, result, loop.teacher, run.evaluation)
-    return TrainResult(
-        flow_map=result,
-        workdir=workdir,
-        metrics={**record, **figures},
-        checkpoint=checkpoint_paths(workdir)[-1],
-        steps=loop.step,
+            if bad := [name for name, value in figures.items() if not math.isfinite(value)]:
+                raise NonFiniteError(
+                    f"{', '.join(bad)} of the student is NaN or infinite: train in another directory with a lower "
+                    "learning rate or train.gradient_clip"
+                )
+    return (
+        TrainResult(flow_map=result, workdir=workdir, metrics={**record, **figures}, checkpoint=saved, steps=loop.step),
+        "",
     )
 
 
-def _claim(loop: Loop, resume: str, operative: str) -> None:
-    """Make the run directory ours, or make sure that it holds an interrupted run of the same configuration."""
+def _claim(loop: Loop, resume: str, operative: str) -> Path | None:
+    """Make the run directory ours, or make sure that it holds a run of this configuration; its newest checkpoint."""
     workdir, steps = loop.workdir, loop.training.steps
     path = workdir / "config.gin"
+    if not path.is_file() and checkpoint_paths(workdir):
+        raise ConfigError(f"{workdir} holds checkpoints and no config.gin: restore it, or choose another workdir")
     if path.is_file():
         if resume == "never":
             raise ConfigError(f"{workdir} already holds a run: choose another workdir")
-        theirs, ours = _what_trains(path.read_text(), str(path)), _what_trains(operative, "the configuration")
+        theirs, ours = _what_trains(config.text_of(path), str(path)), _what_trains(operative, "the configuration")
         differing = [line for line in ours if line not in theirs] + [line for line in theirs if line not in ours]
         if differing:
             raise ConfigError(
                 f"{workdir} holds a run of another configuration (one has {differing[0]!r}): choose another workdir"
             )
-        saved = checkpoint_paths(workdir)
-        if saved and (done := read_meta(saved[-1])["step"]) > steps:
-            raise ConfigError(f"{workdir} holds a run of {done} steps: train.steps = {steps} is less")
-    barrier()  # until all have looked
-    if rank_and_world()[0] != 0:
-        return
+    saved = newest_whole(workdir)
+    if saved is not None and (done := read_meta(saved).step) > steps:
+        raise ConfigError(f"{workdir} holds a run of {done} steps: train.steps = {steps} is less")
     write_text(path, operative)
+    return saved
+
+
+def _keep_configuration(workdir: Path, operative: str) -> None:
+    """Write config.gin again if somebody has removed it, since a checkpoint is of no use without."""
+    if not (workdir / "config.gin").is_file():
+        write_text(workdir / "config.gin", operative)
 
 
 def _what_trains(configuration: str, source: str) -> list[str]:

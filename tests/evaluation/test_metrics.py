@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from packaged import packaged
 from scipy.spatial.distance import cdist, pdist
 
-from flowdistill import METRICS, ConfigError, DataError
+from flowdistill import METRICS, ConfigError, DataError, NonFiniteError
 from flowdistill.data import Digits
 from flowdistill.evaluation import features, metrics
 from flowdistill.evaluation.metrics import measure
@@ -120,7 +120,7 @@ def test_sets_that_cannot_be_compared():
         metrics.frechet_distance(normal(10, 2), normal(10, 3))
     with pytest.raises(DataError, match="N >= 4"):
         metrics.precision_recall(normal(3, 2), normal(10, 2))
-    with pytest.raises(DataError, match="NaN"):
+    with pytest.raises(NonFiniteError, match="NaN"):
         sample_set(torch.tensor([[math.nan]]), None, None)
 
 

@@ -113,6 +113,7 @@ def test_fingerprints_tell_settings_and_weights_apart(monkeypatch):
     assert again.fingerprint() == repeated.fingerprint()
     assert len(repr(again)) < 100
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     with pytest.raises(ConfigError, match="cannot share a search by a plain function"):
         FunctionVerifier(len).fingerprint()
 

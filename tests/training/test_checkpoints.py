@@ -1,9 +1,12 @@
 """Checkpoints that are truncated, foreign, hostile, or cannot be written."""
 
+import itertools
 import json
+import os
 import pickle
 import resource
 import shutil
+import signal
 import sys
 
 import pytest
@@ -33,43 +36,198 @@ def last(run):
     return sorted((run / "checkpoints").glob("step_*"))[-1]
 
 
-FILES = ["student.safetensors", "ema.safetensors", "online.safetensors", "optimizers.pt"]
+FILES = ["student.safetensors", "ema.safetensors", "online.safetensors", "optimizers.safetensors", "optimizers.json"]
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
-def test_damaged_files(run, name, damage):
-    path = last(run) / name
+def damage(path, kind):
     data = path.read_bytes()
-    if damage == "missing":
+    if kind == "missing":
         path.unlink()
     else:
-        path.write_bytes(data[: len(data) // 2] if damage == "truncated" else data[:-1] + bytes([data[-1] ^ 1]))
+        path.write_bytes(data[: len(data) // 2] if kind == "truncated" else data[:-1] + bytes([data[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("name", [*FILES, "meta.json"])
+@pytest.mark.parametrize("kind", ["truncated", "altered", "missing"])
+def test_loading_a_damaged_checkpoint_names_the_earlier_one(run, name, kind):
+    newest, earlier = last(run), run / "checkpoints" / "step_00000008"
+    damage(newest / name, kind)
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    with pytest.raises(CheckpointError, match=name):
-        flowdistill.load_flow_map(run)
-    with pytest.raises(CheckpointError, match=name):
-        flowdistill.train(gin_file=run / "config.gin", gin_bindings=["train.steps = 20"], workdir=run)
-    after = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    assert before.keys() == after.keys()
-    assert all(before[p] == after[p] for p in before if p.name != "config.gin")
-    earlier = sorted((run / "checkpoints").glob("step_*"))[0]
+    for path in (run, newest):
+        with pytest.raises(CheckpointError, match=rf"step_00000012.*{name}.*; name .*step_00000008, which is whole"):
+            flowdistill.load_flow_map(path)
+    assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     assert flowdistill.sample(earlier, 2).shape == (2, 2)
+    (earlier / "meta.json").unlink()
+    with pytest.raises(CheckpointError, match="no earlier one beside it is whole"):
+        flowdistill.load_flow_map(run)
 
 
-@pytest.mark.parametrize("meta", ["", "[]", "{}", '{"format": 99}', "\x00"])
-def test_damaged_meta_data(run, meta):
-    (last(run) / "meta.json").write_text(meta)
+@pytest.mark.parametrize("name", ["student.safetensors", "optimizers.json", "meta.json"])
+def test_training_continues_from_the_checkpoint_before_a_damaged_one(run, finished, name):
+    damage(last(run) / name, "altered")
+    with pytest.warns(RuntimeWarning, match=r"step_00000012.*called damaged_step_00000012.* from .*step_00000008"):
+        flowdistill.train(gin_file=run / "config.gin", workdir=run)
+    assert [p.name for p in checkpoints.checkpoint_paths(run)] == ["step_00000008", "step_00000012"]
+    for file in FILES:
+        assert (last(run) / file).read_bytes() == (last(finished) / file).read_bytes()
+    assert (run / "checkpoints" / "damaged_step_00000012").is_dir()
+
+
+def test_training_without_a_whole_checkpoint_is_refused_and_touches_nothing(run):
+    for checkpoint in checkpoints.checkpoint_paths(run):
+        damage(checkpoint / "student.safetensors", "truncated")
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    with pytest.raises(CheckpointError, match=r"step_00000012.*no earlier one is whole"):
+        flowdistill.train(gin_file=run / "config.gin", gin_bindings=["train.steps = 20"], workdir=run)
+    assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+
+DEEP = '{"format": 2, "x": ' + "[" * 100_000 + "]" * 100_000 + "}"
+
+
+@pytest.mark.parametrize(
+    "meta", [b"", b"[]", b"{}", b'{"format": 99}', b"\x00", b"\xff\xfe", DEEP.encode(), b"null", b"3"]
+)
+def test_meta_data_that_are_none(run, meta):
+    (last(run) / "meta.json").write_bytes(meta)
     with pytest.raises(CheckpointError, match=r"meta\.json|format"):
         flowdistill.load_flow_map(run)
 
 
-def test_names_in_meta_data_do_not_leave_the_checkpoint(run):
-    meta = json.loads((last(run) / "meta.json").read_text())
-    meta["sha256"]["../../../config.gin"] = "0"
-    (last(run) / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(CheckpointError, match="lacks"):
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sha256": {}},
+        {"sha256": None},
+        {"sha256": {"student.safetensors": 3}},
+        {"sha256": {"student.safetensors": "0"}},
+        {"sha256": {"student.safetensors": "0" * 64, "../../../config.gin": "0" * 64}},
+        {"sha256": {"student.safetensors": "0" * 64, "x" * 5000 + ".safetensors": "0" * 64}},
+        {"step": 1e400},
+        {"step": -12},
+        {"step": "12"},
+        {"step": True},
+        {"step": 8},
+        {"counters": {"teacher_evaluations": "many"}},
+        {"counters": [1]},
+        {"sums": {"loss": [1.0]}},
+        {"sums": {"loss": "x"}},
+        {"more": 1},
+        {"sha256": {"student.safetensors": "0" * 64, "\ud800.safetensors": "0" * 64}},
+    ],
+)
+def test_meta_data_of_another_form(run, change, signed):
+    """Also where whoever changed them has brought the hash of meta.json up to date."""
+    path = last(run) / "meta.json"
+    meta = json.loads(path.read_text())
+    own = meta.pop("meta_sha256")
+    meta |= change
+    path.write_text(json.dumps({**meta, "meta_sha256": files.json_fingerprint(meta) if signed else own}))
+    with pytest.raises(CheckpointError, match=r"step_00000012") as error:
         flowdistill.load_flow_map(run)
+    assert len(str(error.value)) < 1000
+
+
+def test_an_average_that_meta_data_do_not_list_is_not_replaced_by_the_student(run):
+    path = last(run) / "meta.json"
+    meta = json.loads(path.read_text())
+    del meta["sha256"]["ema.safetensors"]
+    path.write_text(json.dumps(meta))
+    with pytest.raises(CheckpointError, match=r"meta\.json is damaged"):
+        flowdistill.load_flow_map(run)
+
+
+def test_a_changed_counter_is_noticed(run):
+    path = last(run) / "meta.json"
+    path.write_text(path.read_text().replace('"teacher_evaluations": 192', '"teacher_evaluations": 193'))
+    with pytest.raises(CheckpointError, match=r"meta\.json is damaged"):
+        flowdistill.load_flow_map(run)
+
+
+# Names.
+
+
+def test_only_names_that_are_written_here_are_checkpoints(run, finished):
+    folder = run / "checkpoints"
+    own = ["step_00000008", "step_00000012"]
+    others = [
+        "step_best",
+        "step_9",
+        "step_00000008_backup",
+        "step_00000012 (copy)",
+        "step_000000012",
+        "step_00000012\n",
+    ]
+    for name in others:
+        shutil.copytree(folder / "step_00000008", folder / name)
+    (folder / "step_notes.txt").write_text("")
+    (folder / "step_00000099").write_text("a file")
+    os.mkfifo(folder / "step_00000100")
+    assert [p.name for p in checkpoints.checkpoint_paths(run)] == own
+    assert torch.equal(flowdistill.sample(run, 4), flowdistill.sample(finished, 4))
+    assert flowdistill.sample(folder / "step_best", 2).shape == (2, 2)
+    flowdistill.train(gin_file=run / "config.gin", gin_bindings=["train.steps = 16"], workdir=run)
+    kept = {p.name for p in folder.iterdir()}
+    assert kept == {"step_00000012", "step_00000016", *others, "step_notes.txt", "step_00000099", "step_00000100"}
+
+
+def test_checkpoints_are_ordered_by_their_steps(tmp_path):
+    for step in (99_999_999, 100_000_000, 7):
+        (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+    names = [p.name for p in checkpoints.checkpoint_paths(tmp_path)]
+    assert names == ["step_00000007", "step_99999999", "step_100000000"]
+
+
+def test_a_copy_under_the_name_of_another_step_is_not_that_step(run):
+    shutil.copytree(run / "checkpoints" / "step_00000008", run / "checkpoints" / "step_00000099")
+    with pytest.raises(CheckpointError, match=r"holds step 8; name .*step_00000012, which is whole"):
+        flowdistill.load_flow_map(run)
+
+
+def killed_in_a_save(run, point):
+    """Save step 2 in the place of step 1 in another process, killed before a change of the disk; whether it ended.
+
+    An empty folder has the name already.
+    """
+    left = point
+
+    def kill(event, _):
+        nonlocal left
+        if event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "open", "shutil.rmtree"):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    process = os.fork()
+    if process == 0:
+        try:
+            save(run, 1, keep=1)
+            (run / "checkpoints" / "step_00000002").mkdir()
+            sys.addaudithook(kill)
+            save(run, 2, keep=1)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    assert code in (0, -signal.SIGKILL)
+    return code == 0
+
+
+def test_a_name_means_a_whole_checkpoint_wherever_a_save_is_killed(tmp_path):
+    for point in itertools.count(1):
+        run = tmp_path / str(point)
+        ended = killed_in_a_save(run, point)
+        saved = checkpoints.checkpoint_paths(run)
+        assert saved
+        for checkpoint in saved if any(saved[-1].iterdir()) else saved[:-1]:
+            checkpoints.verify_checkpoint(checkpoint)
+        save(run, 3, keep=1)
+        assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_00000003"]
+        if ended:
+            break
+    assert point > 20
 
 
 def test_a_checkpoint_of_another_architecture(run):
@@ -87,13 +245,35 @@ def test_a_foreign_file_runs_nothing(run, tmp_path):
         def __reduce__(self):
             return (open, (str(marker), "w"))
 
-    path = last(run) / "optimizers.pt"
-    path.write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(CheckpointError):
-        checkpoints.load_optimizers(path)
-    with pytest.raises(CheckpointError):
-        files.load_tensors(path)
+    for name in ("optimizers.safetensors", "optimizers.json"):
+        path = last(run) / name
+        path.write_bytes(pickle.dumps(Bomb()))
+        with pytest.raises(CheckpointError):
+            checkpoints.load_optimizers(last(run))
+        with pytest.raises(CheckpointError):
+            files.load_tensors(path)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "3",
+        "[]",
+        "{}",
+        '{"tensor": "99999"}',
+        '{"tensor": []}',
+        '{"dict": 3}',
+        '{"dict": [[[], 1]]}',
+        '{"a": 1, "b": 2}',
+        "[" * 100_000,
+    ],
+)
+def test_optimisers_that_are_none(run, text):
+    (last(run) / "optimizers.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"optimizers\.json is damaged"):
+        checkpoints.load_optimizers(last(run))
 
 
 def module():

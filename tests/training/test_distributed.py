@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 import flowdistill
 from flowdistill import ConfigError
+from flowdistill.plumbing.files import locked
+from flowdistill.runs.checkpoints import checkpoint_paths
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
@@ -40,6 +42,7 @@ def tensors(run):
     return {
         (file.stem, name): value
         for file in sorted((run / "checkpoints" / "step_00000012").glob("*.safetensors"))
+        if file.stem != "optimizers"
         for name, value in load_file(file).items()
     }
 
@@ -95,8 +98,8 @@ def test_one_process_continues_what_two_began(alone, tmp_path):
         assert time.monotonic() < limit
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
+    _, err = process.communicate(timeout=60)
+    assert err.count("SIGTERM stopped the training after step") == 1
     for later in sorted((tmp_path / "run" / "checkpoints").glob("step_*"))[1:]:
         later.rename(tmp_path / later.name)
     flowdistill.train(gin_file=gin_file, workdir=tmp_path / "run", device="cpu")
@@ -105,8 +108,59 @@ def test_one_process_continues_what_two_began(alone, tmp_path):
 
 def test_backward_passes_that_cannot_be_shared_out_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")
     with pytest.raises(ConfigError, match="set it to a multiple of 3"):
         flowdistill.plan(write(tmp_path / "ring.gin", accumulation=4))
+
+
+@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "8"}, {"WORLD_SIZE": "x", "RANK": "0"}, {"RANK": "3"}])
+def test_variables_that_torchrun_does_not_set_so_are_refused(tmp_path, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="start several processes by torchrun"):
+        flowdistill.train(write(tmp_path / "ring.gin"), workdir=tmp_path / "run")
+
+
+def test_processes_that_cannot_meet_are_told_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match=r"cannot meet.*MASTER_ADDR.*torchrun"):
+        flowdistill.train(write(tmp_path / "ring.gin"), workdir=tmp_path / "run")
+
+
+def test_all_processes_are_refused_where_the_first_one_is(alone, tmp_path):
+    with locked(tmp_path / "run"):
+        _, err = (process := training(alone[0], tmp_path / "run")).communicate(timeout=120)
+    assert process.returncode == 1
+    assert f"process {os.getpid()} on " in err
+    assert not (tmp_path / "run" / "config.gin").exists()
+
+
+STOPPED = """
+import os, signal, sys, attrs, flowdistill
+@flowdistill.register_objective("stopped")
+@attrs.define(kw_only=True)
+class Stopped(flowdistill.Objective):
+    def loss(self, states, step):
+        if step.number == 5 and os.environ["RANK"] == "1":
+            signal.raise_signal(signal.SIGUSR1)
+        return flowdistill.ObjectiveOutput((self.student.average_velocity(*states.to(0.0)) - states.x).square().mean())
+try:
+    flowdistill.train(sys.argv[1], workdir=sys.argv[2], device="cpu")
+except flowdistill.TrainingInterrupted as stop:
+    print(f"{stop}\\n", end="")
+"""
+
+
+def test_all_processes_stop_at_the_step_that_follows_a_signal_to_one(tmp_path):
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    gin_file = write(tmp_path / "ring.gin", accumulation=2)
+    lines = [line for line in gin_file.read_text().splitlines() if "freeflow" not in line and "online" not in line]
+    gin_file.write_text("\n".join([*lines, "train.objective = @stopped()"]))
+    out, _ = finish(torchrun(tmp_path / "stopped.py", gin_file, tmp_path / "run"))
+    assert out.count("stopped the training after step 7 of 12") == 2
+    assert out.count("SIGUSR1") == out.count("a signal stopped") == 1
+    assert [p.name for p in checkpoint_paths(tmp_path / "run")] == ["step_00000004", "step_00000007"]
 
 
 LEFT = """
