@@ -48,7 +48,7 @@ def test_a_custom_objective_from_a_users_file(tmp_path):
     done = command("train", "huber.gin", "--on", "plane", "--gin.train.steps=20", "--workdir", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "huber_prediction.c = 0.05" in (tmp_path / "run" / "config.gin").read_text()
-    assert command("sample", "run", "--allow_imports", "--num_samples", 4, cwd=tmp_path).returncode == 0
+    assert command("sample", "run", "--num_samples", 4, cwd=tmp_path).returncode == 0
     check = re.search(
         r"```python\n(import flowdistill\n.*?check_objective.*?)```", (ROOT / page).read_text(), re.DOTALL
     )
@@ -76,7 +76,7 @@ def test_a_network_of_a_user_is_distilled(tmp_path):
         assert done.returncode == 0, done.stderr
     trained = command("train", "--gin_file", "points.gin", "--gin.train.steps=3", "--workdir", "run", cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
-    assert command("sample", "run", "--num_samples", 4, cwd=tmp_path).returncode == 0
+    assert command("sample", "run", "--allow_imports", "--num_samples", 4, cwd=tmp_path).returncode == 0
 
 
 def test_the_documented_conversion_of_a_schedule_is_the_velocity(tmp_path, monkeypatch):

@@ -201,7 +201,7 @@ def test_a_run_is_a_teacher(tmp_path):
         ("train.teacher = @guided()\nguided.teacher = @rong()", ["unknown name 'rong'", "ring", "line"]),
         ("counted_ring.modes = 0", ["modes", "config.gin, line"]),
         ("counted_ring.nodes = 3", ["unknown parameter of counted_ring 'nodes'", "modes", "line"]),
-        ("train.flow_map = 3", ["train.flow_map must be a flow map"]),
+        ("train.flow_map = 3", ["train.flow_map must be a FlowMap"]),
         ("train.steps = = 3", ["config.gin", "line"]),
     ],
 )

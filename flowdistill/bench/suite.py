@@ -16,6 +16,7 @@ from flowdistill.plumbing import config
 from flowdistill.plumbing.config import Statement
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.files import fingerprint
+from flowdistill.plumbing.randomness import ONE_AT_A_TIME
 from flowdistill.training.trainer import configured_loop
 
 
@@ -233,7 +234,7 @@ def evaluations_per_state(files: Sequence[str | Path], bindings: Sequence[str] =
         3.0
     """
     small = ["train.batch_size = 16", "train.accumulation = 1", "train.ema = None"]
-    with torch.random.fork_rng(), config.parsed(files, [*bindings, *small]):
+    with ONE_AT_A_TIME, torch.random.fork_rng(), config.parsed(files, [*bindings, *small]):
         loop = configured_loop("costs", "cpu")
     for part in range(parts):
         loop.step = int(loop.training.steps * (part + 0.5) / parts)

@@ -15,7 +15,6 @@ import io
 import math
 import re
 import sys
-import threading
 import tokenize
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,11 +27,11 @@ from gin.config_parser import BindingStatement, ConfigParser, ImportStatement, I
 from flowdistill.plumbing.errors import ConfigError, FlowDistillError
 from flowdistill.plumbing.fields import short
 from flowdistill.plumbing.hints import hints_of, in_words, matches, too_large
+from flowdistill.plumbing.randomness import ONE_AT_A_TIME
 from flowdistill.plumbing.registry import load_all, load_plugins, unknown_name
 
 _RECIPE_PACKAGES = ("flowdistill.algorithms", "flowdistill.teachers")
 _BOUND: list[Statement] = []  # the bindings of the present configuration, in their order
-_LOCK = threading.RLock()  # gin has one configuration for all threads
 
 
 def recipe_roots() -> list[Path]:
@@ -390,7 +389,7 @@ def parsed(files: Sequence[str | Path], bindings: Sequence[str]) -> Iterator[Non
     `ConfigError`, with the file and the line.
     """
     load_all()
-    with _LOCK, _empty() if files or bindings else contextlib.nullcontext():
+    with ONE_AT_A_TIME, _empty() if files or bindings else contextlib.nullcontext():
         for file in files:
             for piece in _pieces_of_file(find_gin_file(file)):
                 piece.parse(importing=True)
@@ -448,7 +447,7 @@ class Configuration:
     def in_force(self, parameter: str) -> Iterator[None]:
         """Inside the with statement gin has the bindings, at least those of the parts that a parameter needs."""
         needed = self._needed(parameter)
-        with _LOCK, _empty():
+        with ONE_AT_A_TIME, _empty():
             if self._state is None or needed & self._unknown:
                 self._parse(needed)
             else:

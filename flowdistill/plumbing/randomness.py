@@ -1,6 +1,11 @@
 """Random numbers of a run: a generator for each (seed, step, stream)."""
 
+from __future__ import annotations
+
+import contextlib
 import hashlib
+import threading
+from collections.abc import Iterator
 
 import torch
 
@@ -17,3 +22,20 @@ def step_generator(seed: int, step: int, stream: str, device: torch.device | str
     Since it depends on nothing else, a run continues after an interruption with the numbers that it would have drawn.
     """
     return torch.Generator(device).manual_seed(stream_seed(seed, step, stream))
+
+
+ONE_AT_A_TIME = threading.RLock()
+"""Held by the thread that uses what a process has once: gin's configuration, and torch's own random generator."""
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """After the with statement torch's own generator is as it was before; other threads may use it meanwhile."""
+    with ONE_AT_A_TIME:
+        fork = torch.random.fork_rng()
+        fork.__enter__()
+    try:
+        yield
+    finally:
+        with ONE_AT_A_TIME:
+            fork.__exit__(None, None, None)

@@ -19,6 +19,7 @@ from flowdistill.interfaces import FlowMap, Objective, Teacher
 from flowdistill.plumbing.config import Configuration
 from flowdistill.plumbing.errors import CheckpointError, ConfigError
 from flowdistill.plumbing.files import file_fingerprint, fill_module, json_fingerprint, load_tensors
+from flowdistill.plumbing.randomness import ONE_AT_A_TIME
 from flowdistill.runs.checkpoints import (
     Meta,
     checkpoint_paths,
@@ -113,7 +114,7 @@ class Run:
     @cached_property
     def teacher(self) -> Teacher | None:
         """The teacher of the training, as it was guided there, in evaluation mode; None if there was none."""
-        with torch.random.fork_rng(), self._not_its_own_teacher():
+        with ONE_AT_A_TIME, torch.random.fork_rng(), self._not_its_own_teacher():
             teacher: Teacher | None = self.config.build("train.teacher")
         return None if teacher is None else teacher.eval().requires_grad_(False)
 
@@ -137,7 +138,7 @@ class Run:
         """
         weights = self.tensors("ema") or self.tensors("student")
         teacher = self.teacher
-        with torch.random.fork_rng(), self.config.in_force("train.flow_map"):
+        with ONE_AT_A_TIME, torch.random.fork_rng(), self.config.in_force("train.flow_map"):
             student = build_flow_map(self.config.build("train.flow_map"), teacher)
         fill_module(student, weights, self.checkpoint)
         return student.eval().requires_grad_(False)

@@ -19,7 +19,7 @@ from flowdistill.plumbing.distributed import add_up, find_device, gathered, rank
 from flowdistill.plumbing.dry import files_unread, placed
 from flowdistill.plumbing.errors import CheckpointError, NonFiniteError
 from flowdistill.plumbing.files import fill_module, load_module
-from flowdistill.plumbing.randomness import step_generator, stream_seed
+from flowdistill.plumbing.randomness import ONE_AT_A_TIME, step_generator, stream_seed
 from flowdistill.runs.checkpoints import (
     checkpoint_path,
     checkpoint_paths,
@@ -178,6 +178,10 @@ class Loop:
 
     def train_step(self) -> None:
         """One update of the student, then those of the auxiliary networks, the first of them on the same states."""
+        with ONE_AT_A_TIME:  # of the threads of a process, since dropout draws from torch's own generator
+            self._train_step()
+
+    def _train_step(self) -> None:
         training = self.training
         if not self.student.training:  # as after pictures of its samples
             self.student.train()

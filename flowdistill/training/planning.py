@@ -17,6 +17,7 @@ from flowdistill.plumbing import config
 from flowdistill.plumbing.dry import without_files
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.flops import Flops
+from flowdistill.plumbing.randomness import ONE_AT_A_TIME
 from flowdistill.states import NoisedData
 from flowdistill.training.loop import Loop
 from flowdistill.training.settings import OptimizerBuilder
@@ -95,6 +96,7 @@ def plan(
         raise ConfigError(f"FLOP/s must be positive, not {flops_per_second}")
     files = config.chosen(recipe, on, gin_file, gin_files)
     with (
+        ONE_AT_A_TIME,
         torch.random.fork_rng(),
         config.parsed(files, gin_bindings),
         without_files(),

@@ -20,6 +20,7 @@ from flowdistill.plumbing.distributed import barrier, by_first, find_device, pro
 from flowdistill.plumbing.errors import ConfigError, NonFiniteError, TrainingInterrupted
 from flowdistill.plumbing.files import locked, write_text
 from flowdistill.plumbing.progress import progress
+from flowdistill.plumbing.randomness import random_state_kept
 from flowdistill.runs.checkpoints import checkpoint_paths, newest_whole, read_meta
 from flowdistill.training.loop import Loop
 from flowdistill.training.run_log import RunLog
@@ -91,20 +92,16 @@ def train(
         workdir = Path("runs") / _name(recipe, on, files)
     place = find_device(device)
     folder = Path(workdir)
-    with (
-        torch.random.fork_rng(),
-        config.parsed(files, gin_bindings),
-        process_group(place),
-        contextlib.ExitStack() as owned,
-    ):
+    with random_state_kept(), process_group(place), contextlib.ExitStack() as owned:
 
         def own() -> bool:
             owned.enter_context(locked(folder))
             return True
 
         ours = by_first(lambda: folder.is_dir() and own())
-        loop = configured_loop(folder, place)
-        operative = config.operative()
+        with config.parsed(files, gin_bindings):  # which other threads wait for, so nothing is trained inside
+            loop = configured_loop(folder, place)
+            operative = config.operative()
         if not ours:  # a mistake in the configuration makes no directory
             by_first(own)
         saved = by_first(lambda: _claim(loop, resume, operative))

@@ -144,7 +144,7 @@ def test_checkpoints_without_their_configuration_are_not_continued(tmp_path):
     gin_file, run = write(tmp_path / "ring.gin"), tmp_path / "run"
     flowdistill.train(gin_file, workdir=run, report=False)
     (run / "config.gin").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match=r"config\.gin is no text"):
+    with pytest.raises(ConfigError, match=r"config\.gin is no gin file"):
         flowdistill.train(gin_file, workdir=run)
     (run / "config.gin").unlink()
     with pytest.raises(ConfigError, match=r"checkpoints and no config\.gin"):
