@@ -50,6 +50,7 @@ def digits() -> Data:
     data = Digits()
     order = torch.randperm(len(data.images))
     test, train = order[:360], order[360:]
+    assert data.labels is not None
 
     def distance(features: Callable[[Tensor], Tensor]) -> float:
         every, distances = features(data.images), []
@@ -77,6 +78,8 @@ def digits() -> Data:
 def idx_images(kind: type[IdxImages], folder: str | None) -> Data:
     """MNIST or Fashion-MNIST; the truth is its test part."""
     train, test = kind(folder), kind(folder, train=False)
+    assert train.labels is not None
+    assert test.labels is not None
 
     def distance(features: Callable[[Tensor], Tensor]) -> float:
         truth, distances = features(test.images), []

@@ -157,12 +157,15 @@ class NoisedData(_Guided):
     """Maps (images, generator) to augmented images before they are noised, such as ``@random_affine()``."""
 
     def setup(self, student: FlowMap, teacher: Teacher | None) -> None:
-        """Take the models; ConfigError if the data are not of the student's shape."""
+        """Take the models; ConfigError if the data have another shape than the student's, or more classes."""
         super().setup(student, teacher)
         if self.dataset.sample_shape != student.sample_shape:
             raise ConfigError(
                 f"the data have shape {self.dataset.sample_shape}, the student's samples {student.sample_shape}"
             )
+        ours, theirs = student.num_classes, self.dataset.num_classes
+        if ours is not None and theirs is not None and theirs > ours:
+            raise ConfigError(f"the data have {theirs} classes, and the student knows {ours}")
 
     def sample(self, batch_size: int, pairs: Pairs, generator: torch.Generator) -> States:
         """Draw data, times and noise."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from flowdistill.interfaces import Condition, ExactTeacher, Teacher
-from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.errors import ConfigError, DataError
 from flowdistill.plumbing.registry import register_dataset
 
 
@@ -26,23 +27,63 @@ class Dataset(ABC):
 
 
 class ImageDataset(Dataset):
-    """Images and their classes, held in memory.
+    """Images, and their classes where there are any, held in memory.
 
     Args:
-        images: (N, C, H, W), float32 in [-1, 1].
-        labels: classes (N,), int64.
+        images: (N, C, H, W), a tensor or an array: uint8, or numbers in [-1, 1].
+        labels: classes (N,), whole numbers from 0 on; None for images without classes. The number of classes is the
+            largest label and one, where the class of the data set does not say it.
+
+    Raises:
+        DataError: images of another shape or range, or labels that are not theirs.
+
+    Examples:
+        >>> dataset = ImageDataset(torch.full((2, 1, 4, 4), 255, dtype=torch.uint8), [0, 4])
+        >>> dataset.images.max(), dataset.num_classes
+        (tensor(1.), 5)
     """
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels = images, labels
-        self.sample_shape = tuple(images.shape[1:])
+    def __init__(self, images: Tensor | ArrayLike, labels: Tensor | ArrayLike | None = None) -> None:
+        self.images = _in_range(torch.as_tensor(images))
+        self.labels: Tensor | None = None
+        self.sample_shape = tuple(self.images.shape[1:])
+        if labels is not None:
+            self.labels = _whole(torch.as_tensor(labels), len(self.images))
+            if self.num_classes is None:
+                self.num_classes = int(self.labels.max()) + 1
 
-    def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """Draw images and labels with replacement."""
-        if self.images.device != generator.device:
-            self.images, self.labels = self.images.to(generator.device), self.labels.to(generator.device)
-        rows = torch.randint(len(self.images), (batch_size,), generator=generator, device=generator.device)
-        return self.images[rows], self.labels[rows]
+        device = generator.device
+        if self.images.device != device:
+            self.images, self.labels = self.images.to(device), None if self.labels is None else self.labels.to(device)
+        rows = torch.randint(len(self.images), (batch_size,), generator=generator, device=device)
+        return self.images[rows], None if self.labels is None else self.labels[rows]
+
+
+def _in_range(images: Tensor) -> Tensor:
+    """Images as float32 in [-1, 1]."""
+    if images.ndim != 4 or not images.numel():
+        raise DataError(f"images have the shape (N, C, H, W), not {tuple(images.shape)}")
+    if images.dtype == torch.uint8:
+        return images.float() / 127.5 - 1
+    if not images.is_floating_point():
+        raise DataError(f"images are uint8, or numbers in [-1, 1], not {images.dtype}")
+    low, high = (float(end) for end in images.aminmax())
+    if not (low >= -1.001 and high <= 1.001):
+        raise DataError(f"images lie in [-1, 1], and these in [{low:g}, {high:g}]: give uint8, or images / 127.5 - 1")
+    if low >= 0 and high > 0:
+        raise DataError(f"images lie in [-1, 1], and these in [{low:g}, {high:g}], so 0 is not black: 2 * images - 1")
+    return images.float()
+
+
+def _whole(labels: Tensor, n: int) -> Tensor:
+    """Labels as int64."""
+    if labels.shape != (n,):
+        raise DataError(f"{n} images have labels of shape ({n},), not {tuple(labels.shape)}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool or int(labels.min()) < 0:
+        raise DataError("labels are whole numbers from 0 on")
+    return labels.long()
 
 
 @register_dataset("digits")

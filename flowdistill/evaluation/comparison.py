@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import attrs
 import gin
 import torch
-from attrs.validators import ge, in_, min_len
+from attrs.validators import deep_iterable, ge, in_, min_len
 from torch import Tensor
 
 from flowdistill.evaluation.features import FeatureExtractor
@@ -29,6 +29,8 @@ from flowdistill.plumbing.registry import FEATURES, METRICS
 from flowdistill.runs.sampling import default_batch_size
 from flowdistill.solvers import Euler, RungeKutta4
 
+_STEPS: Any = deep_iterable(ge(1), iterable_validator=min_len(1))
+
 
 @gin.register("evaluation", module="evaluation")
 @attrs.frozen(kw_only=True)
@@ -42,11 +44,11 @@ class Evaluation:
     reference: str | None = None
     """A folder of images, an ``.npz`` file, or the name of a data set; None is the features of real data that come with
     the extractor."""
-    num_samples: int = attrs.field(default=2000, validator=ge(1))
+    num_samples: int = attrs.field(default=2000, validator=ge(2))
     """The samples of each model."""
-    teacher_steps: Sequence[int] = attrs.field(default=(1, 4, 64), validator=min_len(1))
+    teacher_steps: Sequence[int] = attrs.field(default=(1, 4, 64), validator=_STEPS)
     """The Euler steps at which the teacher is measured beside the student; the last is its best."""
-    student_steps: Sequence[int] = attrs.field(default=(1,), validator=min_len(1))
+    student_steps: Sequence[int] = attrs.field(default=(1,), validator=_STEPS)
     """The jumps at which the student is measured; one that knows a single jump is measured at that alone."""
     deltas: Sequence[float] = ()
     """The durations at which the student's distance from the teacher's trajectories is measured, see
@@ -68,6 +70,17 @@ class Evaluation:
             FEATURES.get(self.features)
         if self.features is None and not isinstance(teacher, ExactTeacher):
             raise ConfigError(NOTHING_TO_COMPARE)
+
+    def rehearse(self, student: FlowMap, teacher: Teacher | None) -> None:
+        """Read the reference and look at two samples of zeros, so that a mistake shows before days of training.
+
+        Raises:
+            ConfigError: there is no such reference, or none at all.
+            DataError: the reference cannot be read, or samples are not what the features are of.
+        """
+        reference_set(self.features, teacher, 2, self.seed, self.reference, student.decoder, device_of(student))
+        samples = torch.zeros((2, *student.sample_shape), device=device_of(student))
+        sample_set(samples, None, self.features, student.decoder)
 
 
 @attrs.frozen

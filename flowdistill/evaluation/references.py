@@ -164,7 +164,9 @@ def _images(pixels: Tensor) -> Tensor:
 
 
 def _of_dataset(dataset: ImageDataset, decoder: Decoder | None) -> _Batches:
-    for images, labels in zip(*(torch.split(v, _BATCH) for v in (dataset.images, dataset.labels)), strict=True):
+    for i in range(0, len(dataset.images), _BATCH):
+        images = dataset.images[i : i + _BATCH]
+        labels = None if dataset.labels is None else dataset.labels[i : i + _BATCH]
         yield images if decoder is None else decoder.decode(images), labels
 
 

@@ -102,6 +102,9 @@ def train(
         with config.parsed(files, gin_bindings):  # which other threads wait for, so nothing is trained inside
             loop = configured_loop(folder, place)
             operative = config.operative()
+        evaluation = loop.training.evaluation
+        if report and evaluation is not None:
+            by_first(lambda: evaluation.rehearse(loop.student, loop.teacher))
         if not ours:  # a mistake in the configuration makes no directory
             by_first(own)
         saved = by_first(lambda: _claim(loop, resume, operative))
