@@ -143,7 +143,10 @@ def test_mistakes_end_with_one_message_and_exit_code_2(folder, capsys, monkeypat
     assert "name a method to train on it" in refused("train", "--on", "digits", "--gin_file", "ring.gin")
     assert "line 1" in refused("train", "--gin_file", write(folder / "typo.gin", "train.stepps = 3"))
     assert "did you mean" in refused("train", "--gin_file", "ring.gin", "--gin.train.objectve=1", "--workdir", "x")
-    assert "lacks =VALUE" in refused("train", "--gin_file", "ring.gin", "--gin.train.steps")
+    written = "--gin.train.steps lacks its value: write --gin.train.steps="
+    assert f"{written}VALUE" in refused("train", "--gin_file", "ring.gin", "--gin.train.steps")
+    assert f"{written}VALUE" in refused("train", "--gin.train.steps", "--gin_file", "ring.gin")
+    assert f"{written}3\n" in refused("train", "--gin_file", "ring.gin", "--gin.train.steps", "3")
     assert "belongs to train" in refused("sample", "run", "--gin.train.steps=3")
     assert "neither a run" in refused("sample", "nowhere")
     assert "did you mean" in refused("evaluate", "run", "--metrics", "w3")

@@ -563,3 +563,20 @@ def test_types_are_checked_before_anything_is_built(binding, reason):
 def test_large_seeds_are_seeds():
     with config.parsed([], ["train.seed = 12345678901234"]):
         assert config.value("train.seed") == 12345678901234
+
+
+@pytest.mark.parametrize(
+    ("value", "instead"),
+    [
+        ("none", "none is no value: write None"),
+        ("false", "false is no value: write False"),
+        ("(1, null)", "null is no value: write None"),
+        ("mnist", "mnist is no value: write 'mnist' in quotes, or @mnist for a part, or %mnist for a macro"),
+        ("", "a value is missing"),
+    ],
+)
+def test_values_that_are_none_say_what_to_write(value, instead):
+    with pytest.raises(ConfigError) as found, config.parsed([], [f"evaluation.reference = {value}"]):
+        pass
+    assert f"line 1: {instead}" in str(found.value)
+    assert "ast." not in str(found.value)

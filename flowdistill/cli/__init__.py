@@ -24,11 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     given = list(sys.argv[1:] if arguments is None else arguments)
     bindings = [a.removeprefix("--gin.") for a in given if a.startswith("--gin.")]
     parser = _parser()
+    if malformed := [b for b in bindings if "=" not in b]:
+        name = f"--gin.{malformed[0]}"
+        following = given[given.index(name) + 1 :][:1]
+        value = "VALUE" if not following or following[0].startswith("-") else following[0]
+        parser.error(f"{name} lacks its value: write {name}={value}")
     options = parser.parse_args([a for a in given if not a.startswith("--gin.")])
     if bindings and options.command not in (_train, _plan, _search, _bench):
         parser.error("--gin.NAME=VALUE belongs to train, plan, search and bench")
-    if malformed := [b for b in bindings if "=" not in b]:
-        parser.error(f"--gin.{malformed[0]} lacks =VALUE")
     options.bindings = bindings
     if options.command in (_train, _plan, _search, _bench):
         sys.path.append(os.getcwd())  # a gin file may import the user's own modules

@@ -582,12 +582,23 @@ def _located(place: str | Path) -> Iterator[None]:
         message, (line, _) = error.args
         raise ConfigError(f"{place}, line {line}: {message}") from None
     except SyntaxError as error:
-        raise ConfigError(f"{place}, line {error.lineno}: {error.msg}: {(error.text or '').strip()}") from None
+        reason, text = _reason(str(error.msg)), str(error.text or "").strip()
+        raise ConfigError(f"{place}, line {error.lineno}: {reason}: {text}") from None
     except ModuleNotFoundError as error:
         reason, _, where = str(error).partition("\n")
         raise ConfigError(f"{reason}: add the folder that holds it to PYTHONPATH\n{where}") from None
     except (ValueError, TypeError, LookupError, NameError, ImportError, OSError, RuntimeError) as error:
         raise _config_error(_text(error)) from None
+
+
+def _reason(message: str) -> str:
+    """Why a value cannot be read, and what to write instead, for a message of gin or Python."""
+    if match := re.search(r"Failed to parse token '(.*?)'", message):
+        word = match[1]
+        meant = {"none": "None", "null": "None", "true": "True", "false": "False"}.get(word.lower())
+        instead = meant or f"'{word}' in quotes, or @{word} for a part, or %{word} for a macro"
+        return f"{word} is no value: write {instead}"
+    return "a value is missing" if message == "Unable to parse value." else message
 
 
 @contextlib.contextmanager
