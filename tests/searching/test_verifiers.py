@@ -31,6 +31,7 @@ class TwoClasses(ImageDataset):
     def __init__(self):
         images = torch.zeros(4, 1, 2, 2)
         images[:, 0, 0, 0] = torch.tensor([0.0, 0.2, 0.8, 1.0])
+        images[:, 0, 1, 1] = -1.0  # black
         super().__init__(images, torch.tensor([0, 0, 1, 1]))
 
 

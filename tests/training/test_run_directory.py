@@ -154,7 +154,10 @@ def test_checkpoints_without_their_configuration_are_not_continued(tmp_path):
 # Streams.
 
 
-@pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&-", ">/dev/full 2>/dev/full"])
+@pytest.mark.parametrize(
+    "streams",
+    [">/dev/full 2>/dev/full", *(pytest.param(s, marks=pytest.mark.slow) for s in (">&-", "2>&-", ">&- 2>&-"))],
+)
 def test_streams_that_cannot_be_written_do_not_end_a_training(tmp_path, streams):
     write(tmp_path / "ring.gin", steps=2)
     line = f"exec {sys.executable} -m flowdistill train ring.gin --workdir run {streams}"

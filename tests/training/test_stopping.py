@@ -152,7 +152,9 @@ def test_the_command_ends_well_and_says_how_to_continue(tmp_path, slow):
     assert [p.name for p in checkpoint_paths(tmp_path / "run")] == ["step_00000008"]
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", -signal.SIGTERM), ("SIGINT", 130)])
+@pytest.mark.parametrize(
+    ("name", "code"), [("SIGTERM", -signal.SIGTERM), pytest.param("SIGINT", 130, marks=pytest.mark.slow)]
+)
 def test_a_second_signal_ends_the_command_at_once(tmp_path, slow, name, code):
     process = start(slow, tmp_path, 7)
     process.send_signal(getattr(signal, name))
