@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 import flowdistill
 from flowdistill.networks.sit import SiT
 from flowdistill.plumbing import config
+from flowdistill.plumbing.gin_errors import errors_located
 from flowdistill.training.loop import Loop
 from flowdistill.training.trainer import configured_loop
 
@@ -64,7 +65,7 @@ def main() -> None:
             bindings = [*changes, f"train.batch_size = {states}", "train.accumulation = 1"]
             planned = flowdistill.plan(recipe, gin_bindings=bindings)
             bindings.append(f"sit_teacher.checkpoint = {str(checkpoint)!r}")
-            with config.parsed([recipe], bindings), config.errors_located():
+            with config.parsed([recipe], bindings), errors_located():
                 loop = configured_loop(folder, "cuda")
             seconds, memory = measured(loop)
             del loop

@@ -12,6 +12,7 @@ from flowdistill import CheckpointError, ConfigError
 from flowdistill.plumbing import config
 from flowdistill.plumbing.hints import hints_of, matches
 from flowdistill.plumbing.registry import REGISTRIES, Preset, Registry, load_all
+from flowdistill.plumbing.statements import parts_of
 
 
 def fail(tmp_path, text="", bindings=(), **changes):
@@ -183,7 +184,7 @@ def test_a_configuration_as_data():
     ]
     assert [binding.part for binding in found] == ["train", "train", "mlp", "%size", "mlp", "freeflow"]
     assert [binding.place for binding in found[1:3]] == ["blocks, line 4", "blocks, line 6"]
-    assert config.parts_of(*found) == {"freeflow", "%size", "freeflow_correction", "mlp"}
+    assert parts_of(*found) == {"freeflow", "%size", "freeflow_correction", "mlp"}
     again = config.statements_of("\n".join(map(str, found)), "again")
     assert again == found
 
@@ -250,7 +251,7 @@ def starts(tmp_path, recipe, on=None):
     bindings = ["train.steps = 2", "train.batch_size = 8", "train.sample_every = 0"]
     if "train.evaluation" in names:
         bindings += ["evaluation.num_samples = 20", "evaluation.teacher_steps = (1,)"]
-    data = {"mnist", "fashion_mnist"} & config.parts_of(*found)
+    data = {"mnist", "fashion_mnist"} & parts_of(*found)
     if data:
         for part in ("train", "t10k"):
             images = bytes([0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 28, 0, 0, 0, 28]) + bytes(2 * 28 * 28)

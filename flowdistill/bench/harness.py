@@ -24,6 +24,7 @@ from flowdistill.interfaces import FlowMap
 from flowdistill.plumbing import config
 from flowdistill.plumbing.errors import ConfigError, FlowDistillError, RunsFailedError
 from flowdistill.plumbing.files import fingerprint, module_fingerprint, write_json
+from flowdistill.plumbing.gin_errors import errors_located
 from flowdistill.plumbing.progress import bars, progress
 from flowdistill.runs.records import read_records
 from flowdistill.runs.run import Run
@@ -216,7 +217,7 @@ def _measure(student: FlowMap | None, gin_file: Path, figures: Path, cache: Path
     whatever gin has used to build it, its weights, and the evaluation but for what it measures them by.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with config.parsed([gin_file], []), config.errors_located():
+    with config.parsed([gin_file], []), errors_located():
         teacher, evaluation = config.value("train.teacher"), config.value("train.evaluation")
         used = config.operative()
     if evaluation is None:

@@ -13,10 +13,11 @@ import torch
 from attrs.validators import min_len
 
 from flowdistill.plumbing import config
-from flowdistill.plumbing.config import Statement
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.files import fingerprint
+from flowdistill.plumbing.gin_errors import errors_located
 from flowdistill.plumbing.randomness import ONE_AT_A_TIME
+from flowdistill.plumbing.statements import Statement, parts_of
 from flowdistill.training.trainer import configured_loop
 
 
@@ -165,19 +166,19 @@ class Suite:
         if self.sweep is None:
             return [(None, bindings)]
         parameter, values = self.sweep
-        parts = config.parts_of(*row.statements, *_statements(bindings))
+        parts = parts_of(*row.statements, *_statements(bindings))
         if not _set_up(f"{parameter} = None") & parts:
             return [(None, bindings)]
         return [(value, [*bindings, f"{parameter} = {value}"]) for value in values]
 
     def _bindings(self, row: Row) -> list[str]:
         """Those for all rows, without what sets a part that the recipe does not have, and then the row's own."""
-        parts = {"train"} | config.parts_of(*row.statements, *_statements(row.bindings))
+        parts = {"train"} | parts_of(*row.statements, *_statements(row.bindings))
         kept = []
         for binding in self.bindings:
             if _set_up(binding) & parts:
                 kept.append(binding)
-                parts |= config.parts_of(*_statements([binding]))
+                parts |= parts_of(*_statements([binding]))
         return [*kept, *row.bindings]
 
     def _measured(self, teacher_steps: Sequence[int]) -> list[str]:
@@ -265,7 +266,7 @@ def load_suite(name: str | Path, bindings: Sequence[str] = (), quick: bool = Fal
 
 def _parsed(path: str | Path, bindings: Sequence[str]) -> Suite:
     ours = [binding for binding in bindings if _set_up(binding) == {"bench"}]
-    with config.parsed([path], ours), config.errors_located():
+    with config.parsed([path], ours), errors_located():
         suite: Suite = gin.get_configurable("bench")()
         config.check_all_used()
     return attrs.evolve(suite, bindings=[*suite.bindings, *(b for b in bindings if b not in ours)])

@@ -312,11 +312,12 @@ def _search(options: argparse.Namespace) -> None:
     import gin
 
     from flowdistill.plumbing import config
+    from flowdistill.plumbing.gin_errors import errors_located
     from flowdistill.plumbing.registry import SEARCH_STRATEGIES, VERIFIERS
     from flowdistill.runs.run import Run
     from flowdistill.searching import search
 
-    with config.parsed([], options.bindings), config.errors_located():
+    with config.parsed([], options.bindings), errors_located():
         verifier = gin.get_configurable(VERIFIERS.get(options.verifier))()
         strategy = gin.get_configurable(SEARCH_STRATEGIES.get(options.strategy))()
         config.check_all_used()

@@ -13,6 +13,7 @@ from typing import Any
 from flowdistill.plumbing import config
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.registry import Preset
+from flowdistill.plumbing.statements import parts_of
 
 
 def list_command(options: argparse.Namespace) -> None:
@@ -113,7 +114,7 @@ def show_command(options: argparse.Namespace) -> None:
         print(f"\n{field}\n{textwrap.indent(text, '    ')}")
     if isinstance(citation := getattr(described, "citation", None), str):
         print(f"\n{citation}")
-    used = [file for file in config.gin_files() if name in config.parts_of(*config.statements(file))]
+    used = [file for file in config.gin_files() if name in parts_of(*config.statements(file))]
     if used:
         print(textwrap.fill(f"Gin files: {', '.join(used)}", 100, initial_indent="\n", break_on_hyphens=False))
 

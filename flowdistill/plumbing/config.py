@@ -10,12 +10,8 @@ import contextlib
 import copy
 import functools
 import importlib
-import inspect
 import io
-import math
-import re
 import sys
-import tokenize
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,14 +20,15 @@ import attrs
 import gin
 from gin.config_parser import BindingStatement, ConfigParser, ImportStatement, IncludeStatement, ParserDelegate
 
-from flowdistill.plumbing.errors import ConfigError, FlowDistillError
+from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.fields import short
+from flowdistill.plumbing.gin_errors import errors_located, located
 from flowdistill.plumbing.hints import hints_of, in_words, matches, too_large
 from flowdistill.plumbing.randomness import ONE_AT_A_TIME
 from flowdistill.plumbing.registry import load_all, load_plugins, unknown_name
+from flowdistill.plumbing.statements import BOUND, Reference, Statement, last_name, parts_of, readable, references_in
 
 _RECIPE_PACKAGES = ("flowdistill.algorithms", "flowdistill.teachers")
-_BOUND: list[Statement] = []  # the bindings of the present configuration, in their order
 
 
 def recipe_roots() -> list[Path]:
@@ -148,73 +145,6 @@ def find_gin_file(name: str | Path) -> Path:
     raise unknown_name("gin file", str(name), gin_files())
 
 
-@attrs.frozen
-class Reference:
-    """A part that a value refers to: ``@scope/name``, or ``@scope/name()`` where it is called; ``%name`` is a macro."""
-
-    name: str
-    called: bool = False
-    macro: bool = False
-
-    def __repr__(self) -> str:
-        """As a gin file writes it."""
-        return f"{'%' if self.macro else '@'}{self.name}{'()' if self.called else ''}"
-
-    @property
-    def part(self) -> str:
-        """The name without scopes and modules; of a macro with the sign %."""
-        return f"%{self.name}" if self.macro else _last(self.name)
-
-
-@attrs.frozen
-class Statement:
-    """A binding of a gin file as data: ``scope/selector.parameter = value``, or ``name = value`` of a macro."""
-
-    scope: str
-    """The scope; "" if there is none."""
-    selector: str
-    """The name of the part that has the parameter, perhaps with modules before it; "" if the statement sets a macro."""
-    parameter: str
-    """The name of the parameter, or of the macro."""
-    value: Any
-    """Numbers, strings, containers, and a `Reference` for each reference to a part."""
-    place: str = attrs.field(eq=False)
-    """The file and the line, for messages."""
-
-    @property
-    def name(self) -> str:
-        """What is bound: ``scope/selector.parameter``."""
-        return "/".join(filter(None, (self.scope, ".".join(filter(None, (self.selector, self.parameter))))))
-
-    @property
-    def part(self) -> str:
-        """What the binding sets up, as `Reference.part` names it."""
-        return _last(self.selector) if self.selector else f"%{self.name}"
-
-    @property
-    def references(self) -> list[Reference]:
-        """All references in the value."""
-        return list(_references(self.value))
-
-    def __str__(self) -> str:
-        """A line of a gin file; it does not depend on how the value was written."""
-        return f"{self.name} = {self.value!r}"
-
-
-def _last(selector: str) -> str:
-    return re.split(r"[./]", selector)[-1]
-
-
-def _references(value: Any) -> Iterator[Reference]:
-    if isinstance(value, Reference):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _references(part)
-    elif isinstance(value, dict):
-        yield from _references([*value.keys(), *value.values()])
-
-
 class _AsData(ParserDelegate):  # type: ignore[misc]
     """Parses values without building anything."""
 
@@ -284,7 +214,7 @@ class _Piece:
                 kept[number - 1] = "\n"
         file = io.StringIO("".join(kept))
         file.name = self.source  # for gin's messages
-        with _located(self.source), _on_path(self.imports.values(), self.folder):
+        with located(self.source), _on_path(self.imports.values(), self.folder):
             gin.parse_config(file, skip_unknown=skip_unknown)
 
 
@@ -303,7 +233,7 @@ def _pieces(text: str, source: str, folder: Path | None, within: tuple[Path, ...
     """
     lines = text.splitlines(keepends=True)
     found, first = _Piece(lines, source, folder), 0
-    with _located(source):
+    with located(source):
         for parsed in ConfigParser(text, _AsData()):
             if isinstance(parsed, IncludeStatement):
                 line = parsed.location.line_num
@@ -321,7 +251,7 @@ def _pieces(text: str, source: str, folder: Path | None, within: tuple[Path, ...
                 if not parameter:  # a macro
                     selector, parameter = "", selector
                 place = f"{source}, line {location.line_num}"
-                found.statements.append(Statement(scope, selector, parameter, _readable(value), place))
+                found.statements.append(Statement(scope, selector, parameter, readable(value), place))
     yield attrs.evolve(found, lines=["\n"] * first + lines[first:])
 
 
@@ -344,40 +274,17 @@ def _on_path(modules: Iterable[str], folder: Path | None) -> Iterator[None]:
         sys.path[:] = before
 
 
-class _Infinite(float):
-    """An infinite number, which gin and Python read again as they write it."""
-
-    def __repr__(self) -> str:
-        return "1e999" if self > 0 else "-1e999"
-
-
-def _readable(value: Any) -> Any:
-    """A value with its infinite numbers written so that gin reads them."""
-    if isinstance(value, float) and math.isinf(value):
-        return _Infinite(value)
-    if type(value) in (list, tuple):
-        return type(value)(map(_readable, value))
-    if type(value) is dict:
-        return {_readable(key): _readable(part) for key, part in value.items()}
-    return value
-
-
 def operative() -> str:
     """All parameters of the parts that gin has built so far, as a gin file that builds them again."""
     state = gin.config._OPERATIVE_CONFIG
     before = {part: dict(parameters) for part, parameters in state.items()}
     try:
         for parameters in state.values():
-            parameters.update({name: _readable(value) for name, value in parameters.items()})
+            parameters.update({name: readable(value) for name, value in parameters.items()})
         text: str = gin.operative_config_str()
         return text
     finally:
         state.update(before)
-
-
-def parts_of(*bindings: Statement) -> set[str]:
-    """The parts that the values of bindings refer to; a macro's with the sign %."""
-    return {reference.part for binding in bindings for reference in binding.references}
 
 
 @contextlib.contextmanager
@@ -485,7 +392,7 @@ class Configuration:
         parts = parts_of(*(statement for statement in self.statements if statement.name == parameter))
         while more := parts_of(*(statement for statement in self.statements if statement.part in parts)) - parts:
             parts |= more
-        return {name for name in _names(self.statements) if _last(name) in parts}
+        return {name for name in _names(self.statements) if last_name(name) in parts}
 
 
 def _names(bindings: Iterable[Statement]) -> set[str]:
@@ -500,18 +407,18 @@ def _known(name: str) -> bool:
 
 def _note_places(bindings: Iterable[Statement]) -> None:
     """Remember every binding with its place, which gin 0.5 does not."""
-    _BOUND.extend(bindings)
+    BOUND.extend(bindings)
 
 
 def _check_values() -> None:
     """Fail at the first literal that cannot be what its parameter asks for, before anything is built."""
-    last = {binding.name: binding for binding in _BOUND}
+    last = {binding.name: binding for binding in BOUND}
     for binding in last.values():
         value = binding.value
         for _ in last:  # a macro may stand for another one
             if isinstance(value, Reference) and value.macro and value.name in last:
                 value = last[value.name].value
-        if not _known(binding.selector) or list(_references(value)):
+        if not _known(binding.selector) or list(references_in(value)):
             continue
         part = gin.config._REGISTRY.get_match(binding.selector).wrapped
         hint = hints_of(getattr(part, "entry", part)).get(binding.parameter)
@@ -521,7 +428,7 @@ def _check_values() -> None:
             reason = f"is too large: {short(value)}"
         else:
             continue
-        name = f"{_last(binding.selector)}.{binding.parameter}"
+        name = f"{last_name(binding.selector)}.{binding.parameter}"
         raise ConfigError(f"{name} {reason}\n  {binding.name}: {binding.place}")
 
 
@@ -531,22 +438,22 @@ def _spared() -> set[str]:
     A file may define macros for whoever needs them, such as the data of a setting.
     And whoever replaces a part, such as a law of times, leaves its settings behind.
     """
-    last = {binding.name: binding for binding in _BOUND}
-    replaced = [binding for binding in _BOUND if last[binding.name] is not binding]
-    offered = {b.part for b in _BOUND if not b.selector and not b.place.startswith("binding")}
+    last = {binding.name: binding for binding in BOUND}
+    replaced = [binding for binding in BOUND if last[binding.name] is not binding]
+    offered = {b.part for b in BOUND if not b.selector and not b.place.startswith("binding")}
     found: set[str] = set()
     waiting = [*offered, *parts_of(*replaced)]
     while waiting:
         part = waiting.pop()
         if part not in found:
             found.add(part)
-            waiting += parts_of(*(binding for binding in _BOUND if binding.part == part))
+            waiting += parts_of(*(binding for binding in BOUND if binding.part == part))
     return found
 
 
 def _gin_state() -> tuple[Any, ...]:
     """What gin.clear_config clears, and the places of the bindings."""
-    return gin.config._CONFIG, gin.config._OPERATIVE_CONFIG, gin.config._SINGLETONS, gin.config._IMPORTS, _BOUND
+    return gin.config._CONFIG, gin.config._OPERATIVE_CONFIG, gin.config._SINGLETONS, gin.config._IMPORTS, BOUND
 
 
 def _copied() -> list[Any]:
@@ -556,9 +463,9 @@ def _copied() -> list[Any]:
 def _install(state: Sequence[Any]) -> None:
     """Put a copied state in the place of what gin has; an empty sequence clears it."""
     gin.clear_config()
-    _BOUND.clear()
+    BOUND.clear()
     for part, content in zip(_gin_state(), state, strict=bool(state)):
-        part.extend(content) if part is _BOUND else part.update(content)
+        part.extend(content) if part is BOUND else part.update(content)
 
 
 @contextlib.contextmanager
@@ -570,99 +477,6 @@ def _empty() -> Iterator[None]:
         yield
     finally:
         _install(saved)
-
-
-@contextlib.contextmanager
-def _located(place: str | Path) -> Iterator[None]:
-    try:
-        yield
-    except (RecursionError, MemoryError):
-        raise ConfigError(f"{place}: a value is nested too deeply") from None
-    except tokenize.TokenError as error:
-        message, (line, _) = error.args
-        raise ConfigError(f"{place}, line {line}: {message}") from None
-    except SyntaxError as error:
-        reason, text = _reason(str(error.msg)), str(error.text or "").strip()
-        raise ConfigError(f"{place}, line {error.lineno}: {reason}: {text}") from None
-    except ModuleNotFoundError as error:
-        reason, _, where = str(error).partition("\n")
-        raise ConfigError(f"{reason}: add the folder that holds it to PYTHONPATH\n{where}") from None
-    except (ValueError, TypeError, LookupError, NameError, ImportError, OSError, RuntimeError) as error:
-        raise _config_error(_text(error)) from None
-
-
-def _reason(message: str) -> str:
-    """Why a value cannot be read, and what to write instead, for a message of gin or Python."""
-    if match := re.search(r"Failed to parse token '(.*?)'", message):
-        word = match[1]
-        meant = {"none": "None", "null": "None", "true": "True", "false": "False"}.get(word.lower())
-        instead = meant or f"'{word}' in quotes, or @{word} for a part, or %{word} for a macro"
-        return f"{word} is no value: write {instead}"
-    return "a value is missing" if message == "Unable to parse value." else message
-
-
-@contextlib.contextmanager
-def errors_located() -> Iterator[None]:
-    """Turn what goes wrong while gin builds objects into `ConfigError`, with the bindings of the part that failed."""
-    try:
-        yield
-    except RecursionError:
-        raise ConfigError(_circle()) from None
-    except FlowDistillError as error:
-        # gin raises a proxy, a class of its own that overrides __str__, of the class that was raised
-        kind = next(cls for cls in type(error).__mro__ if "__str__" not in vars(cls))
-        raise kind(_with_bindings(str(error))) from error.__cause__
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError) as error:
-        raise _config_error(_text(error)) from error
-
-
-def _circle() -> str:
-    """Which bindings refer to each other in a circle."""
-
-    def follow(chain: list[Statement]) -> list[Statement]:
-        parts = parts_of(chain[-1])
-        for binding in (b for b in last.values() if b.part in parts):
-            if binding in chain:
-                return chain[chain.index(binding) :]
-            if found := follow([*chain, binding]):
-                return found
-        seen.add(chain[-1].name)
-        return []
-
-    last, seen = {binding.name: binding for binding in _BOUND}, set[str]()
-    circle = next((found for b in last.values() if b.name not in seen and (found := follow([b]))), [])
-    lines = "".join(f"\n  {binding}: {binding.place}" for binding in circle)
-    return f"the configuration refers to itself in a circle:{lines}" if lines else "the configuration is too deep"
-
-
-def _text(error: Exception) -> str:
-    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-
-
-def _config_error(message: str) -> ConfigError:
-    """Gin's message as an error, with the nearest matches of an unknown name."""
-    place = message.partition("\n")[2]
-    if match := re.search(r"No configurable matching (?:reference '@)?'?([\w./]+)", message):
-        known = [selector.rpartition(".")[2] for selector, _ in gin.config._REGISTRY.items()]
-        name = re.split(r"[./]", match[1])[-1]
-        return ConfigError(f"{unknown_name('name', name, known)}\n{place}")
-    if match := re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", message):
-        known = list(inspect.signature(gin.config._REGISTRY.get_match(match[1]).wrapped).parameters)
-        return ConfigError(f"{unknown_name(f'parameter of {match[1]}', match[2], known)}\n{place}")
-    return ConfigError(_with_bindings(message))
-
-
-def _with_bindings(message: str) -> str:
-    """The message of a configurable's failure, with the places of the bindings to look at."""
-    match = re.search(r"\n +In call to configurable '(\w+)'.*", message)
-    if match is None:
-        return message
-    reason, name = message[: match.start()], match[1]
-    reason = re.sub(r"^\(\"(.*?)\", Attribute\(.*\)$", r"\1", reason)  # some attrs validators raise a tuple
-    places = {binding.parameter: binding.place for binding in _BOUND if binding.part == name}
-    named = [parameter for parameter in places if re.search(rf"\b{parameter}\b", reason)]
-    lines = [f"\n  {name}.{parameter}: {places[parameter]}" for parameter in named or places]
-    return ("" if reason.startswith(f"{name}.") else f"{name}: ") + reason + "".join(lines)
 
 
 def value(parameter: str, default: Any = None) -> Any:

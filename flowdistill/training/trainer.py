@@ -19,6 +19,7 @@ from flowdistill.plumbing import config
 from flowdistill.plumbing.distributed import barrier, by_first, find_device, process_group, rank_and_world
 from flowdistill.plumbing.errors import ConfigError, NonFiniteError, TrainingInterrupted
 from flowdistill.plumbing.files import locked, write_text
+from flowdistill.plumbing.gin_errors import errors_located
 from flowdistill.plumbing.progress import progress
 from flowdistill.plumbing.randomness import random_state_kept
 from flowdistill.runs.checkpoints import checkpoint_paths, newest_whole, read_meta
@@ -123,7 +124,7 @@ def _name(recipe: str | Path | None, on: str | Path | None, files: Sequence[str 
 
 def configured_loop(workdir: str | Path, device: str | torch.device | None) -> Loop:
     """The loop of the configuration that gin holds; ConfigError if a binding in it is used by nothing."""
-    with config.errors_located():
+    with errors_located():
         seed = config.value("train.seed", 0)
         torch.manual_seed(seed if isinstance(seed, int) else 0)  # networks are built as gin builds the training
         training: Training = gin.get_configurable(Training)()
