@@ -53,7 +53,7 @@ class IdxImages(ImageDataset):
         if size < 28:
             raise DataError(f"{self.name}.size must be at least 28, not {size}")
         if files_unread():
-            super().__init__(torch.empty(0, 1, size, size), torch.empty(0, dtype=torch.long))
+            super().__init__(torch.zeros(1, 1, size, size), torch.zeros(1, dtype=torch.long))
             return
         part = "train" if train else "t10k"
         images = self._read(folder, f"{part}-images-idx3-ubyte")
