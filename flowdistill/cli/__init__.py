@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = 0 if options.command is _train else 130
         sys.exit(code if rank_and_world()[0] else _say(stop, code))
     except FlowDistillError as error:
-        sys.exit(_fail(error, error.exit_code))
+        sys.exit(error.exit_code if error.told else _fail(error, error.exit_code))
     except BrokenPipeError:  # the reader, such as head, has seen enough
         _abandon(sys.stdout)
         sys.exit(1)
@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--workdir", help="the run directory; by default runs/ and the recipe's name")
     train.add_argument("--resume", choices=["auto", "never"], default="auto")
     train.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
+    train.add_argument("--timeout", type=float, default=600, help="seconds that processes wait for one another")
     train.add_argument("--dry_run", action="store_true", help="print the plan of the recipe and train nothing")
     train.set_defaults(command=_train)
 
@@ -224,6 +225,7 @@ def _train(options: argparse.Namespace) -> None:
         workdir=options.workdir,
         resume=options.resume,
         device=options.device,
+        timeout=options.timeout,
     )
     if rank_and_world()[0] == 0:
         with contextlib.suppress(OSError):  # nobody reads it, and the training has ended well

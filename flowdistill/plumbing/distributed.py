@@ -5,16 +5,33 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar, cast
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar, cast
 
+import attrs
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from flowdistill.plumbing.errors import ConfigError, FlowDistillError
+from flowdistill.plumbing.errors import ConfigError, DistributedError, FlowDistillError, TrainingInterrupted
 
 T = TypeVar("T")
+_GRACE = 5.0  # seconds in which processes that have lost another one say that they are there themselves
+
+
+@attrs.define
+class _Meeting:
+    """What the processes of a group of ours share beside it."""
+
+    store: Any  # of torch.distributed
+    timeout: float
+    solos: int = 0  # how often the first process has worked alone
+
+
+_meeting: _Meeting | None = None
 
 
 def _joined() -> bool:
@@ -55,32 +72,111 @@ def find_device(device: str | torch.device | None) -> torch.device:
 
 
 @contextlib.contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """PyTorch's process group, by NCCL for GPUs and by Gloo for CPUs, where there are several and no group yet."""
+def process_group(device: torch.device, timeout: float) -> Iterator[None]:
+    """PyTorch's process group, by NCCL for GPUs and by Gloo for CPUs, where there are several and no group yet.
+
+    Args:
+        device: of this process.
+        timeout: the seconds that processes wait for one another.
+
+    Raises:
+        ConfigError: the processes cannot meet.
+        DistributedError: inside, a process has ended, or has not answered in time.
+    """
+    global _meeting
     if _joined() or rank_and_world()[1] == 1:
         yield
         return
     # The group that exists when this module is first imported, as by torch._dynamo, stays among the defaults of its
     # functions: so none may exist, or its threads would outlive it and abort a process that ends before the others.
     importlib.import_module("torch.distributed.nn")
+    from torch.distributed.rendezvous import rendezvous
+
     try:
+        store, rank, world = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        meeting = {"store": store, "rank": rank, "world_size": world}
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            dist.init_process_group("nccl", device_id=device)
+            # NCCL ends the process when its time is over, so that the votes on the CPU must notice first
+            dist.init_process_group("nccl", timeout=timedelta(seconds=2 * timeout), device_id=device, **meeting)
         else:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout), **meeting)
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"the processes cannot meet: {reason}; start them by torchrun") from None
-    yield
-    dist.destroy_process_group()  # not after an error: it would wait for processes that do not know of it
+    _meeting = _Meeting(store, timeout)
+    try:
+        yield
+        _leave()  # not after an error: it would wait for processes that do not know of it
+    except TrainingInterrupted:  # of which all know
+        _leave()
+        raise
+    finally:
+        _meeting = None
 
 
-def add_up(tensors: Iterable[Tensor]) -> None:
-    """Put the sum over all processes in place of each tensor; all must give the same ones in the same order."""
-    if _joined():
-        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+def _leave() -> None:
+    with _answered():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _answered() -> Iterator[None]:
+    """Inside, an exchange between processes; DistributedError names those that take no part in it."""
+    try:
+        yield
+    except RuntimeError as error:  # as torch.distributed.DistError is
+        raise _lost(str(error).strip().splitlines()[0]) from None
+
+
+def _lost(reason: str) -> DistributedError:
+    """The error of an exchange that failed; the first of the processes that are left is to tell it."""
+    if _meeting is None:
+        return DistributedError(f"the processes have lost each other: {reason}")
+    rank, world = rank_and_world()
+    store, until = _meeting.store, time.monotonic() + _GRACE
+    try:
+        store.set(f"left/{rank}", "")
+        while (missing := [r for r in range(world) if not store.check([f"left/{r}"])]) and time.monotonic() < until:
+            time.sleep(0.1)
+    except RuntimeError:
+        return DistributedError("the process that the others meet at has ended: its own message says why")
+    if not missing:
+        return DistributedError(f"the processes do not do the same: {reason}", told=rank > 0)
+    names = f"process{'es' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of {world}"
+    how = f"gave no sign for {_meeting.timeout:g} seconds" if "time" in reason.lower() else "ended"
+    message = f"{names} {how}: look at what it said; the same command continues from the last checkpoint"
+    return DistributedError(message, told=rank > min(set(range(world)) - set(missing)))
+
+
+def add_up_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Put the sum over all processes in place of each gradient; a process without one takes part with zeros.
+
+    A parameter that no process has a gradient of is left without.
+    """
+    if not _joined() or not parameters:
+        return
+    lacking = [p.grad is None for p in parameters]
+    # how many processes have a gradient, which only those that lack one must know
+    having = torch.tensor([not lacks for lacks in lacking], dtype=torch.float32, device=parameters[0].device)
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    with _answered():
+        for work in [dist.all_reduce(t, async_op=True) for t in (having, *(p.grad for p in parameters))]:
             work.wait()
+    if any(lacking):
+        for parameter, count in zip(parameters, having.tolist(), strict=True):
+            if count == 0:
+                parameter.grad = None
+
+
+def copy_from_first(tensors: Iterable[Tensor]) -> None:
+    """Put the values of the first process in place of each tensor."""
+    if _joined():
+        with _answered():
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), 0)
 
 
 def gathered(value: T) -> list[T]:
@@ -88,22 +184,89 @@ def gathered(value: T) -> list[T]:
     values = [value]
     if _joined():
         values = values * dist.get_world_size()
-        dist.all_gather_object(values, value)
+        with _answered():
+            dist.all_gather_object(values, value)
     return values
 
 
+@attrs.frozen
+class _Failure:
+    """An error on its way to other processes."""
+
+    error: FlowDistillError | OSError
+    rank: int
+
+    def throw(self) -> NoReturn:
+        if self.rank != rank_and_world()[0] and isinstance(self.error, FlowDistillError):
+            self.error.told = True
+        raise self.error
+
+
+def _tried(do: Callable[[], T]) -> T | _Failure:
+    try:
+        return do()
+    except (FlowDistillError, OSError) as error:
+        return _Failure(error, rank_and_world()[0])
+
+
 def by_first(do: Callable[[], T]) -> T:
-    """What the first process has done, for all: its result, or its error in all of them."""
-    outcome: T | FlowDistillError | OSError | None = None
-    if rank_and_world()[0] == 0:
-        try:
-            outcome = do()
-        except (FlowDistillError, OSError) as error:
-            outcome = error
+    """What the first process has done, for all: its result, or its error in all of them.
+
+    The others wait however long it takes, as long as the first one gives signs of life.
+    """
+    with _while_first_works():
+        outcome = _tried(do) if rank_and_world()[0] == 0 else None
     outcome = gathered(outcome)[0]
-    if isinstance(outcome, (FlowDistillError, OSError)):
-        raise outcome
+    if isinstance(outcome, _Failure):
+        outcome.throw()
     return cast("T", outcome)
+
+
+def by_each(do: Callable[[], T]) -> T:
+    """What this process has done, or in all of them the error of the first one that failed."""
+    outcome = _tried(do)
+    failures = [each for each in gathered(outcome if isinstance(outcome, _Failure) else None) if each is not None]
+    if failures:
+        failures[0].throw()
+    return cast("T", outcome)
+
+
+@contextlib.contextmanager
+def _while_first_works() -> Iterator[None]:
+    """Inside, the first process works and gives signs of life, and the others wait at the end."""
+    meeting = _meeting
+    if meeting is None:
+        yield
+        return
+    meeting.solos += 1
+    sign, done = (f"solo/{meeting.solos}/{name}" for name in ("sign", "done"))
+    if rank_and_world()[0] == 0:
+        over = threading.Event()
+
+        def signal() -> None:
+            while not over.wait(min(1.0, meeting.timeout / 10)):
+                meeting.store.add(sign, 1)
+
+        thread = threading.Thread(target=signal, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+        with _answered():
+            meeting.store.set(done, "")
+        return
+    yield
+    with _answered():
+        signs, since, pause = 0, time.monotonic(), 0.001
+        while not meeting.store.check([done]):
+            if (now := meeting.store.add(sign, 0)) != signs:
+                signs, since = now, time.monotonic()
+            elif time.monotonic() - since > meeting.timeout:
+                raise RuntimeError("timeout")
+            time.sleep(pause)
+            pause = min(2 * pause, 0.2)
 
 
 class Vote:
@@ -114,7 +277,8 @@ class Vote:
     """
 
     def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo") if _joined() else None
+        limit = None if _meeting is None else timedelta(seconds=_meeting.timeout)
+        self._group = dist.new_group(backend="gloo", timeout=limit) if _joined() else None
         self._yes: Tensor | None = None
         self._asked: dist.Work | None = None
 
@@ -124,7 +288,8 @@ class Vote:
             return yes
         before = self._answer()
         self._yes = torch.tensor(int(yes))
-        self._asked = dist.all_reduce(self._yes, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        with _answered():
+            self._asked = dist.all_reduce(self._yes, dist.ReduceOp.MAX, group=self._group, async_op=True)
         return before
 
     def close(self) -> bool:
@@ -138,12 +303,7 @@ class Vote:
     def _answer(self) -> bool:
         if self._asked is None or self._yes is None:
             return False
-        self._asked.wait()
+        with _answered():
+            self._asked.wait()
         self._asked = None
         return bool(self._yes)
-
-
-def barrier() -> None:
-    """Wait until all processes are here."""
-    if _joined():
-        dist.barrier()

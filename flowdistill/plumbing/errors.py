@@ -10,6 +10,8 @@ class FlowDistillError(Exception):
     """Base class of all errors of this library."""
 
     exit_code: ClassVar[int] = 2
+    told: bool = False
+    """Whether it is the command line of another process that tells it."""
 
 
 class ConfigError(FlowDistillError):
@@ -47,3 +49,13 @@ class RunsFailedError(FlowDistillError):
     """Some trainings of a suite failed; the results of the others have been written."""
 
     exit_code = 1
+
+
+class DistributedError(FlowDistillError):
+    """Another process has ended, or has not answered in time."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, told: bool = False) -> None:
+        super().__init__(message)
+        self.told = told

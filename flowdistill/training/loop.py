@@ -15,13 +15,19 @@ from torch import Tensor, nn
 from flowdistill.ema import AveragedModel
 from flowdistill.flow_maps import build_flow_map
 from flowdistill.interfaces import Condition, Counted, FlowMap, ObjectiveOutput, States, StateSource, Step, Teacher
-from flowdistill.plumbing.distributed import add_up, find_device, gathered, rank_and_world
+from flowdistill.plumbing.distributed import (
+    add_up_gradients,
+    by_first,
+    copy_from_first,
+    find_device,
+    gathered,
+    rank_and_world,
+)
 from flowdistill.plumbing.dry import files_unread, placed
 from flowdistill.plumbing.errors import CheckpointError, NonFiniteError
 from flowdistill.plumbing.files import fill_module, load_module
 from flowdistill.plumbing.randomness import ONE_AT_A_TIME, step_generator, stream_seed
 from flowdistill.runs.checkpoints import (
-    checkpoint_path,
     checkpoint_paths,
     load_optimizers,
     read_meta,
@@ -43,7 +49,7 @@ class _Trained:
 
     def update(self, factor: float, clip: float | None) -> Tensor:
         """One optimiser step at a factor of the learning rate; returns the norm of the gradient."""
-        add_up(p.grad for p in self.parameters if p.grad is not None)
+        add_up_gradients(self.parameters)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, float("inf") if clip is None else clip)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
@@ -287,17 +293,21 @@ class Loop:
             raise self._not_finite(f"samples of the student became NaN or infinite by step {self.step}")
 
     def _not_finite(self, what: str) -> NonFiniteError:
-        """The error, with the way to go on."""
+        """The error, which all processes raise at once, with the way to go on."""
         saved = checkpoint_paths(self.workdir)
-        if not saved:
-            return NonFiniteError(
-                f"{what}; no checkpoint was saved before: start in another directory with a lower learning rate or "
+        if saved:
+            way = (
+                f"the last good checkpoint is {saved[-1]}: start from it in another directory by "
+                f"train.start = '{saved[-1]}', with another learning rate, train.gradient_clip or train.seed"
+            )
+        else:
+            way = (
+                "no checkpoint was saved before: start in another directory with a lower learning rate or "
                 "train.gradient_clip"
             )
-        return NonFiniteError(
-            f"{what}; the last good checkpoint is {saved[-1]}: start from it in another directory by "
-            f"train.start = '{saved[-1]}', with another learning rate, train.gradient_clip or train.seed"
-        )
+        error = NonFiniteError(f"{what}; {way}")
+        error.told = rank_and_world()[0] > 0
+        return error
 
     def _modules(self) -> dict[str, nn.Module]:
         average = {} if self.average is None else {"ema": self.average.module}
@@ -317,10 +327,16 @@ class Loop:
         self._check_weights()
         self._check_samples()
         counters, totals = self.counters, self._totals()
-        if rank_and_world()[0] == 0:
+
+        def write() -> Path:
             states = {name: trained.optimizer.state_dict() for name, trained in self._all_trained().items()}
-            save_checkpoint(self.workdir, self.step, self._modules(), states, counters, keep, totals)
-        return checkpoint_path(self.workdir, self.step)
+            return save_checkpoint(self.workdir, self.step, self._modules(), states, counters, keep, totals)
+
+        return by_first(write)
+
+    def agree(self) -> None:
+        """Give all processes the weights of the first."""
+        copy_from_first(tensor for module in self._modules().values() for tensor in module.state_dict().values())
 
     def load(self, checkpoint: Path) -> None:
         """Continue from a checkpoint whose files have been verified.

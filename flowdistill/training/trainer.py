@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from flowdistill.evaluation.pictures import save_samples
 from flowdistill.evaluation.report import write_report
 from flowdistill.interfaces import FlowMap
 from flowdistill.plumbing import config
-from flowdistill.plumbing.distributed import barrier, by_first, find_device, process_group, rank_and_world
+from flowdistill.plumbing.distributed import by_each, by_first, find_device, gathered, process_group, rank_and_world
 from flowdistill.plumbing.errors import ConfigError, NonFiniteError, TrainingInterrupted
 from flowdistill.plumbing.files import locked, write_text
 from flowdistill.plumbing.gin_errors import errors_located
@@ -56,6 +57,7 @@ def train(
     resume: Literal["auto", "never"] = "auto",
     device: str | torch.device | None = None,
     report: bool = True,
+    timeout: float = 600.0,
 ) -> TrainResult:
     """Train a method on a setting, or as gin files say, and leave a run directory.
 
@@ -74,10 +76,12 @@ def train(
             differ: one that was interrupted, or further, or only to measure it again; "never" wants an empty one.
         device: where to train; by default the first GPU (of each rank its own), else the CPU.
         report: whether to end with ``report.md``, its pictures and figures; without, nothing is measured.
+        timeout: the seconds that several processes wait for one of them that gives no sign of life.
 
     Raises:
         ConfigError: the configuration cannot work, or ``workdir`` holds a run of another one or is in use.
         CheckpointError: all checkpoints to resume from are damaged; nothing of them is overwritten.
+        DistributedError: another of several processes has ended, or gave no sign of life; says which.
         NonFiniteError: a loss, a weight or a sample became NaN or infinite; says how to go on.
         TrainingInterrupted: SIGTERM, SIGINT, SIGHUP or SIGUSR1 came, and the last step is saved; the same call
             continues. It is a `KeyboardInterrupt`. The caller's signal handlers are back.
@@ -91,28 +95,42 @@ def train(
     files = config.chosen(recipe, on, gin_file, gin_files)
     if workdir is None:
         workdir = Path("runs") / _name(recipe, on, files)
+    if not timeout > 0:
+        raise ConfigError(f"timeout must be positive, not {timeout}")
     place = find_device(device)
     folder = Path(workdir)
-    with random_state_kept(), process_group(place), contextlib.ExitStack() as owned:
+    with random_state_kept(), contextlib.ExitStack() as owned:
 
         def own() -> bool:
             owned.enter_context(locked(folder))
             return True
 
-        ours = by_first(lambda: folder.is_dir() and own())
-        with config.parsed(files, gin_bindings):  # which other threads wait for, so nothing is trained inside
-            loop = configured_loop(folder, place)
-            operative = config.operative()
-        evaluation = loop.training.evaluation
-        if report and evaluation is not None:
-            by_first(lambda: evaluation.rehearse(loop.student, loop.teacher))
-        if not ours:  # a mistake in the configuration makes no directory
-            by_first(own)
-        saved = by_first(lambda: _claim(loop, resume, operative))
-        result, stopped = _run(loop, saved, operative, report)
-    if result is None:
-        raise TrainingInterrupted(stopped)
-    return result
+        def configured() -> tuple[Loop, str]:
+            with config.parsed(files, gin_bindings):  # which other threads wait for, so nothing is trained inside
+                return configured_loop(folder, place), config.operative()
+
+        with process_group(place, timeout):
+            ours = by_first(lambda: folder.is_dir() and own())
+            loop, operative = by_each(configured)
+            _check_agreement(operative)
+            evaluation = loop.training.evaluation
+            if report and evaluation is not None:
+                by_first(lambda: evaluation.rehearse(loop.student, loop.teacher))
+            if not ours:  # a mistake in the configuration makes no directory
+                by_first(own)
+            saved = by_first(lambda: _claim(loop, resume, operative))
+            first = rank_and_world()[0] == 0
+            checkpoint, metrics = _run(loop, saved, operative, report)
+        # The others have nothing more to do, and do not wait.
+        if report and first:
+            metrics |= _report(loop)
+    return TrainResult(
+        flow_map=loop.result.requires_grad_(False),
+        workdir=folder,
+        metrics=metrics,
+        checkpoint=checkpoint,
+        steps=loop.step,
+    )
 
 
 def _name(recipe: str | Path | None, on: str | Path | None, files: Sequence[str | Path]) -> str:
@@ -133,11 +151,29 @@ def configured_loop(workdir: str | Path, device: str | torch.device | None) -> L
     return loop
 
 
-def _run(loop: Loop, saved: Path | None, operative: str, report: bool) -> tuple[TrainResult | None, str]:
-    """Train from a checkpoint, or from the start, to the end: the result, or how a signal stopped it, in words."""
+def _check_agreement(operative: str) -> None:
+    """ConfigError, in all processes, unless all have the same configuration."""
+    first, *others = (set(text.splitlines()) for text in gathered(operative))
+    for rank, lines in enumerate(others, start=1):
+        if differing := lines ^ first:
+            error = ConfigError(
+                f"process {rank} has another configuration than process 0 (one has {min(differing)!r}): give all the "
+                "same files"
+            )
+            error.told = rank_and_world()[0] > 0
+            raise error
+
+
+def _run(loop: Loop, saved: Path | None, operative: str, report: bool) -> tuple[Path, dict[str, float]]:
+    """Train from a checkpoint, or from the start, to the end: the last checkpoint and record.
+
+    Raises:
+        TrainingInterrupted: a signal stopped it.
+    """
     run, workdir, steps = loop.training, loop.workdir, loop.training.steps
     if saved is not None:
-        loop.load(saved)
+        by_each(functools.partial(loop.load, saved))
+    loop.agree()
     record: dict[str, float] = {}
     first, stopped = rank_and_world()[0] == 0, False
     with contextlib.ExitStack() as stack:
@@ -160,33 +196,36 @@ def _run(loop: Loop, saved: Path | None, operative: str, report: bool) -> tuple[
                         _keep_configuration(workdir, operative)
                     with progress("saving a checkpoint", None):
                         saved = loop.save(run.keep_checkpoints)
-                if log is not None and run.sample_every and (last or loop.step % run.sample_every == 0):
-                    with log.tolerating("pictures of samples"):
-                        picture = workdir / "samples" / f"step_{loop.step:08d}.png"
-                        save_samples(loop.result, picture, run.seed)
+                if run.sample_every and (last or loop.step % run.sample_every == 0):
+                    by_first(lambda: _draw_pictures(loop, log))
             stopped = signals.asked_at_last() or stopped
-        assert saved is not None
-        result = loop.result.requires_grad_(False)
-        barrier()  # until the last checkpoint is there
-        if stopped:
-            return None, (
-                f"{signals.name} stopped the training after step {loop.step} of {steps}, which is saved as {saved}: "
-                "run the same command again to continue"
-            )
-        figures: dict[str, float] = {}
-        if report and log is not None:
-            if run.evaluation is not None:
-                log.say(f"measuring {run.evaluation.num_samples} samples of each model")
-            figures = write_report(workdir, result, loop.teacher, run.evaluation)
-            if bad := [name for name, value in figures.items() if not math.isfinite(value)]:
-                raise NonFiniteError(
-                    f"{', '.join(bad)} of the student is NaN or infinite: train in another directory with a lower "
-                    "learning rate or train.gradient_clip"
-                )
-    return (
-        TrainResult(flow_map=result, workdir=workdir, metrics={**record, **figures}, checkpoint=saved, steps=loop.step),
-        "",
-    )
+        if log is not None and report and run.evaluation is not None and not stopped:
+            log.say(f"measuring {run.evaluation.num_samples} samples of each model")
+    assert saved is not None
+    if stopped:
+        raise TrainingInterrupted(
+            f"{signals.name} stopped the training after step {loop.step} of {steps}, which is saved as {saved}: "
+            "run the same command again to continue"
+        )
+    return saved, record
+
+
+def _draw_pictures(loop: Loop, log: RunLog | None) -> None:
+    """Write a picture of the student's samples, where there is a log; nothing there ends a training."""
+    if log is not None:
+        with log.tolerating("pictures of samples"):
+            save_samples(loop.result, loop.workdir / "samples" / f"step_{loop.step:08d}.png", loop.training.seed)
+
+
+def _report(loop: Loop) -> dict[str, float]:
+    """Measure the student, and write ``report.md``; the figures."""
+    figures = write_report(loop.workdir, loop.result.requires_grad_(False), loop.teacher, loop.training.evaluation)
+    if bad := [name for name, value in figures.items() if not math.isfinite(value)]:
+        raise NonFiniteError(
+            f"{', '.join(bad)} of the student is NaN or infinite: train in another directory with a lower "
+            "learning rate or train.gradient_clip"
+        )
+    return figures
 
 
 def _claim(loop: Loop, resume: str, operative: str) -> Path | None:

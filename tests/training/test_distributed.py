@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -178,3 +179,66 @@ def test_the_process_group_leaves_no_threads(tmp_path):
     out, _ = finish(torchrun(tmp_path / "left.py", gin_file, tmp_path / "run"))
     assert out.count("python") == 2
     assert "gloo" not in out
+
+
+# What one of two processes does alone.
+
+
+@pytest.fixture
+def odd(tmp_path):
+    """Start two processes, of which the second does a deed."""
+    gin_file = write(tmp_path / "odd.gin", accumulation=2, steps=8)
+    lines = [line for line in gin_file.read_text().splitlines() if "freeflow" not in line and "online" not in line]
+    gin_file.write_text("\n".join([*lines, "train.objective = @odd()"]))
+    script = Path(__file__).with_name("one_of_two.py")
+
+    def start(deed, *options):
+        return torchrun(script, deed, gin_file, "--workdir", tmp_path / "run", "--device", "cpu", *options)
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("deed", "message"),
+    [
+        ("stops", "process 1 of 2 gave no sign for 3 seconds: look at what it said"),
+        pytest.param("dies", "process 1 of 2 ended: look at what it said", marks=pytest.mark.slow),
+        pytest.param("fails", "a file is damaged", marks=pytest.mark.slow),
+        ("has_another_rate", "process 1 has another configuration than process 0 (one has 'AdamW.lr = 0.001')"),
+        pytest.param("has_a_mistake", "batch_size", marks=pytest.mark.slow),
+    ],
+)
+def test_processes_learn_what_one_of_them_does(odd, deed, message):
+    """One message says it, whoever noticed, and nobody waits for longer than the time-out."""
+    process = odd(deed, "--timeout", "3")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert message in err
+    assert err.count("flowdistill: error") - err.count("process 1 of 2 ended") * (deed == "fails") == 1
+    assert "flowdistill/plumbing" not in err  # as a traceback has
+
+
+def test_the_first_process_may_take_longer_than_the_time_out(odd, tmp_path):
+    finish(odd("saves_slowly", "--timeout", "3"))
+    assert [p.name for p in checkpoint_paths(tmp_path / "run")] == ["step_00000004", "step_00000008"]
+    assert (tmp_path / "run" / "report.md").is_file()
+
+
+def test_a_gradient_and_a_metric_may_exist_in_one_process_alone(odd, tmp_path):
+    finish(odd("has_a_part"))
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["extra"] == 1.0
+
+
+@pytest.mark.slow
+def test_all_processes_have_the_weights_of_the_first(odd, tmp_path):
+    out, _ = finish(odd("has_other_weights"))
+    first, second, report = out.split()
+    assert first == second
+    assert report == str(tmp_path / "run" / "report.md")
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_is_told_once(odd):
+    _, err = odd("nothing", "--gin.AdamW.lr=1e30").communicate(timeout=120)
+    assert err.count("flowdistill: error") == err.count("NaN or infinite") == 1

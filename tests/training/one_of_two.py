@@ -1,0 +1,57 @@
+"""``flowdistill train`` in which one of two processes does something odd: ``one_of_two.py DEED OPTIONS...``."""
+
+import os
+import signal
+import sys
+import time
+
+import attrs
+import torch
+
+import flowdistill
+from flowdistill.cli import main
+from flowdistill.training import loop, trainer
+
+DEED, SECOND = sys.argv[1], os.environ["RANK"] == "1"
+
+
+@flowdistill.register_objective("odd")
+@attrs.define(kw_only=True)
+class Odd(flowdistill.Objective):
+    """Regression onto the noise, with what the second process does at step 5."""
+
+    def loss(self, states, step):
+        if SECOND and step.number == 5:
+            if DEED == "stops":
+                signal.raise_signal(signal.SIGSTOP)
+            if DEED == "dies":
+                os._exit(3)
+            if DEED == "fails":
+                raise flowdistill.DataError("a file is damaged")
+        if DEED == "has_other_weights" and step.number == 0:
+            print(sum(float(p.detach().double().sum()) for p in self.student.parameters()))
+        loss = (self.student.average_velocity(*states.to(0.0)) - states.x).square().mean()
+        if SECOND and DEED == "has_a_part":
+            loss = next(self.student.parameters()).square().sum()
+        extra = {"extra": torch.ones(())} if SECOND and DEED == "has_a_part" else {}
+        return flowdistill.ObjectiveOutput(loss, extra)
+
+
+def slowed(function):
+    def later(*arguments):
+        time.sleep(5)
+        return function(*arguments)
+
+    return later
+
+
+if DEED == "saves_slowly" and not SECOND:
+    loop.save_checkpoint, trainer.write_report = slowed(loop.save_checkpoint), slowed(trainer.write_report)
+if DEED == "has_other_weights" and SECOND:
+    torch.nn.Linear.reset_parameters = lambda self: [torch.nn.init.ones_(p) for p in self.parameters()]
+options = sys.argv[2:]
+if SECOND and DEED == "has_another_rate":
+    options.append("--gin.AdamW.lr=0.5")
+if SECOND and DEED == "has_a_mistake":
+    options.append("--gin.train.batch_size=-1")
+main(["train", *options])
