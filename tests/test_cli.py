@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from runs import command, write
 
 import flowdistill
@@ -208,3 +209,22 @@ def test_a_terminal_sees_a_live_bar(folder):
     assert process.wait() == 0
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output.decode())
     assert re.search(r"bar .*12/12 +loss [\d.]+ +[\d.]+ steps/s +\d:\d\d:\d\d", text)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        torch.OutOfMemoryError("CUDA out of memory."),
+    ],
+)
+def test_a_lack_of_memory_is_told_in_one_line(error, monkeypatch, capsys):
+    def lack(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(flowdistill.training, "train", lack)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "meanflow", "--on", "plane"])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith("flowdistill: error: the memory does not suffice (")

@@ -47,6 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(code if rank_and_world()[0] else _say(stop, code))
     except FlowDistillError as error:
         sys.exit(error.exit_code if error.told else _fail(error, error.exit_code))
+    except (MemoryError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else "of the machine"
+        advice = (
+            "a smaller train.batch_size with more train.accumulation needs less, and flowdistill plan tells how much"
+        )
+        sys.exit(_fail(f"the memory does not suffice ({reason}): {advice}", 1))
     except BrokenPipeError:  # the reader, such as head, has seen enough
         _abandon(sys.stdout)
         sys.exit(1)
@@ -56,6 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted; run the same command again to continue from the last checkpoint", 130))
     sys.exit(0)
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Whether an error is Python's or PyTorch's, which has a class of its own on GPUs alone, for a lack of memory."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
 
 
 def _fail(error: object, code: int) -> int:

@@ -106,3 +106,14 @@ def widened(layer: nn.Linear, channels: int, kept: int, copies: int, extra: int)
     wide.weight.data.copy_(weight)
     wide.bias.data.copy_(bias)
     return wide
+
+
+def check_sizes(**sizes: int | None) -> None:
+    """ConfigError unless all sizes that are given are positive and no slip of the pen, which would run for years."""
+    for name, size in sizes.items():
+        most = _MOST.get(name, 100_000)
+        if size is not None and not 1 <= size <= most:
+            raise ConfigError(f"{name} must be from 1 to {most}, not {size}")
+
+
+_MOST = {"depth": 1000, "num_blocks": 1000}

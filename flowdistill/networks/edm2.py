@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowdistill.networks.attention import attention
-from flowdistill.networks.base import ForcedWeight, VelocityNetwork
+from flowdistill.networks.base import ForcedWeight, VelocityNetwork, check_sizes
 from flowdistill.paths import expand_time
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.registry import register_network
@@ -327,6 +327,15 @@ class EDM2(VelocityNetwork):
         noise_levels: tuple[float, float] = (0.002, 80.0),
     ) -> None:
         super().__init__()
+        check_sizes(
+            img_resolution=img_resolution,
+            img_channels=img_channels,
+            label_dim=label_dim or None,
+            model_channels=model_channels,
+            num_blocks=num_blocks,
+            channels_per_head=channels_per_head,
+            logvar_channels=logvar_channels,
+        )
         if img_resolution % 2 ** (len(channel_mult) - 1):
             raise ConfigError(f"img_resolution {img_resolution} cannot be halved {len(channel_mult) - 1} times")
         self.sample_shape = (img_channels, img_resolution, img_resolution)

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
+from flowdistill.networks.base import check_sizes
 from flowdistill.networks.linear import Linear
 from flowdistill.plumbing.errors import ConfigError
 
@@ -40,13 +41,14 @@ def add_lora(module: _M, rank: int) -> _M:
     The function that the module computes is unchanged at first.
 
     Raises:
-        ConfigError: the module has no linear layer, as a U-Net of convolutions.
+        ConfigError: the module has no linear layer, as a U-Net of convolutions, or the rank is not positive.
 
     Examples:
         >>> net = add_lora(nn.Sequential(nn.Linear(4, 4), nn.SiLU()), rank=2)
         >>> [name for name, p in net.named_parameters() if p.requires_grad]
         ['0.down.weight', '0.up.weight']
     """
+    check_sizes(rank=rank)
     if not any(isinstance(child, nn.Linear) for child in module.modules()):
         raise ConfigError(
             f"{type(module).__name__} has no linear layers to update: train the whole copy (lora_rank = 0)"

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowdistill.networks.base import VelocityNetwork, widened
+from flowdistill.networks.base import VelocityNetwork, check_sizes, widened
 from flowdistill.networks.embeddings import LabelEmbedding, ScalarEmbedding
 from flowdistill.networks.linear import Linear
 from flowdistill.plumbing.registry import register_network
@@ -43,6 +43,7 @@ class MLP(VelocityNetwork):
 
     def __init__(self, dim: int = 2, hidden_size: int = 128, depth: int = 3, num_classes: int | None = None) -> None:
         super().__init__()
+        check_sizes(dim=dim, hidden_size=hidden_size, depth=depth, num_classes=num_classes)
         self.sample_shape, self.num_classes, self.embedding_size = (dim,), num_classes, hidden_size
         self.early_blocks = round(depth * 2 / 3)
         self.input = Linear(dim, hidden_size)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from flowdistill.networks.attention import attention
-from flowdistill.networks.base import VelocityNetwork, widened
+from flowdistill.networks.base import VelocityNetwork, check_sizes, widened
 from flowdistill.networks.embeddings import LabelEmbedding, ScalarEmbedding, position_table
 from flowdistill.networks.linear import Linear
 from flowdistill.plumbing.errors import ConfigError
@@ -122,7 +122,7 @@ class SiT(VelocityNetwork):
             guidance.
 
     Raises:
-        ConfigError: sizes that do not divide as they must.
+        ConfigError: sizes that do not divide as they must, or are not positive.
 
     Examples:
         >>> net = SiT(input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=10)
@@ -146,6 +146,15 @@ class SiT(VelocityNetwork):
         null_label: bool = True,
     ) -> None:
         super().__init__()
+        check_sizes(
+            input_size=input_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            hidden_size=hidden_size,
+            depth=depth,
+            num_heads=num_heads,
+            num_classes=num_classes,
+        )
         if input_size % patch_size:
             raise ConfigError(f"patch_size {patch_size} does not divide input_size {input_size}")
         if hidden_size % num_heads or hidden_size % 4:

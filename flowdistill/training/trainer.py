@@ -106,7 +106,8 @@ def train(
             return True
 
         def configured() -> tuple[Loop, str]:
-            with config.parsed(files, gin_bindings):  # which other threads wait for, so nothing is trained inside
+            # which other threads wait for, so nothing is trained inside
+            with config.parsed(files, gin_bindings), progress("building the models", None):
                 return configured_loop(folder, place), config.operative()
 
         with process_group(place, timeout):
@@ -174,6 +175,7 @@ def _run(loop: Loop, saved: Path | None, operative: str, report: bool) -> tuple[
     if saved is not None:
         by_each(functools.partial(loop.load, saved))
     loop.agree()
+    begun = loop.step
     record: dict[str, float] = {}
     first, stopped = rank_and_world()[0] == 0, False
     with contextlib.ExitStack() as stack:
@@ -182,7 +184,8 @@ def _run(loop: Loop, saved: Path | None, operative: str, report: bool) -> tuple[
             log.say(f"resumed {saved}" if saved is not None else loop.origin)
         with StopSignals() as signals:
             while loop.step < steps and not stopped:
-                loop.train_step()
+                with progress("taking the first step", None) if loop.step == begun else contextlib.nullcontext():
+                    loop.train_step()
                 stopped = signals.asked()
                 last = loop.step == steps
                 if last or loop.step % run.log_every == 0:

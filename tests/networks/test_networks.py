@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from flowdistill import NULL_LABEL
+from flowdistill import NETWORKS, NULL_LABEL, ConfigError
 from flowdistill.networks import MLP, Linear, SiT, add_lora
 from flowdistill.networks.attention import attention
 
@@ -133,3 +133,17 @@ def test_attention_keeps_a_low_precision(dtype):
         result = attention(*parts)
     assert result.dtype == dtype
     torch.testing.assert_close(result.float(), attention(*parts), atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        *(("mlp", {name: size}) for name in ("dim", "hidden_size", "depth", "num_classes") for size in (0, -1, 10**6)),
+        *(("sit", {name: size}) for name in (*SIT, "num_classes") for size in (0, -1, 10**6)),
+        *(("edm2", {name: size}) for name in ("img_resolution", "num_blocks", "model_channels") for size in (0, 10**6)),
+        ("mlp", {"depth": 1001}),
+    ],
+)
+def test_sizes_that_nobody_means_are_refused(name, sizes):
+    with torch.device("meta"), pytest.raises(ConfigError, match=f"{next(iter(sizes))} must be from 1 to 1000*, not"):
+        NETWORKS.build(name, **sizes)

@@ -1,0 +1,100 @@
+"""The torture suite: kills, damage, hostile files and odd environments, counted.
+
+``python tests/torture`` tries everything and writes ``benchmarks/results/torture.md``; ``--share 0.02`` tries the
+fiftieth part and writes nothing. It ends with 1 if anything was lost, executed, hung or crashed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path += [str(HERE.parent), str(HERE.parents[1] / "benchmarks")]
+
+import torch  # noqa: E402
+from corpus import Corpus  # noqa: E402
+from environments import environment  # noqa: E402
+from input_trials import configuration, file, hostile, meta, value  # noqa: E402
+from reports import report  # noqa: E402
+from run_trials import damage, full_disk, kill, kill_at_a_change, stop, stray, two_writers  # noqa: E402
+
+Trial = Callable[[random.Random, Path, Corpus], str]
+TRIALS: dict[str, tuple[int, Trial]] = {
+    "kills at random moments": (200, kill),
+    "kills before a change of files": (200, kill_at_a_change),
+    "full disks": (200, full_disk),
+    "signals": (100, stop),
+    "second writers": (50, two_writers),
+    "damaged files of runs": (1000, damage),
+    "stray files among checkpoints": (200, stray),
+    "mutated configurations": (4000, configuration),
+    "values of other types and ranges": (3000, value),
+    "mutated logs, configurations and JSON of runs": (1000, meta),
+    "mutated weights, images and runs": (2000, file),
+    "hostile files": (500, hostile),
+    "environments and names of directories": (60, environment),
+}
+FAULTS = ("lost", "executed", "hung", "crashed")
+WELL = ("worked", "continued", "refused")
+
+
+def work(name: str, numbers: range, seed: int, folder: Path, corpus: Corpus) -> Counter[str]:
+    """Do some trials of a kind, and keep what those with faults leave."""
+    torch.set_num_threads(1)
+    counts: Counter[str] = Counter()
+    for number in numbers:
+        place = folder / f"{name} {number}".replace(" ", "_")
+        place.mkdir()
+        outcome = TRIALS[name][1](random.Random(f"{seed} {name} {number}"), place, corpus)
+        counts[outcome] += 1
+        if outcome in FAULTS:
+            printed = place / ".printed"
+            tail = printed.read_text(errors="replace").splitlines()[-1:] if printed.is_file() else []
+            print(f"{name} {number} (seed {seed}): {outcome}: {place} {' '.join(tail)}", flush=True)
+        else:
+            shutil.rmtree(place, ignore_errors=True)
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python tests/torture", description=__doc__)
+    parser.add_argument("--share", type=float, default=1.0, help="of the trials")
+    parser.add_argument("--only", nargs="+", default=[], help="parts of the names of kinds")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="torture"))
+    torch.set_num_threads(1)
+    corpus = Corpus.make(folder)
+    rows = [["trial", "tried", "went on", "refused", *FAULTS]]
+    faults = 0
+    for name, (count, _) in TRIALS.items():
+        if options.only and not any(part in name for part in options.only):
+            continue
+        tried = max(options.jobs, round(count * options.share))
+        shares = [(name, range(job, tried, options.jobs), options.seed, folder, corpus) for job in range(options.jobs)]
+        with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
+            counts = sum(pool.starmap(work, shares), Counter())
+        rows.append([name, str(tried), str(counts["worked"] + counts["continued"]), str(counts["refused"])])
+        rows[-1] += [str(counts[fault]) for fault in FAULTS]
+        faults += sum(counts[fault] for fault in FAULTS)
+        print(f"{' | '.join(rows[-1])}   {time.monotonic() - began:.0f} s", flush=True)
+    minutes = (time.monotonic() - began) / 60
+    note = f"Seed {options.seed}, {options.jobs} processes, {minutes:.0f} minutes."
+    report("torture", [rows], note, write=options.share == 1 and not options.only)
+    if not faults:
+        shutil.rmtree(folder, ignore_errors=True)
+    sys.exit(1 if faults else 0)
+
+
+if __name__ == "__main__":
+    main()
