@@ -4,6 +4,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from packaged import packaged
 from runs import RING, write
 
@@ -244,7 +245,7 @@ SETTINGS = [name for name in config.settings() if not name.startswith(("imagenet
 
 
 def starts(tmp_path, recipe, on=None):
-    """Two steps are taken, with every binding used."""
+    """Two steps are taken, with every binding used, and the run's own configuration repeats them."""
     files = config.chosen(recipe, on, None, ())
     found = [binding for file in files for binding in config.statements(file)]
     names = {binding.name for binding in found}
@@ -260,6 +261,10 @@ def starts(tmp_path, recipe, on=None):
         bindings += [f"{name}.folder = {str(tmp_path)!r}" for name in data]
     result = flowdistill.train(recipe, on=on, gin_bindings=bindings, workdir=tmp_path / "run")
     assert result.steps == 2
+    again = flowdistill.train(tmp_path / "run" / "config.gin", workdir=tmp_path / "again", report=False)
+    assert (again.workdir / "config.gin").read_text() == (result.workdir / "config.gin").read_text()
+    weights, repeated = (run.flow_map.state_dict() for run in (result, again))
+    assert all(torch.equal(weights[name], repeated[name]) for name in weights)
 
 
 @pytest.mark.parametrize("recipe", QUICK)

@@ -489,8 +489,15 @@ def value(parameter: str, default: Any = None) -> Any:
 
 
 def macro(name: str) -> Any:
-    """The value of a macro, with its references built; None if nothing defines it."""
-    return value(f"{name}/macro.value")
+    """The value of a macro, with its references built; None if nothing defines it.
+
+    It is part of the operative configuration, as where a file refers to it.
+    """
+    try:
+        gin.query_parameter(f"{name}/macro.value")
+    except ValueError:
+        return None
+    return gin.get_configurable(f"{name}/macro")()
 
 
 def check_all_used(without: Sequence[str] = ()) -> None:

@@ -186,18 +186,18 @@ def _reason(error: Exception) -> str:
     return text if len(text) < 200 else f"{text[:200]} ..."
 
 
-def verify_checkpoint(checkpoint: Path) -> Meta:
-    """Read every file back and compare its hash; returns the meta data.
+def verify_checkpoint(checkpoint: Path, *names: str) -> Meta:
+    """Read the named files back, or all, and compare their hashes; returns the meta data.
 
     Raises:
         CheckpointError: a file is missing, truncated or altered.
     """
     meta = read_meta(checkpoint)
-    for name, expected in meta.sha256.items():
+    for name in names or meta.sha256:
         path = checkpoint / name
         if not path.is_file():
             raise CheckpointError(f"{checkpoint} lacks {name}")
-        if file_fingerprint(path) != expected:
+        if file_fingerprint(path) != meta.sha256[name]:
             raise CheckpointError(f"{path} is truncated or altered: its SHA-256 is not the one in meta.json")
     return meta
 

@@ -25,6 +25,7 @@ from flowdistill.runs.checkpoints import (
     checkpoint_paths,
     earlier_whole,
     has_checkpoint_name,
+    read_meta,
     verify_checkpoint,
 )
 
@@ -85,13 +86,32 @@ class Run:
 
     @cached_property
     def meta(self) -> Meta:
-        """The checkpoint's step, counters and hashes, after each file was compared with its hash.
+        """The checkpoint's step, counters and hashes.
 
         Raises:
-            CheckpointError: a file is missing, truncated or altered; names the earlier checkpoint that is whole.
+            CheckpointError: they are missing or damaged; names the earlier checkpoint that is whole.
         """
+        with self._earlier_named():
+            return read_meta(self.checkpoint)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a network of the checkpoint, such as ``student``; none if it has no such network.
+
+        Raises:
+            CheckpointError: their file is missing, truncated or altered; names the earlier checkpoint that is whole.
+        """
+        file = f"{name}.safetensors"
+        if file not in self.meta.sha256:
+            return {}
+        with self._earlier_named():
+            verify_checkpoint(self.checkpoint, file)
+        return load_tensors(self.checkpoint / file)
+
+    @contextlib.contextmanager
+    def _earlier_named(self) -> Iterator[None]:
+        """Inside, errors of the checkpoint name the one before that is whole."""
         try:
-            return verify_checkpoint(self.checkpoint)
+            yield
         except CheckpointError as error:
             earlier = earlier_whole(self.checkpoint)
             instead = (
@@ -100,11 +120,6 @@ class Run:
                 else f"name {earlier}, which is whole, in its place"
             )
             raise CheckpointError(f"{error}; {instead}") from None
-
-    def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a network of the checkpoint, such as ``student``, verified; none if it has no such network."""
-        file = f"{name}.safetensors"
-        return load_tensors(self.checkpoint / file) if file in self.meta.sha256 else {}
 
     @cached_property
     def config(self) -> Configuration:
