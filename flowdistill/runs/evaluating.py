@@ -20,7 +20,7 @@ from flowdistill.plumbing.progress import progress
 from flowdistill.plumbing.registry import METRICS
 from flowdistill.runs.blocks import BLOCK, collect
 from flowdistill.runs.run import Run, on_device
-from flowdistill.runs.sampling import check_counts, default_batch_size, draw, draw_noise, make_condition
+from flowdistill.runs.sampling import check_counts, default_batch_size, draw, make_condition
 
 
 def evaluate(
@@ -96,10 +96,9 @@ def evaluate(
     # The student's samples, of which all ranks draw blocks.
     def block_of_samples(block: int, n: int) -> SampleSet:
         phase.completed = block * BLOCK
-        noise, fresh = draw_noise(flow_map, BLOCK, steps, seed, block, renoise)
         rows = condition[block * BLOCK :][:n]
         size = batch_size or default_batch_size(place)
-        batches = draw(flow_map, noise[:n], None if fresh is None else fresh[:, :n], rows, steps, size, phase)
+        batches = draw(flow_map, n, rows, block, size, phase, steps=steps, seed=seed, renoise=renoise)
         return sample_set(torch.cat(batches), rows.labels, extractor, flow_map.decoder)
 
     folder = run.folder(

@@ -43,9 +43,9 @@ def drawn(monkeypatch):
     """The numbers of samples that are drawn, block by block."""
     sizes, draw = [], evaluating.draw
 
-    def counting(flow_map, noise, *arguments):
-        sizes.append(len(noise))
-        return draw(flow_map, noise, *arguments)
+    def counting(flow_map, n, *arguments, **settings):
+        sizes.append(n)
+        return draw(flow_map, n, *arguments, **settings)
 
     monkeypatch.setattr(evaluating, "draw", counting)
     return sizes
@@ -117,9 +117,9 @@ def test_damaged_and_lost_blocks_are_drawn_again(run, drawn):
 def test_a_killed_evaluation_continues(run, drawn, tmp_path):
     code = (
         "import os, signal, flowdistill; from flowdistill.runs import evaluating; draw = evaluating.draw; drawn = []\n"
-        "def dying(*arguments):\n"
+        "def dying(*arguments, **settings):\n"
         "    drawn.append(1)\n"
-        "    return draw(*arguments) if len(drawn) < 3 else os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return draw(*arguments, **settings) if len(drawn) < 3 else os.kill(os.getpid(), signal.SIGKILL)\n"
         f"evaluating.draw = dying; flowdistill.evaluate({str(run)!r}, num_samples=2000)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == -9
