@@ -47,3 +47,14 @@ class RunsFailedError(FlowDistillError):
     """Some trainings of a suite failed; the results of the others have been written."""
 
     exit_code = 1
+
+
+def in_one_line(error: BaseException) -> str:
+    r"""What an error says, or else its kind, in one line that can be printed and is not long.
+
+    Examples:
+        >>> in_one_line(ValueError("no\nway")), in_one_line(KeyError())
+        ('no', 'KeyError')
+    """
+    said = str(error).strip().splitlines()[:1] or [type(error).__name__]
+    return "".join(c if c.isprintable() else "?" for c in said[0][:200])
