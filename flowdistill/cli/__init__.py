@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument("--features", help="digits, inception, ...; by default those of the run's own evaluation")
     evaluate.add_argument("--weights", help="the file of the features' network, such as Inception's")
-    evaluate.add_argument("--reference", help="a folder of images, an .npz file, or the name of a data set")
+    evaluate.add_argument("--reference", help="a folder, a .zip, .npz, .npy or .pkl file, or the name of a data set")
     evaluate.add_argument("--batch_size", type=int)
     evaluate.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
     evaluate.add_argument("--bootstrap", type=int, default=0, help="random halves from which to estimate spreads")

@@ -33,6 +33,8 @@ class FeatureExtractor(nn.Module, ABC):
     rounded as its authors round them."""
     classifies: bool = False
     """Whether the logits are of the classes that a model's labels number."""
+    statistics: str | None = None
+    """The name of its features' mean and covariance in EDM2's files of several; None is in none."""
     reference: Tensor | None = None
     """The features (N, D) of the real data that the extractor was trained on, where they come with it."""
     reference_labels: Tensor | None = None
@@ -162,6 +164,8 @@ class Inception(_TorchFidelity):
     Examples:
         >>> features, logits = Inception("weights.pth")(torch.zeros(2, 3, 32, 32))  # doctest: +SKIP
     """
+
+    statistics = "fid"
 
     def __init__(self, weights: str | Path | None = None) -> None:
         super().__init__()

@@ -54,8 +54,9 @@ def evaluate(
         seed: of the noise.
         features: a feature extractor or its name, as ``flowdistill list feature_extractors`` shows; None is the one of
             the run's own evaluation, or the samples themselves beside those of an exact teacher.
-        reference: a folder of images, an ``.npz`` file of images or of their mean and covariance, or a data set; None
-            is that of the run's own evaluation, or the features of real data that come with the extractor.
+        reference: a folder or a file of images, or of their mean and covariance, or a data set, see
+            `flowdistill.evaluation.load_images`; None is that of the run's own evaluation, or the features of real data
+            that come with the extractor.
         renoise: see `sample`.
         batch_size: samples at a time; None is 100 on a CPU, else 500. It does not change the figures, up to rounding.
         device: where samples and features are computed; by default the first GPU (of each rank its own), else the CPU.
