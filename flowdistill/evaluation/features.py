@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowdistill.decoders import quantize
+from flowdistill.plumbing.caches import usable
 from flowdistill.plumbing.errors import CheckpointError, ConfigError
 from flowdistill.plumbing.files import load_tensors, module_fingerprint
 from flowdistill.plumbing.registry import FEATURES, register_features
@@ -195,7 +196,7 @@ class Inception(_TorchFidelity):
 def _download(address: str) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / address.rsplit("/", 1)[-1]
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = usable(path.parent) / path.name
         try:
             torch.hub.download_url_to_file(address, str(path), hash_prefix=path.stem.rsplit("-", 1)[-1], progress=False)
         except (OSError, RuntimeError, http.client.HTTPException) as error:
@@ -238,6 +239,8 @@ class DinoV2(_TorchFidelity):
 
     def _make(self) -> nn.Module:
         module = torch_fidelity("feature_extractor_dinov2")
+        if not Path(torch.hub.get_dir(), "facebookresearch_dinov2_main").is_dir():
+            torch.hub.set_dir(usable(Path(torch.hub.get_dir())))
         try:
             network: nn.Module = module.FeatureExtractorDinoV2(f"dinov2-vit-{self.size}-14", ["dinov2"])
         except (OSError, RuntimeError, http.client.HTTPException) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import os
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +22,9 @@ from flowdistill.evaluation.metrics import Moments
 from flowdistill.evaluation.published import checked_moments, pickled_moments
 from flowdistill.evaluation.samples import SampleSet, sample_set
 from flowdistill.interfaces import Decoder, ExactTeacher, Teacher
+from flowdistill.plumbing.caches import cached
 from flowdistill.plumbing.errors import ConfigError, DataError, in_one_line
-from flowdistill.plumbing.files import file_parts, fingerprint
+from flowdistill.plumbing.files import file_parts, fingerprint, warn_if_damaged
 from flowdistill.plumbing.progress import progress
 from flowdistill.plumbing.registry import DATASETS, unknown_name
 
@@ -88,7 +89,8 @@ def load_images(
     """The features of a reference, computed once and then read from a cache.
 
     They lie in ``$XDG_CACHE_HOME/flowdistill/references`` (by default ``~/.cache/...``) under a hash of the images and
-    of the extractor with its weights, so that neither can change unnoticed.
+    of the extractor with its weights, so that neither can change unnoticed. Where they cannot be kept, or were damaged,
+    they are computed again, with a warning.
 
     Args:
         source: a folder or a ``.zip`` archive of image files of one size, as `flowdistill.data.image_files.ImageFiles`
@@ -133,10 +135,10 @@ def load_images(
     else:
         raise unknown_name("reference", str(source), DATASETS.names())
     key = fingerprint(f"{_FORMAT} {digest} {extractor.fingerprint()}")
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cached = root / "flowdistill" / "references" / f"{key}.safetensors"
-    found = SampleSet.load(cached)
+    place = cached(f"references/{key}.safetensors")
+    found = SampleSet.load(place)
     if found is None:
+        warn_if_damaged(place)
         parts = []
         with progress("features of the reference's images", None) as phase:
             for images, labels in batches:
@@ -144,7 +146,10 @@ def load_images(
                 phase.advance(len(images))
         joined = SampleSet.join(parts)
         found = SampleSet(joined.features, joined.labels, joined.logits, published)
-        found.save(cached)
+        try:
+            found.save(place)
+        except OSError as error:
+            warnings.warn(f"the features of {source} are not kept: {in_one_line(error)}", RuntimeWarning, stacklevel=2)
     return found
 
 

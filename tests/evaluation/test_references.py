@@ -128,8 +128,16 @@ def test_features_are_computed_once_for_the_same_content(folder, cache, monkeypa
     assert computed(other) == 0
     assert len(list(cache.iterdir())) == 2
     for file in cache.iterdir():
+        data = bytearray(file.read_bytes())
+        data[-1000] ^= 1
+        file.write_bytes(data)
+    with pytest.warns(RuntimeWarning, match="is damaged: what it held is computed again"):
+        assert computed() == 250
+    assert computed() == 0
+    for file in cache.iterdir():
         file.write_bytes(file.read_bytes()[:-100])
-    assert computed() == 250  # a damaged file is no obstacle
+    with pytest.warns(RuntimeWarning, match="is damaged"):
+        assert computed() == 250
     assert computed() == 0
     Image.fromarray(255 - PIXELS[0, ..., 0]).save(folder / "0" / "000.png")
     assert computed() == 250  # the content counts, not the name
