@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import warnings
 import zipfile
@@ -239,9 +238,9 @@ def _of_array(path: Path) -> _Batches:
             if bytes_of_one > _MOST_BYTES:
                 raise DataError(f"{path} says that its images are {shape[1:]}, which is too large for one")
             size = min(_BATCH, _MOST_BYTES // bytes_of_one)
-            for start, end in itertools.pairwise([*range(0, shape[0], size), shape[0]]):
-                data = file.read((end - start) * bytes_of_one)
-                pixels = np.frombuffer(data, np.uint8).reshape(end - start, *shape[1:])
+            for start in range(0, shape[0], size):
+                n = min(size, shape[0] - start)
+                pixels = np.frombuffer(file.read(n * bytes_of_one), np.uint8).reshape(n, *shape[1:])
                 yield _images(torch.from_numpy(pixels.copy())), None
     except DataError:
         raise

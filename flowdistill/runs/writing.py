@@ -79,10 +79,8 @@ def write_samples(
         if not archive:
             _write_folder(path, parts)
         else:
-            shape = (num_samples, *blank.shape[1:])
-            _write_archive(
-                path, ("arr_0", "arr_1") if images else ("samples", "labels"), shape, parts, condition.labels
-            )
+            names = ("arr_0", "arr_1") if images else ("samples", "labels")
+            _write_archive(path, names, (num_samples, *blank.shape[1:]), parts, condition.labels)
 
 
 def _converter(decoder: Decoder | None) -> Callable[[Tensor], Tensor]:
