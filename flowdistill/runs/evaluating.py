@@ -104,7 +104,7 @@ def evaluate(
 
     folder = run.folder(
         "evaluations",
-        format=1,
+        format=2,
         features=None if extractor is None else extractor.fingerprint(),
         steps=steps,
         guidance=guidance,

@@ -146,7 +146,7 @@ def search(
     }
     folder = run.folder(
         "searches",
-        format=2,
+        format=3,
         teacher=module_fingerprint(model),
         verifier=judge.fingerprint(),
         settings=settings,
