@@ -239,8 +239,9 @@ class DinoV2(_TorchFidelity):
 
     def _make(self) -> nn.Module:
         module = torch_fidelity("feature_extractor_dinov2")
-        if not Path(torch.hub.get_dir(), "facebookresearch_dinov2_main").is_dir():
-            torch.hub.set_dir(usable(Path(torch.hub.get_dir())))
+        kept = Path(torch.hub.get_dir())
+        if not (kept / "facebookresearch_dinov2_main").is_dir() and (place := usable(kept)) != kept:
+            torch.hub.set_dir(place)
         try:
             network: nn.Module = module.FeatureExtractorDinoV2(f"dinov2-vit-{self.size}-14", ["dinov2"])
         except (OSError, RuntimeError, http.client.HTTPException) as error:

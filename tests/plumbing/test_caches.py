@@ -21,6 +21,7 @@ from flowdistill.plumbing.caches import cached, refusal, usable
 def fresh(monkeypatch):
     """As in a process that has had no trouble yet."""
     monkeypatch.setattr(caches, "_TEMPORARY", [])
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
     for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR", "TORCH_HOME"):
         monkeypatch.delenv(name, raising=False)
 
