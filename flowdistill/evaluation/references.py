@@ -130,7 +130,7 @@ def load_images(
     elif str(source) in DATASETS:
         return load_images(_built(str(source)), extractor, decoder, device)
     elif path.suffix or len(path.parts) > 1:
-        raise DataError(f"there is no file or folder {path}")
+        raise ConfigError(f"unknown reference {str(source)!r}: there is no such file or folder")
     else:
         raise unknown_name("reference", str(source), DATASETS.names())
     key = fingerprint(f"{_FORMAT} {digest} {extractor.fingerprint()}")

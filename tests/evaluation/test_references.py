@@ -157,7 +157,7 @@ def test_what_is_no_reference(tmp_path, folder):
             reference_set(features, Ring(), 10, 0, source)
 
     refused(ConfigError, "did you mean digits", "digit")
-    refused(DataError, "no file or folder nowhere.npz", "nowhere.npz")
+    refused(ConfigError, "no such file or folder", "nowhere.npz")
     refused(ConfigError, "needs features", folder, None)
     (tmp_path / "empty").mkdir()
     refused(DataError, "no images", tmp_path / "empty")
