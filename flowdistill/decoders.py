@@ -36,6 +36,27 @@ def quantize(images: Tensor, rounding: Rounding) -> Tensor:
     return scaled.clamp(0, 255).to(torch.uint8)
 
 
+def as_bytes(samples: Tensor, decoder: Decoder | None) -> Tensor | None:
+    """The images of samples as bytes (B, H, W, C), on the CPU, rounded as the model's authors round.
+
+    Args:
+        samples: of a model.
+        decoder: turns them into images; None leaves them as they are, and rounds to the nearest.
+
+    Returns:
+        The bytes; None where samples are not images of 1 or 3 channels.
+
+    Examples:
+        >>> as_bytes(torch.ones(1, 3, 2, 4), None).shape, as_bytes(torch.zeros(1, 2), None)
+        (torch.Size([1, 2, 4, 3]), None)
+    """
+    images = samples if decoder is None else decoder.decode(samples)
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        return None
+    pixels = quantize(images, "nearest") if decoder is None else decoder.to_uint8(images)
+    return pixels.permute(0, 2, 3, 1).contiguous().cpu()
+
+
 @register_decoder("pixels")
 @attrs.frozen(kw_only=True)
 class Pixels(Decoder):

@@ -42,7 +42,7 @@ def test_sample_and_evaluate(folder):
     assert command("sample", "run", "--num_samples", 20, cwd=folder).stdout == "samples.png\n"
     assert (folder / "samples.png").read_bytes()[:4] == b"\x89PNG"
     assert command("sample", "run", "--num_samples", 5, "--out", "x.npz", cwd=folder).returncode == 0
-    assert np.load(folder / "x.npz")["arr_0"].shape == (5, 2)
+    assert np.load(folder / "x.npz")["samples"].shape == (5, 2)
     done = command("evaluate", "run", "--metrics", "w2", "sliced_w2", "--num_samples", 50, cwd=folder)
     names = ("w2", "sliced_w2", "w2_noise_floor", "sliced_w2_noise_floor")
     assert re.fullmatch("".join(rf"{name}: [\d.]+\n" for name in names), done.stdout)
@@ -154,6 +154,8 @@ def test_mistakes_end_with_one_message_and_exit_code_2(folder, capsys, monkeypat
     assert "did you mean freeflow" in refused("show", "objectives", "freflow")
     assert "did you mean solvers" in refused("list", "solver")
     assert "must end in" in refused("sample", "run", "--out", "x.bmp")
+    assert "no images" in refused("sample", "run", "--out", "x.bmp/")
+    assert "--raw" in refused("sample", "run", "--raw")
     assert "takes no labels" in refused("sample", "run", "--labels", "3")
     assert "guidance" in refused("sample", "run", "--guidance", "2")
     assert "anchored" in refused("sample", "run", "--steps", "2")

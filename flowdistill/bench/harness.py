@@ -23,7 +23,7 @@ from flowdistill.evaluation.samples import SampleSet
 from flowdistill.interfaces import FlowMap
 from flowdistill.plumbing import config
 from flowdistill.plumbing.errors import ConfigError, FlowDistillError, RunsFailedError
-from flowdistill.plumbing.files import fingerprint, module_fingerprint, write_json
+from flowdistill.plumbing.files import fingerprint, module_fingerprint, warn_if_damaged, write_json
 from flowdistill.plumbing.gin_errors import errors_located
 from flowdistill.plumbing.progress import bars, progress
 from flowdistill.runs.records import read_records
@@ -234,6 +234,7 @@ def _measure(student: FlowMap | None, gin_file: Path, figures: Path, cache: Path
         path = cache / f"{fingerprint(chr(10).join(kept))[:16]}.safetensors"
         best = SampleSet.load(path)
         if best is None:
+            warn_if_damaged(path)
             best = teacher_samples(teacher, evaluation)
             best.save(path)
     rows = compare(student, teacher, evaluation, best)

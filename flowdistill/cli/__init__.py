@@ -145,7 +145,13 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--guidance", type=float)
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--batch_size", type=int)
-    sample.add_argument("--out", type=Path, default=Path("samples.png"), help="a .png picture or a .npz array")
+    sample.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
+    sample.add_argument(
+        "--out",
+        default="samples.png",
+        help="a .png picture of all, an .npz file as ADM's evaluator reads it, or a folder/",
+    )
+    sample.add_argument("--raw", action="store_true", help="numbers as the model makes them, such as latents")
     sample.set_defaults(command=_sample)
 
     evaluate = commands.add_parser("evaluate", help="measure a run's student")
@@ -158,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument("--features", help="digits, inception, ...; by default those of the run's own evaluation")
     evaluate.add_argument("--weights", help="the file of the features' network, such as Inception's")
-    evaluate.add_argument("--reference", help="a folder of images, an .npz file, or the name of a data set")
+    evaluate.add_argument("--reference", help="a folder, a .zip, .npz, .npy or .pkl file, or the name of a data set")
     evaluate.add_argument("--batch_size", type=int)
     evaluate.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
     evaluate.add_argument("--bootstrap", type=int, default=0, help="random halves from which to estimate spreads")
@@ -265,30 +271,34 @@ def _recipe(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    import numpy as np
-
     from flowdistill.evaluation.pictures import images_of, save_picture
     from flowdistill.runs.run import Run
     from flowdistill.runs.sampling import sample
+    from flowdistill.runs.writing import write_samples
 
-    if options.out.suffix not in (".png", ".npz"):
-        raise ConfigError(f"--out must end in .png or .npz, not {options.out.name!r}")
+    out = Path(options.out)
+    picture = out.suffix == ".png" and not options.out.endswith(("/", os.sep))
+    if out.suffix not in ("", ".png", ".npz") and not (out.is_dir() or options.out.endswith(("/", os.sep))):
+        raise ConfigError(f"--out must end in .png or .npz, or name a folder by a / at its end, not {options.out!r}")
+    if picture and options.raw:
+        raise ConfigError("--raw writes numbers, and a .png file is a picture: write them to a .npz file")
     run = Run(options.run, allow_imports=options.allow_imports)
-    samples = sample(
-        run,
-        options.num_samples,
-        steps=options.steps,
-        labels=_labels(options),
-        guidance=options.guidance,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        renoise=options.renoise,
-    )
-    if options.out.suffix == ".npz":
-        np.savez(options.out, samples.numpy())
-    elif not save_picture(images_of(samples, run.student), options.out):
-        raise ConfigError(f"samples of shape {tuple(samples.shape[1:])} are no picture: write them to a .npz file")
-    print(options.out)
+    settings: dict[str, Any] = {
+        "steps": options.steps,
+        "labels": _labels(options),
+        "guidance": options.guidance,
+        "seed": options.seed,
+        "batch_size": options.batch_size,
+        "renoise": options.renoise,
+        "device": options.device,
+    }
+    if picture:
+        samples = sample(run, options.num_samples, **settings)
+        if not save_picture(images_of(samples, run.student), out):
+            raise ConfigError(f"samples of shape {tuple(samples.shape[1:])} are no picture: write them to a .npz file")
+    else:
+        write_samples(run, out, options.num_samples, raw=options.raw, **settings)
+    print(out)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

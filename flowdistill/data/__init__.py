@@ -2,6 +2,7 @@
 
 from flowdistill.data.augmentations import RandomAffine
 from flowdistill.data.datasets import Dataset, Digits, ExactSamples, ImageDataset
+from flowdistill.data.image_folder import ImageFolder
 from flowdistill.data.latents import Latents
 from flowdistill.data.mnist import FashionMnist, IdxImages, Mnist
 
@@ -12,6 +13,7 @@ __all__ = [
     "FashionMnist",
     "IdxImages",
     "ImageDataset",
+    "ImageFolder",
     "Latents",
     "Mnist",
     "RandomAffine",

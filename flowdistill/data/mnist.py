@@ -6,7 +6,6 @@ import gzip
 import hashlib
 import http.client
 import math
-import os
 import urllib.request
 import uuid
 import zlib
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from flowdistill.data.datasets import ImageDataset
+from flowdistill.plumbing.caches import cached
 from flowdistill.plumbing.dry import files_unread
 from flowdistill.plumbing.errors import DataError
 from flowdistill.plumbing.registry import register_dataset
@@ -99,8 +99,7 @@ class IdxImages(ImageDataset):
 
     @classmethod
     def _download(cls, name: str) -> Path:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowdistill" / cls.name
-        path = cache / f"{name}.gz"
+        path = cached(f"{cls.name}/{name}.gz")
         if path.is_file():
             return path
         address = f"{cls.source}/{name}.gz"
@@ -111,18 +110,17 @@ class IdxImages(ImageDataset):
         except _UNREADABLE as error:
             raise DataError(
                 f"{cls.title} could not be downloaded from {address} ({error}): put its four files into a folder and "
-                f"set {cls.name}.folder, or put them into {cache}"
+                f"set {cls.name}.folder, or put them into {path.parent}"
             ) from None
         if hashlib.sha256(content).hexdigest() != cls.sha256[name]:
             raise DataError(f"{address} is not the file that is expected: its SHA-256 differs; nothing was kept")
         try:
-            cache.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(f".{uuid.uuid4().hex}")  # of this process alone
             partial.write_bytes(data)
             partial.replace(path)
         except OSError as error:
             raise DataError(
-                f"{cls.title} cannot be kept in {cache} ({error}): set XDG_CACHE_HOME, or {cls.name}.folder"
+                f"{cls.title} cannot be kept in {path.parent} ({error}): set XDG_CACHE_HOME, or {cls.name}.folder"
             ) from None
         return path
 

@@ -42,8 +42,8 @@ class Evaluation:
     features: str | FeatureExtractor | None = None
     """A feature extractor or its name; None compares samples with an exact teacher's own distribution."""
     reference: str | None = None
-    """A folder of images, an ``.npz`` file, or the name of a data set; None is the features of real data that come with
-    the extractor."""
+    """A folder or a file of images, published statistics, or the name of a data set, see
+    `flowdistill.evaluation.load_images`; None is the features of real data that come with the extractor."""
     num_samples: int = attrs.field(default=2000, validator=ge(2))
     """The samples of each model."""
     teacher_steps: Sequence[int] = attrs.field(default=(1, 4, 64), validator=_STEPS)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowdistill.decoders import quantize
+from flowdistill.plumbing.caches import usable
 from flowdistill.plumbing.errors import CheckpointError, ConfigError
 from flowdistill.plumbing.files import load_tensors, module_fingerprint
 from flowdistill.plumbing.registry import FEATURES, register_features
@@ -33,6 +34,8 @@ class FeatureExtractor(nn.Module, ABC):
     rounded as its authors round them."""
     classifies: bool = False
     """Whether the logits are of the classes that a model's labels number."""
+    statistics: str | None = None
+    """The name of its features' mean and covariance in EDM2's files of several; None is in none."""
     reference: Tensor | None = None
     """The features (N, D) of the real data that the extractor was trained on, where they come with it."""
     reference_labels: Tensor | None = None
@@ -163,6 +166,8 @@ class Inception(_TorchFidelity):
         >>> features, logits = Inception("weights.pth")(torch.zeros(2, 3, 32, 32))  # doctest: +SKIP
     """
 
+    statistics = "fid"
+
     def __init__(self, weights: str | Path | None = None) -> None:
         super().__init__()
         self.weights = weights
@@ -191,7 +196,7 @@ class Inception(_TorchFidelity):
 def _download(address: str) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / address.rsplit("/", 1)[-1]
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = usable(path.parent) / path.name
         try:
             torch.hub.download_url_to_file(address, str(path), hash_prefix=path.stem.rsplit("-", 1)[-1], progress=False)
         except (OSError, RuntimeError, http.client.HTTPException) as error:
@@ -234,6 +239,9 @@ class DinoV2(_TorchFidelity):
 
     def _make(self) -> nn.Module:
         module = torch_fidelity("feature_extractor_dinov2")
+        kept = Path(torch.hub.get_dir())
+        if not (kept / "facebookresearch_dinov2_main").is_dir() and (place := usable(kept)) != kept:
+            torch.hub.set_dir(place)
         try:
             network: nn.Module = module.FeatureExtractorDinoV2(f"dinov2-vit-{self.size}-14", ["dinov2"])
         except (OSError, RuntimeError, http.client.HTTPException) as error:

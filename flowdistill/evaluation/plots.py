@@ -11,11 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowdistill.plumbing.caches import prepare_matplotlib
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 def _figure(width: float, height: float) -> Figure:
+    prepare_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import math
-import os
+import warnings
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from flowdistill.data import ImageDataset
+from flowdistill.data.image_files import ImageFiles
 from flowdistill.evaluation.features import FeatureExtractor, load_features
 from flowdistill.evaluation.metrics import Moments
+from flowdistill.evaluation.published import checked_moments, pickled_moments
 from flowdistill.evaluation.samples import SampleSet, sample_set
 from flowdistill.interfaces import Decoder, ExactTeacher, Teacher
-from flowdistill.plumbing.errors import ConfigError, DataError
-from flowdistill.plumbing.files import file_parts, fingerprint
+from flowdistill.plumbing.caches import cached
+from flowdistill.plumbing.errors import ConfigError, DataError, in_one_line
+from flowdistill.plumbing.files import file_parts, fingerprint, warn_if_damaged
 from flowdistill.plumbing.progress import progress
 from flowdistill.plumbing.registry import DATASETS, unknown_name
 
 _BATCH = 100
-_SUFFIXES = {".png", ".jpg", ".jpeg"}
-_UNREADABLE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
+_MOST_BYTES = 1 << 28  # of a batch of images
+_FORMAT = 2  # of what is kept of images
 Reference = str | Path | ImageDataset
 
 
@@ -67,7 +69,7 @@ def reference_set(
         if extractor.reference is None:
             raise ConfigError(
                 f"{type(extractor).__name__} comes without features of real data: name a reference, which is a folder "
-                "of images, an .npz file, or a data set"
+                "or a file of images, or a data set"
             )
         return SampleSet(extractor.reference)
     if not isinstance(teacher, ExactTeacher):
@@ -86,12 +88,15 @@ def load_images(
     """The features of a reference, computed once and then read from a cache.
 
     They lie in ``$XDG_CACHE_HOME/flowdistill/references`` (by default ``~/.cache/...``) under a hash of the images and
-    of the extractor with its weights, so that neither can change unnoticed.
+    of the extractor with its weights, so that neither can change unnoticed. Where they cannot be kept, or were damaged,
+    they are computed again, with a warning.
 
     Args:
-        source: a folder of PNG and JPEG files of one size, however deep; an ``.npz`` file with images ``arr_0``
-            (N, H, W, C), uint8, as ADM publishes them, or with ``mu`` (D,) and ``sigma`` (D, D), as EDM does, or with
-            both: then ``fid`` is measured against the latter; a data set of images, or its registered name.
+        source: a folder or a ``.zip`` archive of image files of one size, as `flowdistill.data.image_files.ImageFiles`
+            reads them; a ``.npy`` file of images (N, H, W, C), uint8; an ``.npz`` file with such images ``arr_0``, as
+            ADM publishes them, or with ``mu`` (D,) and ``sigma`` (D, D), as EDM does, or with both: then ``fid`` is
+            measured against the latter; a ``.pkl`` file of such statistics, as EDM2 publishes them; a data set of
+            images, or its registered name.
         features: a feature extractor or its name.
         decoder: turns samples of a data set into images.
         device: where features are computed.
@@ -108,27 +113,31 @@ def load_images(
     extractor, published = load_features(features), None
     if isinstance(source, ImageDataset):
         digest, batches = _digest_of_dataset(source, decoder), _of_dataset(source, decoder)
-    elif (path := Path(source)).is_dir():
-        paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES)
-        if not paths:
-            raise DataError(f"{path} holds no images: a reference is a folder of .png or .jpg files")
-        digest, batches = _digest_of_files(paths), _of_files(paths, "L" if extractor.channels == 1 else "RGB")
+    elif (path := Path(source)).is_dir() or (path.is_file() and path.suffix.lower() == ".zip"):
+        files = ImageFiles(path)
+        digest, batches = fingerprint(files.parts()), _of_files(files, extractor.channels)
     elif path.is_file():
-        if path.suffix != ".npz":
-            raise DataError(f"{path} is no reference: a file must be .npz, with arr_0, or with mu and sigma")
-        names, published = _of_npz(path)
-        if "arr_0" not in names:
-            return SampleSet(None, moments=published)
-        digest, batches = _digest_of_files([path]), _of_array(path)
+        kind = path.suffix.lower()
+        if kind not in (".npz", ".npy", ".pkl"):
+            raise DataError(f"{path} is no reference: a file ends in .npz, .npy, .zip or .pkl")
+        if kind == ".pkl":
+            return SampleSet(None, moments=pickled_moments(path, extractor))
+        if kind == ".npz":
+            names, published = _of_npz(path)
+            if "arr_0" not in names:
+                return SampleSet(None, moments=published)
+        digest, batches = fingerprint(file_parts(path)), _of_array(path)
     elif str(source) in DATASETS:
         return load_images(_built(str(source)), extractor, decoder, device)
+    elif path.suffix or len(path.parts) > 1:
+        raise ConfigError(f"unknown reference {str(source)!r}: there is no such file or folder")
     else:
         raise unknown_name("reference", str(source), DATASETS.names())
-    key = fingerprint(f"{digest} {extractor.fingerprint()}")
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cached = root / "flowdistill" / "references" / f"{key}.safetensors"
-    found = SampleSet.load(cached)
+    key = fingerprint(f"{_FORMAT} {digest} {extractor.fingerprint()}")
+    place = cached(f"references/{key}.safetensors")
+    found = SampleSet.load(place)
     if found is None:
+        warn_if_damaged(place)
         parts = []
         with progress("features of the reference's images", None) as phase:
             for images, labels in batches:
@@ -136,7 +145,10 @@ def load_images(
                 phase.advance(len(images))
         joined = SampleSet.join(parts)
         found = SampleSet(joined.features, joined.labels, joined.logits, published)
-        found.save(cached)
+        try:
+            found.save(place)
+        except OSError as error:
+            warnings.warn(f"the features of {source} are not kept: {in_one_line(error)}", RuntimeWarning, stacklevel=2)
     return found
 
 
@@ -179,55 +191,68 @@ def _digest_of_dataset(dataset: ImageDataset, decoder: Decoder | None) -> str:
     )
 
 
-def _digest_of_files(paths: list[Path]) -> str:
-    return fingerprint(part for path in paths for part in (path.stat().st_size.to_bytes(8, "big"), *file_parts(path)))
-
-
-def _of_files(paths: list[Path], mode: str) -> _Batches:
+def _of_files(files: ImageFiles, channels: int) -> _Batches:
     size: tuple[int, int] | None = None
-    for start in range(0, len(paths), _BATCH):
+    labels = None if files.listed_labels is None else torch.tensor(files.listed_labels)
+    for start in range(0, len(files), _BATCH):
         arrays = []
-        for path in paths[start : start + _BATCH]:
-            try:
-                image = Image.open(path).convert(mode)
-            except _UNREADABLE as error:
-                raise DataError(f"{path} is not a whole image: {error}") from None
+        for number in range(start, min(start + _BATCH, len(files))):
+            image = files.read(number, channels)
             size = size or image.size
             if image.size != size:
-                raise DataError(f"{path} has {image.size} pixels and {paths[0]} {size}: a reference has one size")
-            arrays.append(np.asarray(image).reshape(size[1], size[0], -1))
-        yield _images(torch.from_numpy(np.stack(arrays))), None
+                name, first = files.names[number], files.names[0]
+                raise DataError(
+                    f"{files.path / name} has {image.size} pixels and {first} {size}: a reference has one size"
+                )
+            arrays.append(np.asarray(image).reshape(size[1], size[0], channels))
+        yield _images(torch.from_numpy(np.stack(arrays))), None if labels is None else labels[start:][:_BATCH]
 
 
 def _of_npz(path: Path) -> tuple[list[str], Moments | None]:
     """The names of the arrays in a file, and the mean and covariance among them."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             names = list(arrays)
-            if not {"mu", "sigma"} <= set(names):
-                if "arr_0" not in names:
-                    raise DataError(f"{path} holds {names}, not images arr_0, nor mu and sigma")
-                return names, None
-            mean, covariance = (torch.from_numpy(arrays[name]).double() for name in ("mu", "sigma"))
-    except _UNREADABLE as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-        raise DataError(f"{path} holds mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)}, not (D,) and (D, D)")
-    return names, (mean, covariance)
+            found = {name: arrays[name] for name in ("mu", "sigma") if name in names}
+    except Exception as error:  # of damaged archives and headers, many
+        raise DataError(f"{path} cannot be read: {in_one_line(error)}") from None
+    if len(found) == 2:
+        return names, checked_moments(path, found)
+    if "arr_0" not in names:
+        raise DataError(f"{path} holds {names}, not images arr_0, nor mu and sigma")
+    return names, None
 
 
 def _of_array(path: Path) -> _Batches:
-    """The images ``arr_0`` of an .npz file, which is never whole in memory."""
+    """The images of an ``.npy`` file, or those named ``arr_0`` of an ``.npz`` file, which are never all in memory."""
     try:
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+        with _array_file(path) as file:
             old = np.lib.format.read_magic(file) == (1, 0)
             read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
             shape, fortran, dtype = read(file)
-            if dtype != np.uint8 or fortran or len(shape) != 4 or shape[-1] not in (1, 3) or not shape[0]:
-                raise DataError(f"{path} holds arr_0 {shape}, {dtype}, not images (N, H, W, 3) of uint8")
-            for start, end in itertools.pairwise([*range(0, shape[0], _BATCH), shape[0]]):
-                data = file.read((end - start) * math.prod(shape[1:]))
-                pixels = np.frombuffer(data, np.uint8).reshape(end - start, *shape[1:])
+            if dtype != np.uint8 or fortran or len(shape) != 4 or shape[-1] not in (1, 3) or min(shape) < 1:
+                raise DataError(
+                    f"{path} holds an array {shape} of {dtype}, not images of uint8, (N, H, W, 3) or (N, H, W, 1)"
+                )
+            bytes_of_one = math.prod(shape[1:])
+            if bytes_of_one > _MOST_BYTES:
+                raise DataError(f"{path} says that its images are {shape[1:]}, which is too large for one")
+            size = min(_BATCH, _MOST_BYTES // bytes_of_one)
+            for start in range(0, shape[0], size):
+                n = min(size, shape[0] - start)
+                pixels = np.frombuffer(file.read(n * bytes_of_one), np.uint8).reshape(n, *shape[1:])
                 yield _images(torch.from_numpy(pixels.copy())), None
-    except _UNREADABLE as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
+    except DataError:
+        raise
+    except Exception as error:  # of damaged archives and headers, many
+        raise DataError(f"{path} cannot be read: {in_one_line(error)}") from None
+
+
+@contextlib.contextmanager
+def _array_file(path: Path) -> Iterator[IO[bytes]]:
+    if path.suffix.lower() == ".npy":
+        with path.open("rb") as file:
+            yield file
+    else:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+            yield file

@@ -80,7 +80,7 @@ class SampleSet:
             "mean": mean,
             "covariance": covariance,
         }
-        write_tensors(path, tensors)
+        write_tensors(path, tensors, hashed=True)
 
     @classmethod
     def load(cls, path: Path) -> SampleSet | None:

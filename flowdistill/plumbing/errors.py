@@ -59,3 +59,14 @@ class DistributedError(FlowDistillError):
     def __init__(self, message: str, told: bool = False) -> None:
         super().__init__(message)
         self.told = told
+
+
+def in_one_line(error: BaseException) -> str:
+    r"""What an error says, or else its kind, in one line that can be printed and is not long.
+
+    Examples:
+        >>> in_one_line(ValueError("no\nway")), in_one_line(KeyError())
+        ('no', 'KeyError')
+    """
+    said = str(error).strip().splitlines()[:1] or [type(error).__name__]
+    return "".join(c if c.isprintable() else "?" for c in said[0][:200])

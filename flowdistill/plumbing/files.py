@@ -109,13 +109,20 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor | None]) -> None:
-    """Write those tensors that are not None to a safetensors file, which is there whole or not at all."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor | None], hashed: bool = False) -> None:
+    """Write those tensors that are not None to a safetensors file, which is there whole or not at all.
+
+    Args:
+        path: the file.
+        tensors: by name.
+        hashed: store a hash of them as well, which `read_tensors` asks for.
+    """
     with replaced(path) as partial:
         partial.touch()
         mode = partial.stat().st_mode
+        present = {name: v.contiguous() for name, v in tensors.items() if v is not None}
         try:
-            safetensors.torch.save_file({name: v.contiguous() for name, v in tensors.items() if v is not None}, partial)
+            safetensors.torch.save_file(present, partial, {"sha256": _hash(present)} if hashed else None)
         except safetensors.SafetensorError as error:  # a full disk, among others
             raise OSError(f"cannot write {path}: {error}") from None
         partial.chmod(mode)  # safetensors lets its owner alone read it
@@ -199,20 +206,39 @@ def module_fingerprint(module: nn.Module) -> str:
         yield type(module).__qualname__.encode()
         for name, value in module.state_dict().items():
             yield name.encode()
-            yield value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            yield _bytes(value)
 
     return fingerprint(parts())
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    """The fingerprint of tensors with their names, kinds and shapes."""
+    kinds = {name: f"{name} {value.dtype} {tuple(value.shape)} " for name, value in tensors.items()}
+    return fingerprint(part for name in sorted(kinds) for part in (kinds[name].encode(), _bytes(tensors[name])))
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    data: bytes = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return data
 
 
 # Tensors.
 
 
 def read_tensors(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a safetensors file; None where there is no such file, or it is damaged."""
+    """The tensors that were written to a file with their hash; None where there is no such file, or it is damaged."""
     try:
-        return safetensors.torch.load_file(path)
+        with safetensors.safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
+            return tensors if (file.metadata() or {}).get("sha256") == _hash(tensors) else None
     except (OSError, safetensors.SafetensorError):
         return None
+
+
+def warn_if_damaged(path: Path) -> None:
+    """Warn that a file, from which nothing could be read, is there all the same."""
+    if os.path.exists(path):
+        warnings.warn(f"{path} is damaged: what it held is computed again", RuntimeWarning, stacklevel=3)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

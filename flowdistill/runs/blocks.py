@@ -7,14 +7,17 @@ on how many ranks it had, and one with more samples or other metrics continues a
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from typing_extensions import Self
 
+from flowdistill.plumbing.caches import refusal
 from flowdistill.plumbing.distributed import rank_and_world
 from flowdistill.plumbing.errors import DataError
+from flowdistill.plumbing.files import warn_if_damaged
 
 BLOCK = 500
 """Samples in a block of an evaluation."""
@@ -51,7 +54,8 @@ def collect(
 ) -> R | None:
     """The first ``num_samples`` samples of a folder of blocks, where those that are missing are drawn first.
 
-    Each rank draws its share. Rank 0 waits for the others' and reads all; elsewhere the result is None.
+    Each rank draws its share. Rank 0 waits for the others' and reads all; elsewhere the result is None. Where the
+    folder cannot be written, rank 0 draws all that is missing and holds it in memory, and a warning says so.
 
     Args:
         kind: what the blocks hold.
@@ -65,15 +69,43 @@ def collect(
     """
     rank, world = rank_and_world()
     sizes = [min(block_size, num_samples - start) for start in range(0, num_samples, block_size)]
+    error = refusal(folder)
+    if error is not None:
+        if rank != 0:
+            return None
+        world = 1
+        _warn_unkept(folder, error)
+    unkept: dict[int, R] = {}
     for block in range(rank, len(sizes), world):
-        if _read(kind, folder, block, sizes[block]) is None:
+        path = _path(folder, block)
+        found = kind.load(path)
+        if found is None:
+            warn_if_damaged(path)
+        if found is None or len(found) < sizes[block]:
             drawn = draw(block, sizes[block])
             if len(drawn) != sizes[block]:
                 raise DataError(f"block {block} has {len(drawn)} samples in place of {sizes[block]}")
-            drawn.save(_path(folder, block))
+            if error is None:
+                try:
+                    drawn.save(path)
+                    continue
+                except OSError as full:
+                    if world > 1:  # nobody else could see it
+                        raise
+                    error = full
+                    _warn_unkept(folder, error)
+            unkept[block] = drawn
     if rank != 0:
         return None
-    return kind.join([_wait(kind, folder, block, size) for block, size in enumerate(sizes)])
+    return kind.join([unkept.get(block) or _wait(kind, folder, block, size) for block, size in enumerate(sizes)])
+
+
+def _warn_unkept(folder: Path, error: OSError) -> None:
+    warnings.warn(
+        f"{folder} cannot be written ({error}): all is held in memory, and nothing is kept for another time",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def _path(folder: Path, block: int) -> Path:

@@ -20,7 +20,7 @@ from flowdistill.plumbing.progress import progress
 from flowdistill.plumbing.registry import METRICS
 from flowdistill.runs.blocks import BLOCK, collect
 from flowdistill.runs.run import Run, on_device
-from flowdistill.runs.sampling import check_counts, default_batch_size, draw, draw_noise, make_condition
+from flowdistill.runs.sampling import check_counts, default_batch_size, draw, make_condition
 
 
 def evaluate(
@@ -54,8 +54,9 @@ def evaluate(
         seed: of the noise.
         features: a feature extractor or its name, as ``flowdistill list feature_extractors`` shows; None is the one of
             the run's own evaluation, or the samples themselves beside those of an exact teacher.
-        reference: a folder of images, an ``.npz`` file of images or of their mean and covariance, or a data set; None
-            is that of the run's own evaluation, or the features of real data that come with the extractor.
+        reference: a folder or a file of images, or of their mean and covariance, or a data set, see
+            `flowdistill.evaluation.load_images`; None is that of the run's own evaluation, or the features of real data
+            that come with the extractor.
         renoise: see `sample`.
         batch_size: samples at a time; None is 100 on a CPU, else 500. It does not change the figures, up to rounding.
         device: where samples and features are computed; by default the first GPU (of each rank its own), else the CPU.
@@ -96,15 +97,14 @@ def evaluate(
     # The student's samples, of which all ranks draw blocks.
     def block_of_samples(block: int, n: int) -> SampleSet:
         phase.completed = block * BLOCK
-        noise, fresh = draw_noise(flow_map, BLOCK, steps, seed, block, renoise)
         rows = condition[block * BLOCK :][:n]
         size = batch_size or default_batch_size(place)
-        batches = draw(flow_map, noise[:n], None if fresh is None else fresh[:, :n], rows, steps, size, phase)
+        batches = draw(flow_map, n, rows, block, size, phase, steps=steps, seed=seed, renoise=renoise)
         return sample_set(torch.cat(batches), rows.labels, extractor, flow_map.decoder)
 
     folder = run.folder(
         "evaluations",
-        format=1,
+        format=2,
         features=None if extractor is None else extractor.fingerprint(),
         steps=steps,
         guidance=guidance,

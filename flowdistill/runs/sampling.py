@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import attrs
@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from flowdistill.interfaces import Condition, FlowMap, Jumps
+from flowdistill.plumbing.distributed import find_device
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.progress import Phase, progress
 from flowdistill.plumbing.randomness import step_generator
-from flowdistill.runs.run import Run
+from flowdistill.runs.blocks import BLOCK
+from flowdistill.runs.run import Run, on_device
 
 
 def sample(
@@ -26,8 +28,11 @@ def sample(
     seed: int = 0,
     batch_size: int | None = None,
     renoise: bool | None = None,
+    device: str | torch.device | None = None,
 ) -> Tensor:
     """Samples of a run's student, ``(num_samples, *sample_shape)``, on the CPU.
+
+    They are the first of those that `flowdistill.evaluate` measures with the same seed.
 
     Args:
         run: a run directory, a checkpoint in it, or a `Run`.
@@ -36,20 +41,39 @@ def sample(
         labels: class of all samples or of each; None takes all classes in turn.
         guidance: guidance scale, for a student trained over a range of scales; None is the student's own.
         seed: of the noise.
-        batch_size: samples at a time; None is all at once. It does not change the samples.
+        batch_size: samples at a time; None is 100 on a CPU, else 500. It does not change the samples, up to rounding.
         renoise: jump to data at every step and noise the result to the next time; None is what the student needs: only
             consistency models and their like are sampled so.
+        device: where they are computed; by default the first GPU, else the CPU.
 
     Raises:
         CheckpointError: the run cannot be read.
         ConfigError: arguments that do not fit the student.
     """
     check_counts(num_samples=num_samples, batch_size=batch_size)
-    flow_map = Run.of(run).student
+    flow_map = on_device(Run.of(run).student, find_device(device))
     condition = make_condition(flow_map.num_classes, num_samples, labels, guidance)
-    noise, fresh = draw_noise(flow_map, num_samples, steps, seed, 0, renoise)
+    drawn = batches(flow_map, condition, num_samples, batch_size, steps=steps, seed=seed, renoise=renoise)
+    return torch.cat([samples.cpu() for samples in drawn])
+
+
+def batches(
+    flow_map: FlowMap,
+    condition: Condition,
+    num_samples: int,
+    batch_size: int | None,
+    *,
+    steps: int,
+    seed: int,
+    renoise: bool | None,
+) -> Generator[Tensor, None, None]:
+    """Samples as `sample` describes them, in batches, where the map lies."""
+    size = batch_size or default_batch_size(next(flow_map.parameters()).device)
     with progress("drawing samples", num_samples) as phase:
-        return torch.cat(draw(flow_map, noise, fresh, condition, steps, batch_size or num_samples, phase))
+        for block, start in enumerate(range(0, num_samples, BLOCK)):
+            n = min(BLOCK, num_samples - start)
+            rows = condition[start:][:n]
+            yield from draw(flow_map, n, rows, block, size, phase, steps=steps, seed=seed, renoise=renoise)
 
 
 def make_condition(
@@ -72,31 +96,37 @@ def make_condition(
     return attrs.evolve(condition, labels=chosen.long())
 
 
-def draw_noise(
-    flow_map: FlowMap, n: int, steps: int, seed: int, block: int, renoise: bool | None
-) -> tuple[Tensor, Tensor | None]:
-    """The noise (n, ...) of a block of samples and, for renoising, that of the times between (steps - 1, n, ...)."""
-    dtype = next(flow_map.parameters()).dtype
-    shape = (n, *flow_map.sample_shape)
-    noise = torch.randn(shape, generator=step_generator(seed, block, "sample"), dtype=dtype)
-    if not (flow_map.jumps is Jumps.TO_DATA if renoise is None else renoise):
-        return noise, None
-    times = (max(steps - 1, 0), *shape)
-    return noise, torch.randn(times, generator=step_generator(seed, block, "renoise"), dtype=dtype)
-
-
 @torch.no_grad()
 def draw(
-    flow_map: FlowMap, noise: Tensor, fresh: Tensor | None, condition: Condition, steps: int, size: int, phase: Phase
+    flow_map: FlowMap,
+    n: int,
+    condition: Condition,
+    block: int,
+    size: int,
+    phase: Phase,
+    *,
+    steps: int,
+    seed: int,
+    renoise: bool | None,
 ) -> list[Tensor]:
-    """Samples of a flow map in batches of ``size``, where the map lies."""
+    """The first ``n`` samples of a block, in batches of ``size``, where the map lies.
+
+    Their noise depends on the seed and the block's number alone.
+    """
     if condition.scale is not None and flow_map.guidance is None:
         raise ConfigError("this student was not trained with guidance scales: leave guidance out")
-    device = next(flow_map.parameters()).device
+    like = next(flow_map.parameters())
+    shape, fresh = (BLOCK, *flow_map.sample_shape), None
+    noise = torch.randn(shape, generator=step_generator(seed, block, "sample"), dtype=like.dtype)
+    if flow_map.jumps is Jumps.TO_DATA if renoise is None else renoise:
+        times = (max(steps - 1, 0), *shape)
+        fresh = torch.randn(times, generator=step_generator(seed, block, "renoise"), dtype=like.dtype)
     samples = []
-    for part in (slice(i, i + size) for i in range(0, len(noise), size)):
-        again = None if fresh is None else fresh[:, part].to(device)
-        samples.append(flow_map.sample(noise[part].to(device), steps, condition[part].to(device), renoise=again))
+    for part in (slice(i, min(i + size, n)) for i in range(0, n, size)):
+        again = None if fresh is None else fresh[:, part].to(like.device)
+        samples.append(
+            flow_map.sample(noise[part].to(like.device), steps, condition[part].to(like.device), renoise=again)
+        )
         phase.advance(len(samples[-1]))
     return samples
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from flowdistill.evaluation.pictures import images_of
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import Teacher, Verifier
+from flowdistill.plumbing.caches import refusal
 from flowdistill.plumbing.distributed import find_device
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.files import module_fingerprint
@@ -86,8 +87,8 @@ def search(
 
     Raises:
         CheckpointError: the run or the teacher cannot be read.
-        ConfigError: a budget that does not pay for one proposal and one sample of the teacher, or arguments that do not
-            fit the models.
+        ConfigError: a budget that does not pay for one proposal and one sample of the teacher, arguments that do not
+            fit the models, or a folder that cannot be written.
         DataError: scores that are not finite.
 
     Examples:
@@ -145,19 +146,22 @@ def search(
     }
     folder = run.folder(
         "searches",
-        format=2,
+        format=3,
         teacher=module_fingerprint(model),
         verifier=judge.fingerprint(),
         settings=settings,
     )
 
     # All blocks, and the files of the result.
+    written = folder if out is None else Path(out)
+    if (error := refusal(written)) is not None:
+        raise ConfigError(f"{written} cannot be written ({error}): name another folder for the result")
     with progress("searching", num_samples * budget) as phase:
         result = collect(SearchResult, folder, num_samples, draw, _BLOCK)
     if result is None:
         return None
     pictured = images_of(result.samples[:_PICTURE].to(place), model).cpu()
-    return result.write(folder if out is None else Path(out), pictured, settings)
+    return result.write(written, pictured, settings)
 
 
 def find(strategy: SearchStrategy, trials: Trials) -> SearchResult:

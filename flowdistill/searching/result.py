@@ -56,7 +56,7 @@ class SearchResult:
 
     def save(self, path: Path) -> None:
         """Write to a safetensors file, which is there whole or not at all."""
-        write_tensors(path, self._tensors())
+        write_tensors(path, self._tensors(), hashed=True)
 
     @classmethod
     def load(cls, path: Path) -> SearchResult | None:

@@ -1,5 +1,6 @@
 """Latents in shards: what is drawn, what is read, and what is said of wrong folders."""
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -24,8 +25,29 @@ def shards(folder, posterior=False):
     return Latents(folder, SHAPE, num_classes=8)
 
 
-def test_rows_of_all_shards_are_drawn_with_their_labels(tmp_path):
-    latents, labels = shards(tmp_path).sample(500, generator())
+def as_archives(folder):
+    """The same in archives of NumPy, one with names and one without, in other kinds of numbers."""
+    for name, numbers in (("a", range(3)), ("b", range(3, 8))):
+        labels = np.array(numbers, dtype=np.int16)
+        latents = np.broadcast_to(labels[:, None, None, None], (len(labels), *SHAPE)).astype(np.float16)
+        arrays = {"samples": latents, "labels": labels} if name == "a" else {"arr_0": latents, "arr_1": labels}
+        np.savez(folder / f"{name}.npz", **arrays)
+    return Latents(folder, SHAPE, num_classes=8)
+
+
+def as_arrays(folder):
+    """The same in files of an array each, of another machine's order of bytes."""
+    for name, numbers in (("_1", range(3)), ("_2", range(3, 8))):
+        labels = np.array(numbers, dtype=">i4")
+        latents = np.broadcast_to(labels[:, None, None, None], (len(labels), *SHAPE)).astype(">f4")
+        np.save(folder / f"latents{name}.npy", latents)
+        np.save(folder / f"labels{name}.npy", labels)
+    return Latents(folder, SHAPE, num_classes=8)
+
+
+@pytest.mark.parametrize("written", [shards, as_archives, as_arrays])
+def test_rows_of_all_shards_are_drawn_with_their_labels(written, tmp_path):
+    latents, labels = written(tmp_path).sample(500, generator())
     assert latents.shape == (500, *SHAPE)
     assert latents.dtype == torch.float32
     assert torch.equal(latents, labels.float()[:, None, None, None].expand_as(latents))
@@ -54,6 +76,63 @@ def test_half_precision_is_read_as_float32(tmp_path):
     latents, labels = Latents(tmp_path, SHAPE).sample(4, generator())
     assert latents.dtype == torch.float32
     assert labels.dtype == torch.int64
+
+
+def test_one_file_and_posteriors_in_arrays(tmp_path):
+    as_arrays(tmp_path)
+    assert Latents(tmp_path / "latents_2.npy", SHAPE, num_classes=8).sample(50, generator())[1].min() == 3
+    (tmp_path / "x").mkdir()
+    np.save(tmp_path / "x" / "mean.npy", np.ones((2, *SHAPE)))
+    np.save(tmp_path / "x" / "std.npy", np.full((2, *SHAPE), 0.1))
+    np.save(tmp_path / "x" / "labels.npy", np.zeros(2, int))
+    latents, _ = Latents(tmp_path / "x", SHAPE).sample(2000, generator())
+    assert float(latents.mean()) == pytest.approx(1, abs=0.01)
+    assert float(latents.std()) == pytest.approx(0.1, rel=0.06)
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+WRONG = {
+    "no labels": ({"latents": np.zeros((2, *SHAPE))}, "lacks 'labels'"),
+    "objects": ({"latents": np.array([Evil()]), "labels": np.zeros(1, int)}, "not a shard"),
+    "text": ({"latents": np.zeros((2, *SHAPE)), "labels": np.array(["0", "1"])}, "not of numbers"),
+    "halves": ({"latents": np.zeros((2, *SHAPE)), "labels": np.array([0, 0.5])}, "not in 0 to"),
+    "nan": ({"latents": np.zeros((2, *SHAPE)), "labels": np.array([0, np.nan])}, "not in 0 to"),
+    "one hot": ({"latents": np.zeros((2, *SHAPE)), "labels": np.eye(2)}, "sample_shape"),
+    "none": ({"latents": np.zeros((0, *SHAPE)), "labels": np.zeros(0, int)}, "without latents"),
+    "one number": ({"latents": np.zeros((2, *SHAPE)), "labels": np.zeros(())}, "not a shard"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_wrong_arrays_are_refused(kind, tmp_path, capsys):
+    arrays, match = WRONG[kind]
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(DataError, match=match):
+        Latents(tmp_path, SHAPE).sample(2, generator())
+    assert capsys.readouterr().out == ""
+
+
+def test_damaged_arrays_are_refused(tmp_path):
+    np.save(tmp_path / "latents.npy", np.zeros((2, *SHAPE)))
+    with pytest.raises(DataError, match=r"labels\.npy"):
+        Latents(tmp_path, SHAPE).sample(2, generator())
+    np.save(tmp_path / "labels.npy", np.zeros(2, int))
+    whole = (tmp_path / "latents.npy").read_bytes()
+    for damaged in (
+        whole[:-1],
+        whole[:20],
+        whole.replace(b"descr", b"\0escr"),
+        whole.replace(b"(2,", b"(-2"),
+        b"",
+        b"x",
+    ):
+        (tmp_path / "latents.npy").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"latents\.npy (is not a shard|holds)"):
+            Latents(tmp_path, SHAPE).sample(2, generator())
 
 
 def test_nothing_is_read_before_the_first_sample(tmp_path):

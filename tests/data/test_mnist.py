@@ -13,6 +13,7 @@ from runs import command
 
 from flowdistill import DATASETS, DataError
 from flowdistill.data import FashionMnist, Mnist
+from flowdistill.plumbing import caches
 
 both = pytest.mark.parametrize("kind", [Mnist, FashionMnist])
 PARTS = ("train", "t10k")
@@ -261,7 +262,7 @@ def test_the_two_data_sets_never_take_each_others_files(server, tmp_path):
     server.files["train-images-idx3-ubyte.gz"] = gzip.compress(idx(np.zeros((7, 28, 28))))
     with pytest.raises(DataError, match=r"its SHA-256 differs"):  # so that it asked the server, not MNIST's cache
         FashionMnist()
-    assert {path.name for path in cache.iterdir()} == {"mnist"}
+    assert {path.parent.name for path in cache.rglob("*") if path.is_file()} == {"mnist"}
 
 
 def test_another_file_than_expected_is_not_kept(server, tmp_path):
@@ -297,8 +298,8 @@ def test_no_server_and_no_such_file(server, tmp_path):
     assert kept(tmp_path) == []
 
 
-def test_a_cache_that_is_damaged_or_cannot_be_written(server, tmp_path):
-    Mnist()
+def test_a_cache_that_is_damaged_or_cannot_be_written(server, tmp_path, monkeypatch):
+    first = Mnist()
     path = tmp_path / "cache" / "flowdistill" / "mnist" / "train-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(DataError, match=r"delete it, and it is downloaded again"):
@@ -309,5 +310,6 @@ def test_a_cache_that_is_damaged_or_cannot_be_written(server, tmp_path):
         file.unlink()
     path.parent.rmdir()
     path.parent.write_text("in the way")
-    with pytest.raises(DataError, match=r"cannot be kept in .*set XDG_CACHE_HOME"):
-        Mnist()
+    monkeypatch.setattr(caches, "_TEMPORARY", [])
+    with pytest.warns(RuntimeWarning, match=r"mnist cannot be written .*set XDG_CACHE_HOME"):
+        assert len(Mnist().images) == len(first.images)

@@ -1,5 +1,8 @@
 """References: image folders, files of samples and of statistics, data sets, and the cache of their features."""
 
+import json
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -72,6 +75,33 @@ def test_statistics_and_samples_as_adm_publishes_them(tmp_path):
     assert not torch.equal(reference[:10].moments[0], reference.moments[0])
 
 
+def test_an_array_and_an_archive_of_images(tmp_path):
+    np.save(tmp_path / "images.npy", PIXELS)
+    (tmp_path / "images.npy").rename(tmp_path / "images.NPY")
+    torch.testing.assert_close(load_images(tmp_path / "images.NPY", "digits").features, FEATURES)
+    with zipfile.ZipFile(tmp_path / "edm.zip", "w") as archive:
+        for i, pixels in enumerate(PIXELS):
+            with archive.open(f"{i // 100:05d}/img{i:08d}.png", "w") as file:
+                Image.fromarray(pixels[..., 0]).save(file, "PNG")
+        labels = [[f"{i // 100:05d}/img{i:08d}.png", i % 10] for i in range(len(PIXELS))]
+        archive.writestr("dataset.json", json.dumps({"labels": labels}))
+    found = load_images(tmp_path / "edm.zip", "digits")
+    torch.testing.assert_close(found.features, FEATURES)
+    assert found.labels.tolist() == [i % 10 for i in range(len(PIXELS))]
+
+
+def test_a_folder_of_images_of_16_bits_is_that_of_8(folder, tmp_path):
+    for i, pixels in enumerate(PIXELS):
+        path = tmp_path / "deep" / f"{i:03d}.{'webp' if i % 5 == 0 else 'png'}"
+        path.parent.mkdir(exist_ok=True)
+        image = pixels[..., 0] if i % 5 == 0 else pixels[..., 0].astype(np.uint16) * 257
+        Image.fromarray(image).save(path, **({"lossless": True} if i % 5 == 0 else {}))
+    (tmp_path / "deep" / "prompts.txt").write_text("none")
+    with pytest.warns(RuntimeWarning, match=r"250 images are read, and 1 other files are left out \(1 \.txt\)"):
+        found = load_images(tmp_path / "deep", "digits")
+    torch.testing.assert_close(found.features, FEATURES)
+
+
 def test_a_data_set_by_name_or_as_it_is():
     reference = load_images("digits", "digits")
     assert len(reference) == 1797
@@ -98,8 +128,16 @@ def test_features_are_computed_once_for_the_same_content(folder, cache, monkeypa
     assert computed(other) == 0
     assert len(list(cache.iterdir())) == 2
     for file in cache.iterdir():
+        data = bytearray(file.read_bytes())
+        data[-1000] ^= 1
+        file.write_bytes(data)
+    with pytest.warns(RuntimeWarning, match="is damaged: what it held is computed again"):
+        assert computed() == 250
+    assert computed() == 0
+    for file in cache.iterdir():
         file.write_bytes(file.read_bytes()[:-100])
-    assert computed() == 250  # a damaged file is no obstacle
+    with pytest.warns(RuntimeWarning, match="is damaged"):
+        assert computed() == 250
     assert computed() == 0
     Image.fromarray(255 - PIXELS[0, ..., 0]).save(folder / "0" / "000.png")
     assert computed() == 250  # the content counts, not the name
@@ -119,10 +157,11 @@ def test_what_is_no_reference(tmp_path, folder):
             reference_set(features, Ring(), 10, 0, source)
 
     refused(ConfigError, "did you mean digits", "digit")
+    refused(ConfigError, "no such file or folder", "nowhere.npz")
     refused(ConfigError, "needs features", folder, None)
     (tmp_path / "empty").mkdir()
     refused(DataError, "no images", tmp_path / "empty")
-    refused(DataError, "must be .npz", folder / "0" / "000.png")
+    refused(DataError, "a file ends in .npz", folder / "0" / "000.png")
     (tmp_path / "broken.npz").write_bytes(b"PK\3\4 and no more")
     refused(DataError, "cannot be read", tmp_path / "broken.npz")
     np.savez(tmp_path / "other.npz", x=np.zeros(3))

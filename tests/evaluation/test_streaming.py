@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from runs import command, write
 
 import flowdistill
 from flowdistill import ConfigError, DataError
+from flowdistill.cli import main
 from flowdistill.evaluation import SampleSet, measure, reference_set, spread
 from flowdistill.runs import evaluating
 from flowdistill.runs.blocks import BLOCK, collect
@@ -43,9 +45,9 @@ def drawn(monkeypatch):
     """The numbers of samples that are drawn, block by block."""
     sizes, draw = [], evaluating.draw
 
-    def counting(flow_map, noise, *arguments):
-        sizes.append(len(noise))
-        return draw(flow_map, noise, *arguments)
+    def counting(flow_map, n, *arguments, **settings):
+        sizes.append(n)
+        return draw(flow_map, n, *arguments, **settings)
 
     monkeypatch.setattr(evaluating, "draw", counting)
     return sizes
@@ -103,23 +105,94 @@ def test_what_is_there_is_not_drawn_again(run, drawn):
     assert drawn == [500, 500, 200, 300, 100]  # another seed
 
 
+def flipped(data, place):
+    return data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
+
+
 def test_damaged_and_lost_blocks_are_drawn_again(run, drawn):
     whole = flowdistill.evaluate(run, num_samples=1500, **RING)
     (folder,) = (run / "evaluations").iterdir()
-    first, second, _ = sorted(folder.iterdir())
+    first, second, third = sorted(folder.iterdir())
     first.write_bytes(first.read_bytes()[:-1])
     second.unlink()
+    third.write_bytes(flipped(third.read_bytes(), 3000))
+    drawn.clear()
+    with pytest.warns(RuntimeWarning, match=r"0000[02]\.safetensors is damaged") as warned:
+        assert flowdistill.evaluate(run, num_samples=1500, **RING) == whole
+    assert len(warned) == 2
+    assert drawn == [500, 500, 500]
     drawn.clear()
     assert flowdistill.evaluate(run, num_samples=1500, **RING) == whole
-    assert drawn == [500, 500]
+    assert drawn == []
+
+
+def test_a_flipped_bit_anywhere_is_noticed(tmp_path):
+    features = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    SampleSet(features, torch.arange(40)).save(tmp_path / "x")
+    data = (tmp_path / "x").read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    for place in [*range(8, start, 7), *range(start, len(data), 5)]:
+        (tmp_path / "x").write_bytes(flipped(data, place))
+        found = SampleSet.load(tmp_path / "x")
+        assert found is None or (data[place] == 32 and torch.equal(found.features, features)), (
+            place
+        )  # blanks at the end
+
+
+def test_a_run_that_cannot_be_written_is_measured_in_memory(run, drawn, capsys):
+    whole = flowdistill.evaluate(run, num_samples=1200, **RING)
+    shutil.rmtree(run / "evaluations")
+    (run / "evaluations").write_text("in the way")  # of which root, too, can make no folder
+    drawn.clear()
+    with pytest.warns(RuntimeWarning, match=r"evaluations.* cannot be written .*held in memory") as warned:
+        assert flowdistill.evaluate(run, num_samples=1200, **RING) == whole
+    assert len(warned) == 1
+    assert drawn == [500, 500, 200]
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", str(run), "--metrics", "mmd", "--num_samples", "20", "--device", "cpu"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().err.count("cannot be written") == 1
+
+
+def test_a_full_disk_and_what_is_there_already(run, drawn, monkeypatch):
+    """Blocks that others kept are read; what cannot be kept is drawn and held."""
+    whole = flowdistill.evaluate(run, num_samples=1200, **RING)
+    (folder,) = (run / "evaluations").iterdir()
+    for name in ("00001", "00002"):
+        (folder / f"{name}.safetensors").unlink()
+    drawn.clear()
+
+    def full(self, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SampleSet, "save", full)
+    with pytest.warns(RuntimeWarning, match="No space left on device") as warned:
+        assert flowdistill.evaluate(run, num_samples=1200, **RING) == whole
+    assert len(warned) == 1
+    assert drawn == [500, 200]
+
+
+def test_ranks_that_share_no_folder_leave_all_to_the_first(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    drawn = []
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        made = lambda block, n: drawn.append((block, n)) or SampleSet(torch.full((n, 1), float(block)))  # noqa: E731
+        with warnings.catch_warnings():
+            warnings.simplefilter("error" if rank else "ignore")
+            found = collect(SampleSet, tmp_path / "file" / "blocks", 1200, made)
+        assert (found is None) == (rank == 1)
+    assert drawn == [(0, 500), (1, 500), (2, 200)]
+    assert found.features.flatten().long().bincount().tolist() == [500, 500, 200]
 
 
 def test_a_killed_evaluation_continues(run, drawn, tmp_path):
     code = (
         "import os, signal, flowdistill; from flowdistill.runs import evaluating; draw = evaluating.draw; drawn = []\n"
-        "def dying(*arguments):\n"
+        "def dying(*arguments, **settings):\n"
         "    drawn.append(1)\n"
-        "    return draw(*arguments) if len(drawn) < 3 else os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return draw(*arguments, **settings) if len(drawn) < 3 else os.kill(os.getpid(), signal.SIGKILL)\n"
         f"evaluating.draw = dying; flowdistill.evaluate({str(run)!r}, num_samples=2000)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == -9

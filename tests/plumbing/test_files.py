@@ -57,7 +57,7 @@ def test_tensors_can_be_read_by_whoever_may_read_other_files(tmp_path):
     files.write_tensors(tmp_path / "tensors", {"x": torch.ones(2)})
     modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("text", "tensors")}
     assert len(modes) == 1
-    assert torch.equal(files.read_tensors(tmp_path / "tensors")["x"], torch.ones(2))
+    assert torch.equal(files.load_tensors(tmp_path / "tensors")["x"], torch.ones(2))
 
 
 def test_a_folder_takes_the_place_of_the_earlier_one_whole(tmp_path):

@@ -261,3 +261,14 @@ def test_the_command_sets_up_verifier_and_strategy(run):
     assert settings["strategy"] == "ZeroOrder(radius=0.5, neighbours=2)"
     assert "features='digits'" in settings["verifier"]
     assert SearchResult.load(run.parent / "found" / "result.safetensors").labels.tolist() == [3] * 5
+
+
+def test_a_run_that_cannot_be_written_needs_another_folder_for_the_result(run, searched, tmp_path):
+    (run / "searches").write_text("in the way")
+    with pytest.raises(ConfigError, match=r"searches.* cannot be written .*name another folder"):
+        flowdistill.search(run, 5.5, num_samples=4, **QUICK)
+    assert searched == []
+    with pytest.warns(RuntimeWarning, match="held in memory"):
+        result = flowdistill.search(run, 5.5, num_samples=4, out=tmp_path / "out", **QUICK)
+    assert len(result) == 4
+    assert (tmp_path / "out" / "result.safetensors").is_file()

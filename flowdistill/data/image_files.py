@@ -1,0 +1,189 @@
+"""Files of images in a folder or an archive: the one reader of references and of `ImageFolder`."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import warnings
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image
+
+from flowdistill.plumbing.errors import DataError, in_one_line
+from flowdistill.plumbing.files import file_parts
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+"""The ends of the names of image files, in small letters."""
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none of which Pillow runs a program for
+_LIST = "dataset.json"
+_MOST_BYTES = 1 << 28  # of one file in an archive
+
+
+class ImageFiles:
+    """The image files in a folder or in a zip archive, however deep, in the order of their names.
+
+    Hidden files and files that do not end in one of `SUFFIXES` are left out, and a warning counts them. Links to
+    folders are followed. Of an animation the first picture is read. As ADM, torch-fidelity and clean-fid read images,
+    transparency is dropped and not blended, and the orientation in a camera's EXIF data is not applied.
+
+    Args:
+        path: the folder or the archive.
+
+    Raises:
+        DataError: it cannot be read, or holds no images.
+
+    Attributes:
+        names: the names of the files, relative to the path, with slashes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._archive = None if path.is_dir() else zipfile.ZipFile(path)
+            found = _below(path) if self._archive is None else self._archive.namelist()
+        except Exception as error:  # of a damaged archive, many
+            raise DataError(f"{path} cannot be read: {in_one_line(error)}") from None
+        files = sorted(name for name in found if not name.endswith("/"))
+        kinds = {name: _kind(name) for name in files}
+        self.names = [name for name, kind in kinds.items() if kind in SUFFIXES]
+        self._listed = _LIST in kinds
+        others = Counter(kind for name, kind in kinds.items() if kind not in SUFFIXES and name != _LIST)
+        left_out = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
+        if not self.names:
+            beside = f", only others ({left_out})" if left_out else ""
+            raise DataError(f"{path} holds no images{beside}: their names end in {', '.join(sorted(SUFFIXES))}")
+        if others:
+            count = others.total()
+            warnings.warn(
+                f"{path}: {len(self.names)} images are read, and {count} other files are left out ({left_out})",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.names)
+
+    def read(self, number: int, channels: int) -> Image.Image:
+        """An image of bytes: grey for 1 channel, RGB for 3. Pixels of 16 bits are scaled to 8.
+
+        Raises:
+            DataError: the file is damaged, or no image.
+        """
+        name = self.names[number]
+        try:
+            with self._open(name) as file, Image.open(file, formats=_FORMATS) as image:
+                image.load()
+                image.info.pop("transparency", None)
+                return _of_bytes(image).convert("L" if channels == 1 else "RGB")
+        except Exception as error:  # of a damaged image, anything
+            raise DataError(f"{self.path / name} is not a whole image: {in_one_line(error)}") from None
+
+    @cached_property
+    def listed_labels(self) -> list[int] | None:
+        """The class of each image, from 0 on, as the ``dataset.json`` of EDM's tool lists them; None where it does not.
+
+        Raises:
+            DataError: the list is damaged, or lacks an image.
+        """
+        if not self._listed:
+            return None
+        try:
+            with self._open(_LIST) as file:
+                pairs = json.load(file)["labels"]
+            table: dict[str, Any] = {} if pairs is None else dict(pairs)
+            labels = [table[name] for name in self.names] if table else None
+        except KeyError as error:
+            raise DataError(f"{self.path / _LIST} lacks {in_one_line(error)}") from None
+        except Exception as error:
+            raise DataError(f"{self.path / _LIST} is no list of labels: {in_one_line(error)}") from None
+        if labels is not None and not all(type(label) is int and 0 <= label < 10**6 for label in labels):
+            raise DataError(f"{self.path / _LIST} has labels that are not whole numbers from 0 on")
+        return labels
+
+    @cached_property
+    def labels(self) -> list[int] | None:
+        """The class of each image: as ``dataset.json`` lists them, or else the subfolders in the order of their names.
+
+        None where ``dataset.json`` has none, and where no image is in a subfolder.
+
+        Raises:
+            DataError: images lie beside subfolders with images, or a subfolder has none.
+        """
+        if self._listed:
+            return self.listed_labels
+        tops = [name.split("/")[0] if "/" in name else "" for name in self.names]
+        classes = sorted(set(tops))
+        if classes == [""]:
+            return None
+        if not classes[0]:
+            raise DataError(f"{self.path} holds images beside folders of classes, such as {classes[1]}: move them")
+        if self._archive is None:
+            folders = {entry.name for entry in os.scandir(self.path) if entry.is_dir() and entry.name[0] != "."}
+            if empty := sorted(folders - set(classes)):
+                raise DataError(f"{self.path} holds folders of classes without images, such as {empty[0]}: remove them")
+        numbers = {name: number for number, name in enumerate(classes)}
+        return [numbers[top] for top in tops]
+
+    def parts(self) -> Iterator[bytes]:
+        """The bytes of all that is read, for a fingerprint."""
+        if self._archive is not None:
+            yield from file_parts(self.path)
+            return
+        for name in [*self.names, *([_LIST] if self._listed else [])]:
+            path = self.path / name
+            try:
+                yield path.stat().st_size.to_bytes(8, "big")
+                yield from file_parts(path)
+            except OSError as error:
+                raise DataError(f"{path} cannot be read: {in_one_line(error)}") from None
+
+    def _open(self, name: str) -> IO[bytes]:
+        if self._archive is None:
+            return (self.path / name).open("rb")
+        if self._archive.getinfo(name).file_size > _MOST_BYTES:
+            raise ValueError("it is too large for an image")
+        return io.BytesIO(self._archive.read(name))
+
+
+def _kind(name: str) -> str:
+    """The end of a file's name in small letters, or in words what else it is."""
+    path = PurePosixPath(name)
+    if any(part.startswith(".") for part in path.parts):
+        return "hidden"
+    return path.suffix.lower() or "without an ending"
+
+
+def _below(folder: Path) -> list[str]:
+    """The files below a folder, relative to it. Links to what is there anyway are not followed."""
+    found, seen, own = [], set(), os.path.realpath(folder)
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
+        inside = os.path.relpath(place, folder).replace(os.sep, "/")
+        found += names if inside == "." else [f"{inside}/{name}" for name in names]
+        for name in [name for name in folders if os.path.islink(os.path.join(place, name))]:
+            target = os.path.realpath(os.path.join(place, name))
+            if target in seen or f"{target}{os.sep}".startswith(f"{own}{os.sep}"):
+                folders.remove(name)
+            seen.add(target)
+    return found
+
+
+def _refuse(error: OSError) -> None:
+    raise error
+
+
+def _of_bytes(image: Image.Image) -> Image.Image:
+    """An image of 16 bits as one of 8, by the scale of white; any other one as it is."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        values = np.asarray(image).astype(np.int64)
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels are numbers of 32 bits, and nothing says which is white")
+    return image
