@@ -5,15 +5,17 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python -m
 DEMO ?= runs/demo
+SHARE ?= 1  # of the torture suite, which takes an hour on 2 cores
 
 # A plain `pip install torch` fetches gigabytes of CUDA packages, so a machine without a GPU takes the CPU build.
+# torchvision, which torch-fidelity needs, comes from the same place: one of another build cannot be imported.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_FALLBACK ?= torch==2.13.0
 
 SUITES = toy digits freeflow mismatch synergy ablations mnist_ablations guidance fashion_mnist  # mnist: in a night
 DELTAS = (0.125, 0.25, 0.5, 0.75, 0.9, 1.0)  # of docs/claims/errors.md
 
-.PHONY: demo test test-all lint docs benchmarks clean
+.PHONY: demo test test-all torture lint docs benchmarks clean
 
 demo: $(VENV)/installed
 	$(RUN) flowdistill train freeflow/mnist.gin --workdir $(DEMO) $(DEMO_FLAGS)
@@ -21,6 +23,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(RUN) pytest -n auto --dist loadfile -m "not slow"
+
+torture: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/torture --share $(SHARE)
 
 test-all: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(RUN) pytest -n auto --dist loadfile
@@ -58,8 +63,8 @@ $(VENV)/torch:
 		$(PYTHON) -m venv --system-site-packages $(VENV); \
 	else \
 		$(PYTHON) -m venv $(VENV) && \
-		if command -v nvidia-smi >/dev/null; then $(RUN) pip install torch; \
-		else $(RUN) pip install --timeout 5 --retries 0 --index-url $(TORCH_INDEX) torch \
+		if command -v nvidia-smi >/dev/null; then $(RUN) pip install torch torchvision; \
+		else $(RUN) pip install --timeout 5 --retries 0 --index-url $(TORCH_INDEX) torch torchvision \
 			|| $(RUN) pip install $(TORCH_FALLBACK); fi; \
 	fi
 	$(VENV)/bin/python -c "import torch; print('torch==' + torch.__version__.split('+')[0])" > $@.txt

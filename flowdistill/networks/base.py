@@ -109,11 +109,11 @@ def widened(layer: nn.Linear, channels: int, kept: int, copies: int, extra: int)
 
 
 def check_sizes(**sizes: int | None) -> None:
-    """ConfigError unless all sizes that are given are positive and no slip of the pen, which would run for years."""
+    """ConfigError unless all sizes that are given are possible, and no slips of the pen, which would run for years."""
     for name, size in sizes.items():
-        most = _MOST.get(name, 100_000)
-        if size is not None and not 1 <= size <= most:
-            raise ConfigError(f"{name} must be from 1 to {most}, not {size}")
+        least, most = _RANGES.get(name, (1, 100_000))
+        if size is not None and not least <= size <= most:
+            raise ConfigError(f"{name} must be from {least} to {most}, not {size}")
 
 
-_MOST = {"depth": 1000, "num_blocks": 1000}
+_RANGES = {"depth": (0, 1000), "num_blocks": (1, 1000), "num_classes": (0, 100_000)}

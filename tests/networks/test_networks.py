@@ -138,12 +138,13 @@ def test_attention_keeps_a_low_precision(dtype):
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
-        *(("mlp", {name: size}) for name in ("dim", "hidden_size", "depth", "num_classes") for size in (0, -1, 10**6)),
-        *(("sit", {name: size}) for name in (*SIT, "num_classes") for size in (0, -1, 10**6)),
+        *(("mlp", {name: size}) for name in ("dim", "hidden_size", "depth", "num_classes") for size in (-1, 10**6)),
+        *(("sit", {name: size}) for name in (*SIT, "num_classes") for size in (-1, 10**6)),
         *(("edm2", {name: size}) for name in ("img_resolution", "num_blocks", "model_channels") for size in (0, 10**6)),
         ("mlp", {"depth": 1001}),
+        ("sit", {"patch_size": 0}),
     ],
 )
 def test_sizes_that_nobody_means_are_refused(name, sizes):
-    with torch.device("meta"), pytest.raises(ConfigError, match=f"{next(iter(sizes))} must be from 1 to 1000*, not"):
+    with torch.device("meta"), pytest.raises(ConfigError, match=f"{next(iter(sizes))} must be from [01] to 1000*, not"):
         NETWORKS.build(name, **sizes)
