@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowdistill.differentiation import backward
 from flowdistill.ema import AveragedModel
 from flowdistill.flow_maps import build_flow_map
 from flowdistill.interfaces import Condition, Counted, FlowMap, ObjectiveOutput, States, StateSource, Step, Teacher
@@ -160,7 +161,7 @@ class Loop:
         return contextlib.nullcontext()
 
     def _backward(self, output: ObjectiveOutput, prefix: str = "") -> None:
-        (output.loss / self.training.accumulation).backward()  # type: ignore[no-untyped-call]
+        backward(output.loss / self.training.accumulation)
         loss = output.loss.detach()
         self._watch(loss)
         self._add({f"{prefix}loss": loss, **{f"{prefix}{k}": v for k, v in output.metrics.items()}})
