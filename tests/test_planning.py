@@ -155,7 +155,10 @@ def test_copies_of_networks_without_values(within):
 
 
 def test_networks_that_ask_for_values_are_not_planned(monkeypatch):
+    """The learned scale of a network as a Python number."""
     velocity = MLP.velocity
-    monkeypatch.setattr(MLP, "velocity", lambda self, x, *rest: velocity(self, x * float(x.abs().max()), *rest))
-    with pytest.raises(ConfigError, match="a plan has no values.*train a few steps"):
+    monkeypatch.setattr(
+        MLP, "velocity", lambda self, *rest: velocity(self, *rest) * float(next(self.parameters()).max())
+    )
+    with pytest.raises(ConfigError, match=r"a plan has no values.*train a few steps"):
         plan("meanflow", on="plane")
