@@ -83,6 +83,15 @@ def add_up(tensors: Iterable[Tensor]) -> None:
             work.wait()
 
 
+def take_from_first(tensors: Iterable[Tensor]) -> None:
+    """Put the first process's values in place of each tensor; all must give the same ones in the same order."""
+    if _joined():
+        for tensor in tensors:
+            value = tensor.contiguous()
+            dist.broadcast(value, 0)
+            tensor.copy_(value)
+
+
 def gathered(value: T) -> list[T]:
     """What each process gave, by rank."""
     values = [value]

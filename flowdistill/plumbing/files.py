@@ -115,10 +115,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor | None]) -> None:
         partial.touch()
         mode = partial.stat().st_mode
         try:
-            safetensors.torch.save_file({name: v.contiguous() for name, v in tensors.items() if v is not None}, partial)
+            safetensors.torch.save_file(unshared({name: v for name, v in tensors.items() if v is not None}), partial)
         except safetensors.SafetensorError as error:  # a full disk, among others
             raise OSError(f"cannot write {path}: {error}") from None
         partial.chmod(mode)  # safetensors lets its owner alone read it
+
+
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, each with a memory of its own, as safetensors stores them: weights may be shared."""
+    result: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, value in tensors.items():
+        place = value.untyped_storage().data_ptr()
+        value = value.contiguous()
+        result[name] = value.clone() if place in places else value
+        places.add(place)
+    return result
 
 
 @contextlib.contextmanager

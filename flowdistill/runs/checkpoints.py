@@ -30,6 +30,7 @@ from flowdistill.plumbing.files import (
     json_fingerprint,
     load_tensors,
     replaced_folder,
+    unshared,
 )
 from flowdistill.runs.optimizer_states import pack, unpack
 
@@ -140,21 +141,10 @@ def save_checkpoint(
 def _contents(modules: Mapping[str, nn.Module], optimizers: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
     """The files of a checkpoint, one at a time, since each may be large."""
     for name, module in modules.items():
-        yield f"{name}.safetensors", _bytes(module.state_dict())
+        yield f"{name}.safetensors", safetensors.torch.save(unshared(module.state_dict()))
     tensors: dict[str, Tensor] = {}
     packed = pack(dict(optimizers), tensors)
-    yield from zip(_OPTIMIZERS, (_bytes(tensors), json.dumps(packed).encode()), strict=True)
-
-
-def _bytes(state: Mapping[str, Tensor]) -> bytes:
-    tensors: dict[str, Tensor] = {}
-    places: set[int] = set()
-    for name, value in state.items():
-        place = value.untyped_storage().data_ptr()
-        value = value.contiguous()
-        tensors[name] = value.clone() if place in places else value  # weights may be shared
-        places.add(place)
-    return safetensors.torch.save(tensors)
+    yield from zip(_OPTIMIZERS, (safetensors.torch.save(unshared(tensors)), json.dumps(packed).encode()), strict=True)
 
 
 def read_meta(checkpoint: Path) -> Meta:

@@ -16,7 +16,7 @@ from flowdistill.differentiation import backward
 from flowdistill.ema import AveragedModel
 from flowdistill.flow_maps import build_flow_map
 from flowdistill.interfaces import Condition, Counted, FlowMap, ObjectiveOutput, States, StateSource, Step, Teacher
-from flowdistill.plumbing.distributed import add_up, find_device, gathered, rank_and_world
+from flowdistill.plumbing.distributed import add_up, find_device, gathered, rank_and_world, take_from_first
 from flowdistill.plumbing.dry import files_unread, placed
 from flowdistill.plumbing.errors import CheckpointError, NonFiniteError
 from flowdistill.plumbing.files import fill_module, load_module
@@ -186,6 +186,7 @@ class Loop:
         training = self.training
         if not self.student.training:  # as after pictures of its samples
             self.student.train()
+        take_from_first(buffer for module in self._modules().values() for buffer in module.buffers())
         factor = training.schedule.factor(self.step, training.steps)
         batches: list[States] = []
         for micro in self._micros:
