@@ -18,10 +18,12 @@ from typing import Any
 
 import attrs
 import safetensors.torch
+import torch
 from attrs.validators import and_, deep_mapping, matches_re, max_len
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from flowdistill.plumbing.errors import CheckpointError, CheckpointWriteError
+from flowdistill.plumbing.errors import CheckpointError, CheckpointWriteError, ConfigError
 from flowdistill.plumbing.fields import at_least, of_type, short
 from flowdistill.plumbing.files import (
     discard,
@@ -136,6 +138,29 @@ def save_checkpoint(
         if _LEFT.fullmatch(left.name):
             shutil.rmtree(left, ignore_errors=True)
     return final
+
+
+def check_kept(module: nn.Module) -> None:
+    """Raise ConfigError unless the module can be copied and its state be stored; names what is in the way."""
+    for name, value in module.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ConfigError(f"{name} of the network is no tensor: checkpoints keep parameters and buffers alone")
+        if is_lazy(value):
+            raise ConfigError(f"{name} of the network has no shape yet: evaluate lazy modules once in its __init__")
+        try:
+            safetensors.torch.save({name: torch.empty(0, dtype=value.dtype, layout=value.layout)})
+        except (KeyError, ValueError, RuntimeError):
+            raise ConfigError(
+                f"{name} of the network is of a kind that checkpoints cannot keep ({value.dtype}, {value.layout}): "
+                "register it with persistent=False, or store it as another"
+            ) from None
+    for name, part in module.named_modules():
+        for key, value in vars(part).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                raise ConfigError(
+                    f"{key} of {name} ({type(part).__name__}) is computed from parameters, and cannot be copied: "
+                    "compute it in forward, as torch.nn.utils.parametrizations do"
+                )
 
 
 def _contents(modules: Mapping[str, nn.Module], optimizers: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:

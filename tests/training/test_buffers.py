@@ -11,6 +11,7 @@ from test_distributed import finish, torchrun
 from torch import nn
 
 import flowdistill
+from flowdistill import ConfigError
 from flowdistill.ema import AveragedModel, Ema
 from flowdistill.networks import MLP
 from flowdistill.plumbing.files import load_tensors
@@ -94,6 +95,72 @@ def test_buffers_that_are_replaced_or_shared_follow():
     assert dict(average.module.named_buffers()).keys() == wanted.keys()
     for name, value in wanted.items():
         assert torch.equal(average.module.get_buffer(name), value), name
+
+
+class Late(nn.Linear):
+    """Makes a buffer when it is first evaluated."""
+
+    def forward(self, x):
+        if not hasattr(self, "made"):
+            self.register_buffer("made", torch.ones(2))
+        return super().forward(x) * self.made
+
+
+class Stateful(nn.Linear):
+    """Has state that is no tensor."""
+
+    def get_extra_state(self):
+        return {"calls": 1}
+
+
+class Wide(nn.Linear):
+    """Has a buffer of a kind that safetensors files do not have."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("table", torch.zeros(2, dtype=torch.complex128))
+
+
+class Sparse(nn.Linear):
+    """Has a sparse buffer."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("table", torch.eye(2).to_sparse())
+
+
+@flowdistill.register_network("around")
+class Around(MLP):
+    """A network with a layer that somebody brings."""
+
+    layer = nn.Linear
+
+    def __init__(self):
+        super().__init__(dim=2, hidden_size=8, depth=1)
+        self.brought = self.layer(2, 2)
+
+    def velocity(self, x, *rest):
+        return super().velocity(self.brought(x), *rest)
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (Late, "network.brought.made of the student was made by its first evaluation"),
+        (Stateful, "network.brought._extra_state of the network is no tensor"),
+        (Wide, r"network.brought.table of the network is of a kind .* \(torch.complex128"),
+        (Sparse, r"network.brought.table of the network is of a kind .* torch.sparse_coo"),
+        (lambda *sizes: nn.LazyLinear(2), "network.brought.weight of the network has no shape yet"),
+        (lambda *sizes: nn.utils.weight_norm(nn.Linear(*sizes)), r"weight of network.brought \(Linear\) is computed"),
+    ],
+    ids=["late", "stateful", "wide", "sparse", "lazy", "weight_norm"],
+)
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated", "ignore:Lazy modules")
+def test_state_that_checkpoints_cannot_keep_is_refused_by_name(layer, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(Around, "layer", staticmethod(layer))
+    gin_file = write(tmp_path / "a.gin", GIN.replace("@normalized", "@around"))
+    with pytest.raises(ConfigError, match=words):
+        flowdistill.train(gin_file=gin_file, workdir=tmp_path / "run", report=False)
 
 
 def test_model_folders_keep_every_tensor(tmp_path):
