@@ -166,6 +166,8 @@ class _Rules(TorchFunctionMode):
             func = _group_norm
         elif self._graph and func is F.scaled_dot_product_attention:
             func = plain_attention if len(args) == 3 and not kwargs else func
+        elif self._graph and func in _FUSED:
+            raise NotImplementedError(f"torch.{func.__name__} has wrong gradients here, torch.nn.functional's has not")
         elif self._graph:
             func = _WRITTEN_OUT.get(func, func)
         return func(*args, **kwargs)
@@ -244,6 +246,7 @@ _WRITTEN_OUT: Mapping[Callable[..., Any], Callable[..., Any]] = {
     F.batch_norm: _batch_norm,
     F.glu: _glu,
 }
+_FUSED = (torch.layer_norm, torch.instance_norm, torch.batch_norm, torch.native_layer_norm, torch.native_batch_norm)
 
 
 def finite_difference(

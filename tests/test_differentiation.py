@@ -419,6 +419,22 @@ def test_running_statistics_are_not_forgotten_in_a_derivative_with_a_graph():
         jvp(student, jump, dx=dx, dt=1.0, graph=True)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.layer_norm(x, (4, 4)),
+        lambda x: torch.native_layer_norm(x, (4, 4), None, None, 1e-5)[0],
+        lambda x: torch.instance_norm(x, None, None, None, None, True, 0.1, 1e-5, False),
+        lambda x: torch.batch_norm(x, None, None, None, None, True, 0.1, 1e-5, False),
+    ],
+)
+def test_fused_normalisations_without_a_right_gradient_are_refused(function):
+    student, jump, dx = brought(Calls(function))
+    jvp(student, jump, dx=dx, dt=1.0)
+    with pytest.raises(ConfigError, match=r"body \(Calls\).*has wrong gradients here"):
+        jvp(student, jump, dx=dx, dt=1.0, graph=True)
+
+
 @pytest.mark.parametrize("graph", [False, True])
 def test_mistakes_of_a_network_are_its_own(graph):
     student, jump, dx = brought(Calls(lambda x: x @ x[:, :, :3]))
