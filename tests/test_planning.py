@@ -158,7 +158,7 @@ def test_networks_that_ask_for_values_are_not_planned(monkeypatch):
     """The learned scale of a network as a Python number."""
     velocity = MLP.velocity
     monkeypatch.setattr(
-        MLP, "velocity", lambda self, *rest: velocity(self, *rest) * float(next(self.parameters()).max())
+        MLP, "velocity", lambda self, *rest: velocity(self, *rest) * float(next(self.parameters()).detach().max())
     )
     with pytest.raises(ConfigError, match=r"a plan has no values.*train a few steps"):
         plan("meanflow", on="plane")
