@@ -14,7 +14,8 @@ Whatever wraps a student (data parallelism, compilation, a fused kernel) is to b
 
 from __future__ import annotations
 
-import contextlib
+import re
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -23,11 +24,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointError
 
 from flowdistill.interfaces import FlowMap, Jump
 from flowdistill.networks import ForcedWeight
 from flowdistill.networks.attention import plain_attention
 from flowdistill.paths import expand_time
+from flowdistill.plumbing.errors import ConfigError, FlowDistillError
+
+_ADVICE = "bind the objective's estimator = @finite_difference() in place of the exact derivative"
+_NO_GRADIENT = re.compile("derivative for .* is not implemented")
+_LONGEST = 200
 
 
 def evaluate(student: FlowMap, jump: Jump) -> Tensor:
@@ -51,7 +58,10 @@ def jvp(
     weights on the way, which a product cannot. Attention runs in its plain form within the product, since fused kernels
     have no forward-mode derivative. With ``graph`` the derivative has one as well, from a single pass that keeps about
     2.5 times the memory; each `ForcedWeight` replaces its own before, and attention
-    and layer normalisation are written out. Dropout has the same masks in both passes.
+    and normalisations are written out. Dropout has the same masks in both passes.
+
+    Raises:
+        ConfigError: PyTorch has no forward derivative of a module of the student; names it.
     """
     x, t, s, condition = jump
     masks = _Masks(student, x.device)
@@ -68,12 +78,49 @@ def jvp(
     else:
         plain = evaluate(student, jump)
         masks.again()
-    written_out = _WrittenOut() if graph else contextlib.nullcontext()
-    with torch.set_grad_enabled(graph), sdpa_kernel(SDPBackend.MATH), written_out:
-        average, slope = torch.func.jvp(  # type: ignore[misc]
-            lambda x, t, s: student.average_velocity(x, t, s, condition), (x, t, s), tangents
-        )
+    try:
+        with torch.set_grad_enabled(graph), sdpa_kernel(SDPBackend.MATH), _Rules(graph):
+            average, slope = torch.func.jvp(  # type: ignore[misc]
+                lambda x, t, s: student.average_velocity(x, t, s, condition), (x, t, s), tangents
+            )
+    except (FlowDistillError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if plain is None:
+            with torch.no_grad():
+                evaluate(student, jump)  # raises the error if it is one of the student's own
+        raise ConfigError(_refusal(student, error)) from error
     return (average if plain is None else plain), slope
+
+
+def backward(loss: Tensor) -> None:
+    """The backward pass.
+
+    Raises:
+        ConfigError: PyTorch has no gradient of what the loss was made of, such as a derivative.
+    """
+    try:
+        loss.backward()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        if not isinstance(error, CheckpointError) and not _NO_GRADIENT.search(str(error)):
+            raise
+        raise ConfigError(
+            f"PyTorch has no gradient of this loss: {_ADVICE}, if the gradient goes through it ({_first_line(error)})"
+        ) from error
+
+
+def _refusal(student: FlowMap, error: Exception) -> str:
+    """What to do where PyTorch cannot differentiate forwards; names the innermost module in which it failed."""
+    names = {id(module): name for name, module in student.named_modules()}
+    frames = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    module = [value for value in frames if id(value) in names][-1:] or [student]
+    where = f"{names[id(module[0])] or 'the student'} ({type(module[0]).__name__})"
+    return f"PyTorch cannot differentiate {where} forwards: {_ADVICE} ({_first_line(error)})"
+
+
+def _first_line(error: Exception) -> str:
+    line = str(error).partition("\n")[0]
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
 
 
 class _Masks:
@@ -93,13 +140,19 @@ class _Masks:
             torch.cuda.set_rng_state(self._states[1], self._device)
 
 
-class _WrittenOut(TorchFunctionMode):
-    """Layer normalisation and attention from elementary operations, for the gradients of their derivatives.
+class _Rules(TorchFunctionMode):
+    """Other forms of operations for which PyTorch's own forward rules are too narrow, or wrong beyond the derivative.
 
-    In PyTorch 2.13 the derivative of the fused layer normalisation has the right values and wrong gradients: they leave
-    out what comes through the mean and the deviation that it keeps. That of attention's plain kernel has none at all in
-    2.11 on a GPU under autocast, where types do not match in the backward pass of its softmax.
+    Group normalisation has a rule for contiguous inputs alone. With ``graph``, for the gradients of derivatives, other
+    operations are written out: in PyTorch 2.13 the derivative of a fused normalisation by the input's own mean and
+    deviation has the right values and wrong gradients, which leave out what comes through these two; a gated linear
+    unit has none; attention's plain kernel has none in 2.11 on a GPU under autocast, where types do not match in the
+    backward pass of its softmax.
     """
+
+    def __init__(self, graph: bool) -> None:
+        super().__init__()
+        self._graph = graph
 
     def __torch_function__(
         self,
@@ -108,11 +161,25 @@ class _WrittenOut(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is F.layer_norm:
-            func = _layer_norm
-        elif func is F.scaled_dot_product_attention and len(args) == 3 and not kwargs:
-            func = plain_attention
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is F.group_norm:
+            func = _group_norm
+        elif self._graph and func is F.scaled_dot_product_attention:
+            func = plain_attention if len(args) == 3 and not kwargs else func
+        elif self._graph and func in _FUSED:
+            raise NotImplementedError(f"torch.{func.__name__} has wrong gradients here, torch.nn.functional's has not")
+        elif self._graph:
+            func = _WRITTEN_OUT.get(func, func)
+        return func(*args, **kwargs)
+
+
+def _group_norm(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return F.group_norm(x.contiguous(), *args, **kwargs)
+
+
+def _glu(x: Tensor, dim: int = -1) -> Tensor:
+    value, gate = x.chunk(2, dim)
+    return value * gate.sigmoid()
 
 
 def _layer_norm(
@@ -122,13 +189,64 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
+    return _normalized(x, list(range(-len(normalized_shape), 0)), weight, bias, eps)
+
+
+def _instance_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not use_input_stats:
+        return F.instance_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+    return _normalized_channels(x, list(range(2, x.ndim)), running_mean, weight, bias, eps)
+
+
+def _batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not training:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+    return _normalized_channels(x, [0, *range(2, x.ndim)], running_mean, weight, bias, eps)
+
+
+def _normalized_channels(
+    x: Tensor, dims: list[int], running_mean: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    if running_mean is not None:
+        raise NotImplementedError("running statistics cannot be kept within a Jacobian-vector product")
+    weight, bias = (None if p is None else p.reshape(-1, *[1] * (x.ndim - 2)) for p in (weight, bias))
+    return _normalized(x, dims, weight, bias, eps)
+
+
+def _normalized(x: Tensor, dims: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    dims = list(range(-len(normalized_shape), 0))
     centred = wide - wide.mean(dims, keepdim=True)
     result = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
     result = result if weight is None else result * weight
     result = result if bias is None else result + bias
     return result.to(x.dtype)
+
+
+_WRITTEN_OUT: Mapping[Callable[..., Any], Callable[..., Any]] = {
+    F.layer_norm: _layer_norm,
+    F.instance_norm: _instance_norm,
+    F.batch_norm: _batch_norm,
+    F.glu: _glu,
+}
+_FUSED = (torch.layer_norm, torch.instance_norm, torch.batch_norm, torch.native_layer_norm, torch.native_batch_norm)
 
 
 def finite_difference(

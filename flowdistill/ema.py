@@ -67,10 +67,10 @@ class PowerEma(Averaging):
 
 
 class AveragedModel(Generic[_M]):
-    """A copy of a module whose weights are the average of the module's."""
+    """A copy of a module whose weights are the average of the module's, and whose buffers are the module's."""
 
     def __init__(self, model: _M, averaging: Averaging) -> None:
-        self.averaging = averaging
+        self.averaging, self._model = averaging, model
         self.module = copy.deepcopy(model).requires_grad_(False)
         pairs = list(zip(self.module.parameters(), model.parameters(), strict=True))
         self._averages = [average.detach() for average, p in pairs if p.requires_grad]
@@ -78,5 +78,8 @@ class AveragedModel(Generic[_M]):
 
     @torch.no_grad()
     def update(self, number: int) -> None:
-        """Move the average towards the module's present weights."""
+        """Move the average towards the module's present weights, and take its present buffers."""
         torch._foreach_lerp_(self._averages, self._parameters, 1 - self.averaging.decay_at(number))
+        for ours, theirs in zip(self.module.modules(), self._model.modules(), strict=True):
+            for name, buffer in theirs._buffers.items():
+                ours._buffers[name] = None if buffer is None else buffer.detach().clone()

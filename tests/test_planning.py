@@ -1,15 +1,18 @@
 """Plans: recipes at scale, built and counted without their files, a GPU, or memory."""
 
+import copy
 import resource
 
 import pytest
 import torch
 from runs import command
+from torch import nn
 
 import flowdistill
 from flowdistill import ConfigError, plan
 from flowdistill.networks import MLP
 from flowdistill.plumbing import config
+from flowdistill.plumbing.dry import weights, without_files
 
 
 @pytest.mark.parametrize(
@@ -115,3 +118,47 @@ def test_command_line(tmp_path):
     unused = command("plan", "meanflow", "--on", "plane", "--gin.shortcut.guidance=2.0", cwd=tmp_path)
     assert unused.returncode == 2
     assert "nothing uses shortcut.guidance" in unused.stderr
+
+
+class Buffers(MLP):
+    """A network with tensors of many kinds that are not parameters."""
+
+    def __init__(self):
+        super().__init__(dim=2, hidden_size=8, depth=1)
+        self.norm = copy.deepcopy(nn.BatchNorm1d(2))
+        for dtype in (torch.bool, torch.uint8, torch.int64, torch.bfloat16, torch.complex64, torch.float8_e4m3fn):
+            self.register_buffer(str(dtype).replace(".", "_"), torch.zeros(3, dtype=dtype), persistent=False)
+        self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.second.weight = self.first.weight
+        self.second.register_buffer("shared", self.norm.running_mean)
+        self.weight_norm = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+        self.spectral_norm = nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2))
+        self.register_buffer("part", self.norm.running_mean[:1])
+        self.unregistered = [torch.zeros(3)]
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_copies_of_networks_without_values(within):
+    """Their tensors belong to the one mode, whose own copy has ended processes; what is shared stays shared."""
+    with without_files():
+        mode, network = weights(), Buffers()
+        with weights() if within else torch.no_grad():
+            copied = copy.deepcopy(network)
+        tensors = [*copied.parameters(), *copied.buffers(), *copied.unregistered]
+        assert all(tensor.fake_mode is mode for tensor in tensors)
+        assert all(isinstance(p, nn.Parameter) and p.requires_grad for p in copied.parameters())
+        assert copied.first.weight is copied.second.weight
+        assert copied.norm.running_mean is copied.second.shared
+        assert copied.first.weight is not network.first.weight
+        shapes = {name: (v.shape, v.dtype) for name, v in network.state_dict().items()}
+        assert {name: (v.shape, v.dtype) for name, v in copied.state_dict().items()} == shapes
+
+
+def test_networks_that_ask_for_values_are_not_planned(monkeypatch):
+    """The learned scale of a network as a Python number."""
+    velocity = MLP.velocity
+    monkeypatch.setattr(
+        MLP, "velocity", lambda self, *rest: velocity(self, *rest) * float(next(self.parameters()).detach().max())
+    )
+    with pytest.raises(ConfigError, match=r"a plan has no values.*train a few steps"):
+        plan("meanflow", on="plane")

@@ -171,12 +171,14 @@ def add_up_gradients(parameters: Sequence[nn.Parameter]) -> None:
                 parameter.grad = None
 
 
-def copy_from_first(tensors: Iterable[Tensor]) -> None:
-    """Put the values of the first process in place of each tensor."""
+def take_from_first(tensors: Iterable[Tensor]) -> None:
+    """Put the first process's values in place of each tensor; all must give the same ones in the same order."""
     if _joined():
-        with _answered():
+        with _answered(), torch.no_grad():
             for tensor in tensors:
-                dist.broadcast(tensor.detach(), 0)
+                value = tensor.detach().contiguous()
+                dist.broadcast(value, 0)
+                tensor.copy_(value)
 
 
 def gathered(value: T) -> list[T]:

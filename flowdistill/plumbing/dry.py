@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 _MODE: ContextVar[FakeTensorMode | None] = ContextVar("mode", default=None)
 _M = TypeVar("_M", bound=nn.Module)
@@ -30,9 +31,29 @@ def without_files() -> Iterator[None]:
     """Inside, no weights and no data are read; what the models are given may have values, what they give has none."""
     token = _MODE.set(FakeTensorMode(allow_non_fake_inputs=True))
     try:
-        yield
+        with _Cloned():
+            yield
     finally:
         _MODE.reset(token)
+
+
+class _Cloned(TorchFunctionMode):
+    """Clones tensors where they are to be copied deeply: PyTorch would copy a fake tensor's mode and caches as well."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        if id(tensor) not in memo:
+            clone = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+            memo[id(tensor)] = nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone
+        return memo[id(tensor)]
 
 
 def weights() -> contextlib.AbstractContextManager[Any]:

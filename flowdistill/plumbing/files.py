@@ -120,12 +120,24 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor | None], hashed: bool
     with replaced(path) as partial:
         partial.touch()
         mode = partial.stat().st_mode
-        present = {name: v.contiguous() for name, v in tensors.items() if v is not None}
+        present = unshared({name: v for name, v in tensors.items() if v is not None})
         try:
             safetensors.torch.save_file(present, partial, {"sha256": _hash(present)} if hashed else None)
         except safetensors.SafetensorError as error:  # a full disk, among others
             raise OSError(f"cannot write {path}: {error}") from None
         partial.chmod(mode)  # safetensors lets its owner alone read it
+
+
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, each with a memory of its own, as safetensors stores them: weights may be shared."""
+    result: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, value in tensors.items():
+        place = value.untyped_storage().data_ptr()
+        value = value.contiguous()
+        result[name] = value.clone() if place in places else value
+        places.add(place)
+    return result
 
 
 @contextlib.contextmanager

@@ -18,10 +18,12 @@ from typing import Any
 
 import attrs
 import safetensors.torch
+import torch
 from attrs.validators import and_, deep_mapping, matches_re, max_len
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from flowdistill.plumbing.errors import CheckpointError, CheckpointWriteError
+from flowdistill.plumbing.errors import CheckpointError, CheckpointWriteError, ConfigError
 from flowdistill.plumbing.fields import at_least, of_type, short
 from flowdistill.plumbing.files import (
     discard,
@@ -30,6 +32,7 @@ from flowdistill.plumbing.files import (
     json_fingerprint,
     load_tensors,
     replaced_folder,
+    unshared,
 )
 from flowdistill.runs.optimizer_states import pack, unpack
 
@@ -137,24 +140,36 @@ def save_checkpoint(
     return final
 
 
+def check_kept(module: nn.Module) -> None:
+    """Raise ConfigError unless the module can be copied and its state be stored; names what is in the way."""
+    for name, value in module.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ConfigError(f"{name} of the network is no tensor: checkpoints keep parameters and buffers alone")
+        if is_lazy(value):
+            raise ConfigError(f"{name} of the network has no shape yet: evaluate lazy modules once in its __init__")
+        try:
+            safetensors.torch.save({name: torch.empty(0, dtype=value.dtype, layout=value.layout)})
+        except (KeyError, ValueError, RuntimeError):
+            raise ConfigError(
+                f"{name} of the network is of a kind that checkpoints cannot keep ({value.dtype}, {value.layout}): "
+                "register it with persistent=False, or store it as another"
+            ) from None
+    for name, part in module.named_modules():
+        for key, value in vars(part).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                raise ConfigError(
+                    f"{key} of {name} ({type(part).__name__}) is computed from parameters, and cannot be copied: "
+                    "compute it in forward, as torch.nn.utils.parametrizations do"
+                )
+
+
 def _contents(modules: Mapping[str, nn.Module], optimizers: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
     """The files of a checkpoint, one at a time, since each may be large."""
     for name, module in modules.items():
-        yield f"{name}.safetensors", _bytes(module.state_dict())
+        yield f"{name}.safetensors", safetensors.torch.save(unshared(module.state_dict()))
     tensors: dict[str, Tensor] = {}
     packed = pack(dict(optimizers), tensors)
-    yield from zip(_OPTIMIZERS, (_bytes(tensors), json.dumps(packed).encode()), strict=True)
-
-
-def _bytes(state: Mapping[str, Tensor]) -> bytes:
-    tensors: dict[str, Tensor] = {}
-    places: set[int] = set()
-    for name, value in state.items():
-        place = value.untyped_storage().data_ptr()
-        value = value.contiguous()
-        tensors[name] = value.clone() if place in places else value  # weights may be shared
-        places.add(place)
-    return safetensors.torch.save(tensors)
+    yield from zip(_OPTIMIZERS, (safetensors.torch.save(unshared(tensors)), json.dumps(packed).encode()), strict=True)
 
 
 def read_meta(checkpoint: Path) -> Meta:

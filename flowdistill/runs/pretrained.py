@@ -6,6 +6,7 @@ a decoder. `load_model` needs nothing else.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -18,7 +19,15 @@ from flowdistill.interfaces import Decoder, Teacher
 from flowdistill.networks import VelocityNetwork
 from flowdistill.plumbing.dry import files_unread
 from flowdistill.plumbing.errors import CheckpointError, CheckpointWriteError, ConfigError
-from flowdistill.plumbing.files import fill_module, load_tensors, replaced_folder, unwrapped, write_json, write_tensors
+from flowdistill.plumbing.files import (
+    check_tensors,
+    fill_module,
+    load_tensors,
+    replaced_folder,
+    unwrapped,
+    write_json,
+    write_tensors,
+)
 from flowdistill.plumbing.registry import DECODERS, NETWORKS, TEACHERS
 from flowdistill.wrapped_teachers import NetworkTeacher
 
@@ -49,7 +58,9 @@ def save_model(teacher: Teacher, folder: str | Path, dtype: Literal["float32", "
         "decoder_arguments": {} if decoder is None else attrs.asdict(decoder),  # type: ignore[arg-type]
         "null_label": teacher.null_label,
     }
-    tensors = {name: v.to(getattr(torch, dtype)).cpu() for name, v in network.state_dict().items()}
+    stored = getattr(torch, dtype)
+    state = network.state_dict().items()
+    tensors = {name: v.to(stored if v.is_floating_point() else v.dtype).cpu() for name, v in state}
     try:
         with replaced_folder(folder) as partial:
             write_tensors(partial / "model.safetensors", tensors)
@@ -106,7 +117,12 @@ def load_model(folder: str | Path, **decoder_arguments: Any) -> NetworkTeacher:
         raise CheckpointError(f"{path} does not hold a model: {error}") from None
     # copied, lest the teacher change, or die, with its file
     tensors = {name: v.to(torch.float32 if v.is_floating_point() else v.dtype, copy=True) for name, v in mapped.items()}
-    fill_module(network, tensors, f"{path}{wrappers}", assign=True)
+    named = itertools.chain(network.named_parameters(), network.named_buffers())
+    whole = {name for name, _ in named} == network.state_dict().keys()
+    if not whole:  # weights are shared, or buffers are stored nowhere: the network makes them itself
+        check_tensors(network, tensors, f"{path}{wrappers}")
+        network = NETWORKS.build(parts["network"], **parts["arguments"])
+    fill_module(network, tensors, f"{path}{wrappers}", assign=whole)
     return NetworkTeacher(network, decoder, parts["null_label"])
 
 

@@ -12,22 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowdistill.differentiation import backward
 from flowdistill.ema import AveragedModel
 from flowdistill.flow_maps import build_flow_map
 from flowdistill.interfaces import Condition, Counted, FlowMap, ObjectiveOutput, States, StateSource, Step, Teacher
 from flowdistill.plumbing.distributed import (
     add_up_gradients,
     by_first,
-    copy_from_first,
     find_device,
     gathered,
     rank_and_world,
+    take_from_first,
 )
 from flowdistill.plumbing.dry import files_unread, placed
-from flowdistill.plumbing.errors import CheckpointError, NonFiniteError
+from flowdistill.plumbing.errors import CheckpointError, ConfigError, NonFiniteError
 from flowdistill.plumbing.files import fill_module, load_module
 from flowdistill.plumbing.randomness import ONE_AT_A_TIME, step_generator, stream_seed
 from flowdistill.runs.checkpoints import (
+    check_kept,
     checkpoint_paths,
     load_optimizers,
     read_meta,
@@ -83,6 +85,7 @@ class Loop:
             if any(p.requires_grad for p in module.parameters())
         }
         self.average = None if training.ema is None else AveragedModel(student, training.ema)
+        self._names = set(student.state_dict())
         self._sums: dict[str, Tensor] = {}
         self._counts: Counter[str] = Counter()
         self._recorded = self._checks = 0
@@ -110,6 +113,7 @@ class Loop:
         if teacher is not None:
             teacher = placed(teacher, place).eval().requires_grad_(False)
         student = placed(build_flow_map(training.flow_map, teacher), place)
+        check_kept(student)
         begun = files_unread() or checkpoint_paths(Path(workdir))
         start = None if training.start is None or begun else Run(training.start)
         if start is not None:  # before the objective copies the student
@@ -166,7 +170,7 @@ class Loop:
         return contextlib.nullcontext()
 
     def _backward(self, output: ObjectiveOutput, prefix: str = "") -> None:
-        (output.loss / self.training.accumulation).backward()  # type: ignore[no-untyped-call]
+        backward(output.loss / self.training.accumulation)
         loss = output.loss.detach()
         self._watch(loss)
         self._add({f"{prefix}loss": loss, **{f"{prefix}{k}": v for k, v in output.metrics.items()}})
@@ -191,6 +195,7 @@ class Loop:
         training = self.training
         if not self.student.training:  # as after pictures of its samples
             self.student.train()
+        take_from_first(buffer for module in self._modules().values() for buffer in module.buffers())
         factor = training.schedule.factor(self.step, training.steps)
         batches: list[States] = []
         for micro in self._micros:
@@ -198,6 +203,11 @@ class Loop:
             batches.append(states)
             self._seed_global("global", micro)
             self._backward(self.loss(states, self._random("loss", micro)))
+        if self.step == self._recorded and (new := self.student.state_dict().keys() - self._names):
+            raise ConfigError(
+                f"{min(new)} of the student was made by its first evaluation: make it in __init__, since a network "
+                "that is built again must have it"
+            )
         norm = self._update("student", self.trained, factor)
         self._add({"gradient_norm": norm})
         if self.average is not None:
@@ -336,7 +346,7 @@ class Loop:
 
     def agree(self) -> None:
         """Give all processes the weights of the first."""
-        copy_from_first(tensor for module in self._modules().values() for tensor in module.state_dict().values())
+        take_from_first(tensor for module in self._modules().values() for tensor in module.state_dict().values())
 
     def load(self, checkpoint: Path) -> None:
         """Continue from a checkpoint whose files have been verified.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,10 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from flowdistill.data import Dataset
+from flowdistill.differentiation import backward
 from flowdistill.interfaces import ObjectiveOutput
 from flowdistill.plumbing import config
 from flowdistill.plumbing.dry import without_files
@@ -95,20 +96,19 @@ def plan(
     if flops_per_second <= 0:
         raise ConfigError(f"FLOP/s must be positive, not {flops_per_second}")
     files = config.chosen(recipe, on, gin_file, gin_files)
-    with (
-        ONE_AT_A_TIME,
-        torch.random.fork_rng(),
-        config.parsed(files, gin_bindings),
-        without_files(),
-        warnings.catch_warnings(),
-    ):
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+    with ONE_AT_A_TIME, torch.random.fork_rng(), config.parsed(files, gin_bindings), without_files():
         loop = configured_loop("plan", "cpu")
         if isinstance(loop.source, NoisedData):
             loop.source.dataset = _Blank(loop.source.dataset)
         flops, activations = Flops(), _Activations()  # type: ignore[no-untyped-call]
-        with flops:
-            _step(loop, activations)
+        try:
+            with flops:
+                _step(loop, activations)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise ConfigError(
+                f"a plan has no values, and a step of this training asks for some, by {error}: train a few steps to "
+                "see what it costs"
+            ) from error
     training = loop.training
     models: dict[str, nn.Module] = {"student": loop.student}
     models |= {} if loop.teacher is None else {"teacher": loop.teacher}
@@ -161,18 +161,18 @@ def _step(loop: Loop, activations: _Activations) -> None:
     loop.step = loop.training.steps - 1
     loop.student.train()
 
-    def backward(output: ObjectiveOutput | None) -> None:
+    def add(output: ObjectiveOutput | None) -> None:
         activations.count()
         if output is not None:
-            output.loss.backward()  # type: ignore[no-untyped-call]
+            backward(output.loss)
 
     batch = loop.draw(generator)
     with torch.autograd.graph.saved_tensors_hooks(activations.keep, lambda tensor: tensor):
-        backward(loop.loss(batch, generator))
+        add(loop.loss(batch, generator))
         for number in range(loop.objective.auxiliary_updates if loop.auxiliary else 0):
             batch = loop.draw(generator) if number else batch
             for name in loop.auxiliary:
-                backward(loop.auxiliary_loss(name, batch, generator))
+                add(loop.auxiliary_loss(name, batch, generator))
 
 
 def _memory(loop: Loop, models: Mapping[str, nn.Module], activations: int) -> dict[str, int]:

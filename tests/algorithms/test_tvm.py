@@ -5,7 +5,7 @@ import pytest
 import torch
 from exact import assert_exact, bent, data_states, gradient, judge, loss_of, path_states, perturbed, prior_states
 
-from flowdistill import Condition, differentiation
+from flowdistill import Condition
 from flowdistill.algorithms.freeflow import FreeFlowPrediction
 from flowdistill.algorithms.identities import Residual, pull
 from flowdistill.algorithms.tvm import TerminalVelocityMatching
@@ -316,24 +316,6 @@ def test_gradients_through_a_derivative_are_those_of_double_backward(case, direc
     right = gradient(scalar(plain, wanted, w), student)
     assert right.norm() > 1e-3
     torch.testing.assert_close(gradient(scalar(average, slope, w), student), right)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("affine", [False, True])
-def test_plain_layer_normalisation_is_layer_normalisation(affine, autocast, dtype):
-    """In values and dtypes, with the shape of several dimensions."""
-    layer = torch.nn.LayerNorm((3, 4), eps=1e-3, elementwise_affine=affine).to(dtype)
-    if affine:
-        torch.nn.init.normal_(layer.weight)
-        torch.nn.init.normal_(layer.bias)
-    x = (3 * torch.randn(5, 3, 4, generator=generator()) + 1).to(dtype)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        wanted = layer(x)
-        with differentiation._WrittenOut():
-            got = layer(x)
-    assert got.dtype == wanted.dtype
-    torch.testing.assert_close(got, wanted)
 
 
 def test_layers_that_replace_their_weights_do_so_before_a_derivative_with_a_graph():
