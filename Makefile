@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python -m
 DEMO ?= runs/demo
-SHARE ?= 1  # of the torture suite, which takes an hour on 2 cores
+SHARE ?= 1  # of the trials of the torture suite
 
 # A plain `pip install torch` fetches gigabytes of CUDA packages, so a machine without a GPU takes the CPU build.
 # torchvision, which torch-fidelity needs, comes from the same place: one of another build cannot be imported.

@@ -174,11 +174,11 @@ def add_up_gradients(parameters: Sequence[nn.Parameter]) -> None:
 def take_from_first(tensors: Iterable[Tensor]) -> None:
     """Put the first process's values in place of each tensor; all must give the same ones in the same order."""
     if _joined():
-        with _answered(), torch.no_grad():
-            for tensor in tensors:
-                value = tensor.detach().contiguous()
+        for tensor in tensors:
+            value = tensor.detach().contiguous()
+            with _answered():
                 dist.broadcast(value, 0)
-                tensor.copy_(value)
+            tensor.detach().copy_(value)
 
 
 def gathered(value: T) -> list[T]:

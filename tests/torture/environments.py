@@ -43,7 +43,8 @@ _PLACES = ("run", "a run", "läuf", "日本", "🙂", "a[b]*?", "it's", 'say "x"
 
 def environment(chance: random.Random, folder: Path, corpus: Corpus) -> str:
     """A training in an odd environment, into a directory of an odd name; then it is sampled."""
-    changes, line = _ENVIRONMENTS[chance.choice(sorted(_ENVIRONMENTS))]
+    name = chance.choice(sorted(_ENVIRONMENTS))
+    changes, line = _ENVIRONMENTS[name]
     place = f"./{chance.choice(_PLACES)}"
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **{k: v for k, v in changes.items() if v is not None}}
     variables = {k: v for k, v in variables.items() if changes.get(k, "") is not None}
@@ -57,9 +58,9 @@ def environment(chance: random.Random, folder: Path, corpus: Corpus) -> str:
         except subprocess.TimeoutExpired:
             return "hung"
         ended = Ended(done.returncode, (done.stdout + done.stderr).decode(errors="replace"))
-        silent = "standard error" in " ".join(k for k, v in _ENVIRONMENTS.items() if v == (changes, line))
-        if ended.fault and not (silent and ended.code in (0, 1, 2)):
-            (folder / ".printed").write_text(f"{command}\n{changes}\n{ended.code}\n{ended.printed}")
+        unheard = "standard error" in name and ended.code in (1, 2)
+        if ended.fault and not unheard:
+            (folder / ".printed").write_text(f"{name}: {command}\n{ended.code}\n{ended.printed}")
             return ended.fault
         if ended.code:
             return "refused"

@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,25 +27,34 @@ def _train(corpus: Corpus) -> Callable[[], object]:
     return cli("train", corpus.ring, "--workdir", "run")
 
 
-def _same(run: Path, other: Path) -> bool:
-    """Whether two runs have ended with the same bits and the same records."""
+def _same_weights(run: Path, other: Path) -> bool:
+    """Whether two runs have ended with the same bits."""
     newest = [checkpoint_paths(place)[-1] for place in (run, other)]
-    records = [[{**r, "steps_per_second": 0} for r in read_records(place)] for place in (run, other)]
-    return records[0] == records[1] and all(
-        (newest[0] / name).read_bytes() == (newest[1] / name).read_bytes() for name in _WEIGHTS
-    )
+    return all((newest[0] / name).read_bytes() == (newest[1] / name).read_bytes() for name in _WEIGHTS)
 
 
-def _continued(corpus: Corpus, folder: Path, before: list[Ended]) -> str:
-    """The outcome of a training that was disturbed, once nothing disturbs it."""
-    last = attempt(_train(corpus), folder)
+def _same_records(run: Path, other: Path) -> bool:
+    """Whether two runs have the same records, but for the speeds."""
+    first, second = ([{**r, "steps_per_second": 0} for r in read_records(place)] for place in (run, other))
+    return first == second
+
+
+def _continued(corpus: Corpus, folder: Path, before: list[Ended], records: bool = True) -> str:
+    """The outcome of a training that was disturbed, once nothing disturbs it.
+
+    Args:
+        corpus: the undisturbed one.
+        folder: where.
+        before: how what was disturbed has ended.
+        records: whether it must have all records.
+    """
+    run, last = folder / "run", attempt(_train(corpus), folder)
     faults = [ended.fault for ended in (*before, last) if ended.fault]
     if faults:
         return faults[0]
-    if not last.worked or not _same(folder / "run", corpus.run):
-        return "lost"
-    left = [p.name for p in (folder / "run" / "checkpoints").iterdir() if p not in checkpoint_paths(folder / "run")]
-    return "lost" if left else "continued"
+    same = last.worked and _same_weights(run, corpus.run) and (not records or _same_records(run, corpus.run))
+    whole = same and sorted((run / "checkpoints").iterdir()) == checkpoint_paths(run)
+    return "continued" if whole else "lost"
 
 
 def _checkpoints_whole(folder: Path) -> bool:
@@ -113,36 +123,28 @@ def full_disk(chance: random.Random, folder: Path, corpus: Corpus) -> str:
     ended = attempt(training, folder)
     if not _checkpoints_whole(folder):
         return "lost"
-    # records that could not be written are gone, and a warning says so
-    weights = _continued(corpus, folder, [ended])
-    return "continued" if weights == "lost" and "training goes on without" in ended.printed else weights
+    return _continued(corpus, folder, [ended], records="training goes on without" not in ended.printed)
 
 
 def two_writers(chance: random.Random, folder: Path, corpus: Corpus) -> str:
     """A second training into the same directory, at some moment of the first."""
+    (folder / "first").mkdir()
     first = os.fork()
     if first == 0:
-        os.chdir(folder)
-        with open(os.devnull, "w") as nothing:
-            os.dup2(nothing.fileno(), 2)
-            os.dup2(nothing.fileno(), 1)
-        try:
-            _train(corpus)()
-        finally:
-            os._exit(0)
-    signal.sigtimedwait([], chance.uniform(0.0, 0.6))
+        attempt(cli("train", corpus.ring, "--workdir", folder / "run"), folder / "first")
+        os._exit(0)
+    time.sleep(chance.uniform(0.0, 0.6))
     second = attempt(_train(corpus), folder)
     os.waitpid(first, 0)
     return _continued(corpus, folder, [second])
 
 
 def stop(chance: random.Random, folder: Path, corpus: Corpus) -> str:
-    """A signal at a random moment, perhaps a second one, then to the end."""
+    """A signal at a random moment, then to the end."""
     names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
-    at = chance.uniform(0.1, 0.8)
-    signals = [(at, getattr(signal, chance.choice(names)))]
-    ended = attempt(_train(corpus), folder, signals=tuple(signals))
-    if ended.code < 0:  # before the training had begun, or after its end, where signals do what they always do
+    number = getattr(signal, chance.choice(names))
+    ended = attempt(_train(corpus), folder, signals=((chance.uniform(0.1, 0.8), number),))
+    if ended.code == -number:  # before the training had begun, or after its end, where signals do what they always do
         ended = Ended(0, "")
     return _continued(corpus, folder, [ended])
 
@@ -194,14 +196,9 @@ def damage(chance: random.Random, folder: Path, corpus: Corpus) -> str:
         ended = attempt(cli("evaluate", "run", "--metrics", "w2", "--num_samples", 20), folder)
     else:
         ended = attempt(cli("cite", "run"), folder)
-    if deed == "train" and ended.worked and not _weights_same(run, corpus.run):
+    if deed == "train" and ended.worked and not _same_weights(run, corpus.run):
         return "lost"
     return ended.fault or ("worked" if ended.code == 0 else "refused")
-
-
-def _weights_same(run: Path, other: Path) -> bool:
-    newest = [checkpoint_paths(place)[-1] for place in (run, other)]
-    return all((newest[0] / name).read_bytes() == (newest[1] / name).read_bytes() for name in _WEIGHTS)
 
 
 def stray(chance: random.Random, folder: Path, corpus: Corpus) -> str:

@@ -224,6 +224,11 @@ def test_the_first_process_may_take_longer_than_the_time_out(odd, tmp_path):
     assert (tmp_path / "run" / "report.md").is_file()
 
 
+def test_gradients_are_added_up_where_some_process_has_them():
+    out, _ = finish(torchrun(Path(__file__).with_name("gradients_of_two.py")))
+    assert out.splitlines() == ["[3.0, 5.0, None]"] * 2
+
+
 def test_a_gradient_and_a_metric_may_exist_in_one_process_alone(odd, tmp_path):
     finish(odd("has_a_part"))
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])

@@ -37,9 +37,9 @@ def test_trainings_and_samplings_leave_nothing_in_the_process(tmp_path):
     flowdistill.train(gin_file, workdir=tmp_path / "first", report=False)
     flowdistill.sample(tmp_path / "first", 2)
     places, (before, handles) = len(gin.config._LOCATION_PREFIXES), held()
-    for number in range(10):
+    for number in range(4):
         flowdistill.train(gin_file, workdir=tmp_path / str(number), report=False)
-        for _ in range(5):
+        for _ in range(3):
             flowdistill.sample(tmp_path / "first", 2)
     after, handles_after = held()
     assert len(gin.config._LOCATION_PREFIXES) == places
