@@ -68,8 +68,9 @@ def configuration(chance: random.Random, folder: Path, corpus: Corpus) -> str:
 _VALUES = (
     "None", "True", "0", "-1", "1", "0.5", "-0.5", "2", "1000", "100000", "2147483648", "1" + "0" * 20, "1e308",
     "1e-308", "1e999", "-1e999", "float('nan')", "'0.5'", "''", "'x'", "'nothing.npz'", "()", "(0.5,)", "(1, 2)",
-    "(0.9, 0.1)", "(1, 2, 3, 4)", "[]", "[None]", "{}", "{'a': 1}", "@mlp()", "@mlp", "@ring()", "@nobody()", "@AdamW", "%nobody",
-    "@train()", "@finite_difference()", "@evaluation()", "b'x'", "1j", "(((((1,),),),),)", "'" + "x" * 5000 + "'",
+    "(0.9, 0.1)", "(1, 2, 3, 4)", "[]", "[None]", "{}", "{'a': 1}", "@mlp()", "@mlp", "@ring()", "@nobody()", "@AdamW",
+    "%nobody", "@train()", "@finite_difference()", "@evaluation()", "b'x'", "1j", "(((((1,),),),),)",
+    "'" + "x" * 5000 + "'",
 )  # fmt: skip
 
 
