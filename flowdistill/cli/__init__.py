@@ -191,13 +191,17 @@ def _parser() -> argparse.ArgumentParser:
     search.set_defaults(command=_search)
 
     bench = commands.add_parser("bench", help="train and measure the methods of a suite, and write their tables")
-    bench.add_argument("suite", help="toy, digits, mnist, ..., or a gin file")
+    bench.add_argument("suite", help="toy, digits, mnist, ..., a gin file, or speed: what a step of each method costs")
     bench.add_argument("--quick", action="store_true", help="the quick version of the suite")
     bench.add_argument("--only", nargs="+", default=[], help="parts of the names of rows; others are left out")
     bench.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     bench.add_argument("--runs", default="runs/bench", help="where the trainings lie")
     bench.add_argument("--out", help="where the tables go; by default beside the trainings")
     bench.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
+    bench.add_argument(
+        "--peer", nargs=2, action="append", default=[], metavar=("ADAPTER", "CHECKOUT"),
+        help="of speed: another implementation, as in benchmarks/peers, which is imported",
+    )  # fmt: skip
     bench.epilog = "--gin.bench.NAME=VALUE changes the suite, any other --gin.NAME=VALUE all trainings"
     bench.set_defaults(command=_bench)
 
@@ -374,8 +378,15 @@ def _labels(options: argparse.Namespace) -> Any:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from flowdistill.bench import bench
+    from flowdistill.bench import bench, speed
 
+    if options.suite == "speed":
+        rounds = {"rounds": 3} if options.quick else {}
+        out = options.out or Path(options.runs) / "speed"
+        peers, only = [tuple(peer) for peer in options.peer], options.only
+        found = speed(out=out, bindings=options.bindings, only=only, peers=peers, device=options.device, **rounds)
+        print((found / "table.md").read_text(encoding="utf-8"))
+        return
     results = bench(
         options.suite,
         out=options.out,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from flowdistill.data import Dataset
+from flowdistill.data import Blank
 from flowdistill.differentiation import backward
 from flowdistill.interfaces import ObjectiveOutput
 from flowdistill.plumbing import config
@@ -99,7 +99,7 @@ def plan(
     with ONE_AT_A_TIME, torch.random.fork_rng(), config.parsed(files, gin_bindings), without_files():
         loop = configured_loop("plan", "cpu")
         if isinstance(loop.source, NoisedData):
-            loop.source.dataset = _Blank(loop.source.dataset)
+            loop.source.dataset = Blank(loop.source.dataset)
         flops, activations = Flops(), _Activations()  # type: ignore[no-untyped-call]
         try:
             with flops:
@@ -124,17 +124,6 @@ def plan(
         memory=_memory(loop, models, activations.most),
         flops_per_second=flops_per_second,
     )
-
-
-class _Blank(Dataset):
-    """Data without values."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self.sample_shape, self.num_classes = dataset.sample_shape, dataset.num_classes
-
-    def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        labels = None if self.num_classes is None else torch.zeros(batch_size, dtype=torch.long)
-        return torch.zeros(batch_size, *self.sample_shape), labels
 
 
 class _Activations:

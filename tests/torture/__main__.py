@@ -30,18 +30,18 @@ from run_trials import damage, full_disk, kill, kill_at_a_change, stop, stray, t
 Trial = Callable[[random.Random, Path, Corpus], str]
 TRIALS: dict[str, tuple[int, Trial]] = {
     "kills at random moments": (100, kill),
-    "kills before a change of files": (120, kill_at_a_change),
-    "full disks": (60, full_disk),
-    "signals": (40, stop),
-    "second writers": (20, two_writers),
-    "damaged files of runs": (600, damage),
-    "stray files among checkpoints": (60, stray),
-    "mutated configurations": (2000, configuration),
-    "values of other types and ranges": (5000, value),
-    "mutated logs, configurations and JSON of runs": (1400, meta),
-    "mutated weights, images and runs": (1200, file),
-    "hostile files": (200, hostile),
-    "environments and names of directories": (30, environment),
+    "kills before a change of files": (100, kill_at_a_change),
+    "full disks": (50, full_disk),
+    "signals": (30, stop),
+    "second writers": (15, two_writers),
+    "damaged files of runs": (500, damage),
+    "stray files among checkpoints": (50, stray),
+    "mutated configurations": (1500, configuration),
+    "values of other types and ranges": (5500, value),
+    "mutated logs, configurations and JSON of runs": (1500, meta),
+    "mutated weights, images and runs": (1000, file),
+    "hostile files": (150, hostile),
+    "environments and names of directories": (25, environment),
 }
 FAULTS = ("lost", "executed", "hung", "crashed")
 WELL = ("worked", "continued", "refused")
