@@ -25,6 +25,9 @@ class Dataset(ABC):
     def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """Draw independent samples ``(B, *sample_shape)`` and labels (B,) or None, on the generator's device."""
 
+    def prefetch(self, batch_size: int, generator: torch.Generator) -> None:
+        """Begin to read what `sample` will return for a generator in this state; the default does nothing."""
+
 
 class ImageDataset(Dataset):
     """Images, and their classes where there are any, held in memory.
