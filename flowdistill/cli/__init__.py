@@ -129,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
             "--gin_file", action="append", default=[], help="a gin file, read after the others; repeatable"
         )
         command.add_argument("--flops", type=float, default=4e14, help="FLOP/s at which a plan states hours")
+        command.add_argument("--memory", type=float, metavar="GIB", help="of a device: a plan says which batch fits")
         command.epilog = "--gin.NAME=VALUE sets a binding, as in --gin.train.steps=100; repeatable"
     plan.set_defaults(command=_plan)
 
@@ -259,7 +260,14 @@ def _train(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     from flowdistill.training.planning import plan
 
-    print(plan(**_recipe(options), flops_per_second=options.flops))
+    planned = plan(**_recipe(options), flops_per_second=options.flops)
+    print(planned)
+    if options.memory is not None:
+        batch_size, accumulation = planned.fitting(options.memory * 2**30)
+        print(
+            f"{options.memory:g} GiB hold {batch_size} states at a time: "
+            f"--gin.train.batch_size={batch_size} --gin.train.accumulation={accumulation}"
+        )
 
 
 def _recipe(options: argparse.Namespace) -> dict[str, Any]:
