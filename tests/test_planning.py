@@ -18,7 +18,7 @@ from flowdistill.plumbing.dry import weights, without_files
 
 @pytest.mark.parametrize(
     ("recipe", "setting"),
-    [("meanflow/imagenet.gin", None), ("freeflow/imagenet.gin", None), ("freeflow", "mnist_edm2")],
+    [("freeflow/imagenet.gin", None), ("freeflow", "mnist_edm2")],
 )
 def test_recipes_at_scale_are_planned(recipe, setting):
     """In little memory, though the weights alone would take gigabytes."""
