@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import re
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +28,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
-from flowdistill.interfaces import FlowMap, Jump
+from flowdistill.duals import dual, parts
+from flowdistill.interfaces import Counted, FlowMap, Jump
+from flowdistill.interfaces._counting import count
 from flowdistill.networks import ForcedWeight
 from flowdistill.networks.attention import plain_attention
 from flowdistill.paths import expand_time
@@ -53,44 +57,94 @@ def jvp(
 ) -> tuple[Tensor, Tensor]:
     """F with a graph, and its exact derivative by forward-mode differentiation.
 
-    Two passes: a plain evaluation with a graph, whose memory is that of an ordinary training step, then a
-    Jacobian-vector product without one. The plain pass is first because networks in training mode may replace their
-    weights on the way, which a product cannot. Attention runs in its plain form within the product, since fused kernels
-    have no forward-mode derivative. With ``graph`` the derivative has one as well, from a single pass that keeps about
-    2.5 times the memory; each `ForcedWeight` replaces its own before, and attention
-    and normalisations are written out. Dropout has the same masks in both passes.
+    One pass: the derivative follows the student's own operations (`flowdistill.duals`), whose values and graph are
+    those of a plain evaluation. So it needs the memory of an ordinary training step, dropout has one mask, and whatever
+    does not move costs nothing.
+
+    A student with an operation that cannot be followed takes two passes from then on, and a warning says why: a plain
+    evaluation with a graph, then a Jacobian-vector product without one.
+
+    With ``graph`` the derivative has one as well, from a Jacobian-vector product that keeps about 2.5 times the memory;
+    each `ForcedWeight` replaces its own before, and attention and normalisations are written out.
 
     Raises:
         ConfigError: PyTorch has no forward derivative of a module of the student; names it.
     """
-    x, t, s, condition = jump
-    masks = _Masks(student, x.device)
-    tangents = (
-        torch.zeros_like(x) if dx is None else dx,
-        torch.full_like(t, dt),
-        torch.full_like(s, ds),
+    if torch.compiler.is_compiling() and not graph:
+        return _one_pass(student, jump, dx, dt, ds)
+    direction = (
+        torch.zeros_like(jump.x) if dx is None else dx,
+        torch.full_like(jump.t, dt),
+        torch.full_like(jump.s, ds),
     )
-    plain = None
     if graph:
         for module in student.modules():
             if isinstance(module, ForcedWeight):
                 module.replace_weight()
-    else:
-        plain = evaluate(student, jump)
+        return _product(student, jump, direction, graph=True)
+    # What a first try has drawn and changed must not be seen in a second.
+    masks = _Masks(student, jump.x.device)
+    passes = _PASSES.get(student)
+    buffers = [(b, b.clone()) for b in student.buffers()] if passes is None else []
+    reason = None
+    if passes != 2:
+        try:
+            result = _one_pass(student, jump, dx, dt, ds)
+            _PASSES[student] = 1
+            return result
+        except (FlowDistillError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            reason = _first_line(error)
         masks.again()
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+    average = evaluate(student, jump)
+    masks.again()
+    _, slope = _product(student, jump, direction, graph=False)
+    if reason is not None:
+        _PASSES[student] = 2
+        warnings.warn(
+            f"values and derivatives of {type(student).__name__} take two passes, which cost more: {reason}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return average, slope
+
+
+_PASSES: WeakKeyDictionary[FlowMap, int] = WeakKeyDictionary()
+
+
+def _one_pass(student: FlowMap, jump: Jump, dx: Tensor | None, dt: float, ds: float) -> tuple[Tensor, Tensor]:
+    x, t, s, condition = jump
+    result = student.average_velocity(
+        x if dx is None else dual(x, dx),
+        dual(t, torch.full_like(t, dt)) if dt else t,
+        dual(s, torch.full_like(s, ds)) if ds else s,
+        condition,
+    )
+    if isinstance(student, Counted):
+        count(student, x)  # a derivative counts as an evaluation
+    average, slope = parts(result)
+    return average, torch.zeros_like(average) if slope is None else slope
+
+
+def _product(student: FlowMap, jump: Jump, direction: tuple[Tensor, ...], graph: bool) -> tuple[Tensor, Tensor]:
+    """F and its derivative by `torch.func.jvp`."""
+    x, t, s, condition = jump
     try:
         with torch.set_grad_enabled(graph), sdpa_kernel(SDPBackend.MATH), _Rules(graph):
-            average, slope = torch.func.jvp(  # type: ignore[misc]
-                lambda x, t, s: student.average_velocity(x, t, s, condition), (x, t, s), tangents
+            return torch.func.jvp(  # type: ignore[misc, no-any-return]
+                lambda x, t, s: student.average_velocity(x, t, s, condition), (x, t, s), direction
             )
     except (FlowDistillError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if plain is None:
+        if graph:
             with torch.no_grad():
                 evaluate(student, jump)  # raises the error if it is one of the student's own
         raise ConfigError(_refusal(student, error)) from error
-    return (average if plain is None else plain), slope
 
 
 def backward(loss: Tensor) -> None:

@@ -1,0 +1,538 @@
+"""The rules of what networks are made of.
+
+Normalisations, softmax and activations have symmetric derivatives, so PyTorch's backward kernels are their tangents.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flowdistill.duals.engine import (
+    RULES,
+    Dual,
+    Function,
+    Refused,
+    _in_place_or_not,
+    constant,
+    dual,
+    follow,
+    hidden,
+    in_place,
+    joined,
+    linear,
+    linear_by,
+    no_graph,
+    parts,
+    register_rule,
+)
+
+aten = torch.ops.aten
+T = torch.Tensor
+Tangents = Sequence[Any]
+_ROWS = 256  # of queries at a time
+
+
+def _named(names: str) -> list[Any]:
+    """The functions and methods of these names."""
+    places = (torch, T, F, torch.linalg, torch.special, torch.fft, operator)
+    found = [getattr(place, name, None) for name in names.split() for place in places]
+    return [func for func in dict.fromkeys(found) if callable(func)]
+
+
+# ---- structure and sums
+
+for _func in _named(
+    "reshape flatten transpose permute movedim moveaxis swapaxes swapdims t adjoint squeeze unsqueeze expand "
+    "broadcast_to chunk split tensor_split unbind unsafe_chunk unsafe_split split_with_sizes contiguous clone to cpu cuda float "
+    "double half bfloat16 neg negative __neg__ positive sum mean cumsum roll flip rot90 repeat repeat_interleave tile "
+    "narrow select diagonal diag_embed trace tril triu avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
+    "adaptive_avg_pool2d adaptive_avg_pool3d interpolate upsample pixel_shuffle pixel_unshuffle channel_shuffle "
+    "unfold fold __getitem__ index_select gather take_along_dim real imag conj view_as_real "
+    "fft ifft rfft irfft fft2 ifft2 rfft2 irfft2 fftn ifftn rfftn irfftn fftshift ifftshift"
+):
+    RULES[_func] = linear
+
+
+def _like(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What takes of its further arguments the shape or the dtype alone."""
+    rest = [parts(v)[0] for v in args[1:]]
+    if not args or not isinstance(args[0], Dual):
+        return constant(func, args, kwargs)
+    return linear_by(_LAYOUT_FREE.get(func, func), func, [args[0], *rest], kwargs)
+
+
+def _dense(func: Function, tangent: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return func(tangent.contiguous(), *args, **kwargs)
+
+
+# A tangent may lie in memory where its value's view does not exist.
+_LAYOUT_FREE: dict[Any, Function] = {
+    T.view: torch.reshape,
+    T.view_as: T.reshape_as,
+    **{func: functools.partial(_dense, func) for func in _named("unflatten view_as_complex")},
+}
+for _func in _named("view unflatten view_as_complex view_as reshape_as expand_as type_as to"):
+    RULES[_func] = _like
+
+
+def _view(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    by_dtype = kwargs or isinstance(args[1], torch.dtype)
+    return follow(func, args, kwargs) if by_dtype else _like(func, args, kwargs)
+
+
+RULES[T.view] = _view
+
+for _func in _named(
+    "full_like zeros_like ones_like rand_like randn_like empty_like randint_like new_zeros new_ones new_full new_empty "
+    "new_tensor dim ndimension size stride numel nelement storage_offset element_size is_contiguous is_floating_point "
+    "is_complex is_tensor is_same_size is_conj is_neg is_set_to get_device has_names result_type promote_types can_cast "
+    "__len__ __bool__ __int__ __index__ __repr__ __format__ __str__ __hash__ __contains__ eq ne lt le gt ge __eq__ __ne__ "
+    "__lt__ __le__ __gt__ __ge__ equal allclose isclose isfinite isnan isinf isneginf isposinf argmax argmin argsort "
+    "sign signbit floor ceil round trunc fix floor_divide __floordiv__ int long short byte bool char any all "
+    "logical_not logical_and logical_or register_hook retain_grad register_post_accumulate_grad_hook"
+):
+    RULES[_func] = constant
+if saving := getattr(torch.utils.checkpoint, "_NoopSaveInputs", None):  # until PyTorch 2.12
+    RULES[saving] = constant
+
+for _func in _named("item __float__ __complex__ tolist"):
+    RULES[_func] = hidden
+
+
+def _detach(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    return dual(constant(func, args, kwargs), None)
+
+
+def _out_of_sight(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    raise Refused(f"{func.__name__} goes past the derivative")
+
+
+for _func in _named("detach"):
+    RULES[_func] = _detach
+for _func in _named("numpy __array__ data_ptr untyped_storage storage __dlpack__ as_strided backward"):
+    RULES[_func] = _out_of_sight
+RULES[torch.autograd.grad] = RULES[torch.autograd.backward] = _out_of_sight
+
+
+def _together(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    if not args or not isinstance(args[0], (tuple, list)):
+        return follow(func, args, kwargs)
+    values, tangents = zip(*map(parts, args[0]), strict=True)
+    result = func(values, *args[1:], **kwargs)
+    if all(tangent is None for tangent in tangents):
+        return dual(result, None)
+    with no_graph():
+        moving = [torch.zeros_like(v) if d is None else d for v, d in zip(values, tangents, strict=True)]
+        return dual(result, func(moving, *args[1:], **kwargs))
+
+
+for _func in _named("cat concat concatenate stack hstack vstack dstack"):
+    RULES[_func] = _together
+
+
+# ---- sums and products
+
+
+@register_rule(*_named("add __add__ __radd__"))
+def _add(y: Tensor, tangents: Tangents, a: Any, b: Any, alpha: float = 1) -> Tensor:
+    da, db = tangents
+    if db is None:
+        return da
+    if da is None:
+        return db if alpha == 1 else db * alpha
+    return torch.add(da, db, alpha=alpha)
+
+
+@register_rule(*_named("sub subtract __sub__"))
+def _sub(y: Tensor, tangents: Tangents, a: Any, b: Any, alpha: float = 1) -> Tensor:
+    da, db = tangents
+    return da if db is None else db * -alpha if da is None else torch.sub(da, db, alpha=alpha)
+
+
+@register_rule(*_named("rsub __rsub__"))
+def _rsub(y: Tensor, tangents: Tangents, b: Any, a: Any, alpha: float = 1) -> Tensor:
+    return _sub(y, tangents[::-1], a, b, alpha)
+
+
+@register_rule(*_named("mul multiply __mul__ __rmul__"))
+def _mul(y: Tensor, tangents: Tangents, a: Any, b: Any) -> Tensor:
+    da, db = tangents
+    if db is None:
+        return da * b
+    if da is None:
+        return a * db
+    if a.dtype == b.dtype:
+        return torch.addcmul(da * b, a, db)
+    return da * b + a * db
+
+
+@register_rule(*_named("div divide true_divide __truediv__"))
+def _div(y: Tensor, tangents: Tangents, a: Any, b: Any, rounding_mode: str | None = None) -> Any:
+    da, db = tangents
+    if rounding_mode is not None:
+        return None
+    if db is None:
+        return da / b
+    return y * db / -b if da is None else (da - y * db) / b
+
+
+@register_rule(*_named("__rdiv__ __rtruediv__"))
+def _rdiv(y: Tensor, tangents: Tangents, b: Any, a: Any) -> Any:
+    return _div(y, tangents[::-1], a, b)
+
+
+@register_rule(torch.where)
+def _where(y: Tensor, tangents: Tangents, condition: Tensor, a: Any, b: Any) -> Tensor:
+    _, da, db = tangents
+    return torch.where(condition, 0.0 if da is None else da, 0.0 if db is None else db)
+
+
+def _multilinear(func: Function, y: Tensor, tangents: Tangents, *args: Any, **kwargs: Any) -> Any:
+    total = None
+    for i, tangent in enumerate(tangents):
+        if tangent is not None:
+            part = func(*args[:i], tangent, *args[i + 1 :], **kwargs)
+            total = part if total is None else total + part
+    return total
+
+
+def _affine(func: Function, y: Tensor, tangents: Tangents, x: Any, weight: Any, *rest: Any, **kwargs: Any) -> Any:
+    """Linear in x and in the weight, with a bias after them."""
+    if any(tangent is not None for tangent in tangents[2:]):
+        return NotImplemented
+    kwargs = {**kwargs, "bias": None} if "bias" in kwargs else kwargs
+    return _multilinear(func, y, tangents[:2], x, weight, *(None, *rest[1:])[: len(rest)], **kwargs)
+
+
+for _func in _named("matmul __matmul__ __rmatmul__ bmm mm mv dot outer ger einsum"):
+    register_rule(_func)(functools.partial(_multilinear, _func))
+for _func in _named(
+    "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
+):
+    register_rule(_func)(functools.partial(_affine, _func))
+
+
+# ---- functions of one tensor
+
+
+def _unary(*functions: Any) -> Callable[[Function], Function]:
+    """Register a tangent (y, d, x, ...) of y = f(x, ...), of which the other arguments do not move."""
+
+    def register(tangent: Function) -> Function:
+        @register_rule(*functions)
+        def rule(y: Any, tangents: Tangents, *args: Any, **kwargs: Any) -> Any:
+            moving, *others = tangents
+            if moving is None or any(d is not None for d in others):
+                return NotImplemented
+            return tangent(y, moving, *args, **kwargs)
+
+        return tangent
+
+    return register
+
+
+_unary(*_named("exp"))(lambda y, d, x: y * d)
+_unary(*_named("log"))(lambda y, d, x: d / x)
+_unary(*_named("log1p"))(lambda y, d, x: d / (1 + x))
+_unary(*_named("sin"))(lambda y, d, x: x.cos() * d)
+_unary(*_named("cos"))(lambda y, d, x: x.sin() * -d)
+_unary(*_named("sqrt"))(lambda y, d, x: d / (2 * y))
+_unary(*_named("rsqrt"))(lambda y, d, x: y * y * y * d * -0.5)
+_unary(*_named("square"))(lambda y, d, x: x * d * 2)
+_unary(*_named("reciprocal"))(lambda y, d, x: y * y * -d)
+_unary(*_named("tanh"))(lambda y, d, x: aten.tanh_backward(d, y))
+_unary(*_named("sigmoid"))(lambda y, d, x: aten.sigmoid_backward(d, y))
+_unary(F.relu, torch.relu, T.relu)(lambda y, d, x, inplace=False: aten.threshold_backward(d, x, 0))
+_unary(F.silu)(lambda y, d, x, inplace=False: aten.silu_backward(d, x))
+_unary(F.mish)(lambda y, d, x, inplace=False: aten.mish_backward(d, x))
+_unary(F.gelu)(lambda y, d, x, approximate="none": aten.gelu_backward(d, x, approximate=approximate))
+_unary(F.softplus)(lambda y, d, x, beta=1, threshold=20: aten.softplus_backward(d, x, beta, threshold))
+
+
+@_unary(*_named("abs absolute __abs__"))
+def _abs(y: Tensor, d: Tensor, x: Tensor) -> Any:
+    return NotImplemented if x.is_complex() else x.sign() * d
+
+
+@_unary(*_named("pow __pow__"))
+def _pow(y: Tensor, d: Tensor, x: Tensor, exponent: Any) -> Any:
+    if isinstance(exponent, Tensor):
+        return NotImplemented
+    if exponent == 2:
+        return x * d * 2
+    return None if exponent == 0 else x ** (exponent - 1) * d * exponent
+
+
+@_unary(*_named("clamp clip"))
+def _clamp(y: Tensor, d: Tensor, x: Tensor, min: Any = None, max: Any = None) -> Any:  # noqa: A002
+    if isinstance(min, Tensor) or isinstance(max, Tensor):
+        return NotImplemented
+    low, high = -math.inf if min is None else min, math.inf if max is None else max
+    return d.masked_fill((x < low) | (x > high), 0)
+
+
+@_unary(*_named("masked_fill"))
+def _masked_fill(y: Tensor, d: Tensor, x: Tensor, mask: Tensor, value: Any) -> Tensor:
+    return d.masked_fill(mask, 0)
+
+
+@_unary(F.pad)
+def _pad(y: Tensor, d: Tensor, x: Tensor, pad: Any, mode: str = "constant", value: Any = None) -> Tensor:
+    return F.pad(d, pad, mode)
+
+
+@_unary(torch.softmax, T.softmax, F.softmax)
+def _softmax(y: Tensor, d: Tensor, x: Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> Any:
+    return NotImplemented if dim is None else aten._softmax_backward_data(d.to(y.dtype), y, dim, y.dtype)
+
+
+@_unary(torch.linalg.vector_norm)
+def _vector_norm(
+    y: Tensor, d: Tensor, x: Tensor, ord: float = 2, dim: Any = None, keepdim: bool = False, **kwargs: Any  # noqa: A002
+) -> Any:
+    if ord != 2 or x.is_complex():
+        return NotImplemented
+    along = (x * d).sum(list(range(x.ndim)) if dim is None else dim, keepdim, dtype=y.dtype)
+    return along / y.masked_fill(y == 0, 1)
+
+
+# ---- normalisations
+
+
+def _normalized(d: Tensor, x: Tensor, dims: Sequence[int], eps: float, centred: bool = True) -> Tensor:
+    """The tangent of x over its deviation along some dimensions, or over its root mean square."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x, d = x.to(dtype), d.to(dtype)
+    if centred:
+        x, d = x - x.mean(dims, keepdim=True), d - d.mean(dims, keepdim=True)
+    scale = (x.square().mean(dims, keepdim=True) + eps).rsqrt()
+    unit = x * scale
+    return (d - unit * (unit * d).mean(dims, keepdim=True)) * scale
+
+
+def _channels(value: Tensor | None, x: Tensor) -> Any:
+    return 1 if value is None else value.reshape(-1, *[1] * (x.ndim - 2))
+
+
+@_unary(F.batch_norm)
+def _batch_norm(
+    y: Tensor,
+    d: Tensor,
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if training or running_var is None:
+        return _normalized(d, x, [0, *range(2, x.ndim)], eps) * _channels(weight, x)
+    return d * (_channels((running_var + eps).rsqrt(), x) * _channels(weight, x))
+
+
+@_unary(F.instance_norm)
+def _instance_norm(
+    y: Tensor,
+    d: Tensor,
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if use_input_stats:
+        return _normalized(d, x, list(range(2, x.ndim)), eps) * _channels(weight, x)
+    assert running_var is not None
+    return d * (_channels((running_var + eps).rsqrt(), x) * _channels(weight, x))
+
+
+@_unary(F.group_norm)
+def _group_norm(
+    y: Tensor,
+    d: Tensor,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    rows = [v.reshape(len(x), num_groups, -1) for v in (d, x)]
+    return _normalized(*rows, [2], eps).reshape(x.shape) * _channels(weight, x)
+
+
+@_unary(F.rms_norm, torch.rms_norm)
+def _rms_norm(
+    y: Tensor, d: Tensor, x: Tensor, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None
+) -> Tensor:
+    eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if eps is None else eps
+    tangent = _normalized(d, x, list(range(-len(normalized_shape), 0)), eps, centred=False)
+    return tangent if weight is None else tangent * weight
+
+
+def _layer_norm(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """By the two numbers that the backward pass keeps."""
+    given = {"weight": None, "bias": None, "eps": 1e-5, **dict(zip(_LAYER_NORM, args, strict=False)), **kwargs}
+    x, shape, weight, bias, eps = (given[name] for name in _LAYER_NORM)
+    if not isinstance(x, Dual) or isinstance(weight, Dual) or isinstance(bias, Dual):
+        return follow(func, args, kwargs)
+    value, tangent = parts(x)
+    result, mean, scale = torch.native_layer_norm(value, shape, weight, bias, eps)
+    if tangent is None:
+        return dual(result, None)
+    with no_graph():
+        d, x = tangent.to(result.dtype), value.to(result.dtype)
+        d = aten.native_layer_norm_backward(d, x, shape, mean, scale, None, None, [True, False, False])[0]
+        return dual(result, d if weight is None else d * weight)
+
+
+_LAYER_NORM = ("input", "normalized_shape", "weight", "bias", "eps")
+RULES[F.layer_norm] = RULES[torch.layer_norm] = _layer_norm
+
+
+def _dropout(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    given = {"p": 0.5, "training": True, **dict(zip(("input", "p", "training"), args, strict=False)), **kwargs}
+    x, p, training = given["input"], given["p"], given["training"]
+    value, tangent = parts(x)
+    if not training or not 0 < p < 1:
+        result = F.dropout(value, p, training)
+        return dual(result, None if tangent is None or (training and p == 1) else tangent)
+    # As PyTorch itself does it on either kind of device, so that what is computed again is the same.
+    if value.is_cuda:
+        result, mask = torch.native_dropout(value, p, True)
+        with no_graph():
+            return dual(result, None if tangent is None else tangent * mask / (1 - p))
+    with no_graph():
+        mask = F.dropout(torch.ones_like(value), p, True)
+        tangent = None if tangent is None else tangent * mask
+    return dual(value * mask, tangent)
+
+
+RULES[F.dropout] = _in_place_or_not(F.dropout, _dropout)
+
+
+# ---- attention
+
+_MATH = functools.partial(sdpa_kernel, SDPBackend.MATH)  # fused kernels have no forward derivative
+
+
+def _attention(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The value by the kernel that the network chose; the tangent by rows."""
+    given = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+    given |= {**dict(zip(_SDPA, args, strict=False)), **kwargs}
+    if given["dropout_p"]:  # fused kernels do not tell their masks
+        with _MATH():
+            return follow(func, args, kwargs)
+    numbers = [parts(given[name]) for name in _SDPA[:4]]
+    given |= {name: value for name, (value, _) in zip(_SDPA, numbers, strict=False)}
+    result = func(**given)
+    if all(tangent is None for _, tangent in numbers):
+        return dual(result, None)
+    with no_graph():
+        dtype = result.dtype
+        q, k, v, mask = (value for value, _ in numbers)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        moving = [None if d is None else d.to(dtype) for _, d in numbers[:3]] + [numbers[3][1]]
+        if given["enable_gqa"]:
+            k, v, moving[1], moving[2] = (
+                None if u is None else u.repeat_interleave(q.shape[-3] // u.shape[-3], -3)
+                for u in (k, v, moving[1], moving[2])
+            )
+        scale = q.shape[-1] ** -0.5 if given["scale"] is None else given["scale"]
+        return dual(result, attention_tangent(q, k, v, mask, moving, scale, given["is_causal"]))
+
+
+_SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+RULES[F.scaled_dot_product_attention] = _attention
+
+
+def attention_tangent(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tangents: Tangents, scale: float, causal: bool
+) -> Tensor:
+    """The tangent of P V with P = softmax(scale q k^T + mask), in a memory linear in the number of tokens.
+
+    It is P dV + dP V, where dP = P * dS - P rowsum(P * dS), over a number of rows at a time.
+    """
+    dq, dk, dv, dmask = tangents
+    rows = []
+    for start in range(0, q.shape[-2], _ROWS):
+        part = slice(start, start + _ROWS)
+        scores = q[..., part, :] * scale @ k.mT
+        visible = None
+        if causal:
+            visible = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()[part]
+        elif mask is not None:
+            visible = mask[..., part, :] if mask.shape[-2] > 1 else mask
+        if visible is not None and visible.dtype == torch.bool:
+            scores = scores.masked_fill(~visible, -math.inf)
+        elif visible is not None:
+            scores = scores + visible
+        weights = scores.softmax(-1)
+        if visible is not None:
+            weights = weights.nan_to_num()  # of a row that sees nothing
+        weights = weights.to(v.dtype)
+        total = None if dv is None else weights @ dv
+        change = None
+        if dq is not None:
+            change = dq[..., part, :] * scale @ k.mT
+        if dk is not None:
+            moved = q[..., part, :] * scale @ dk.mT
+            change = moved if change is None else change + moved
+        if dmask is not None:
+            moved = dmask[..., part, :] if dmask.shape[-2] > 1 else dmask
+            change = moved.expand(scores.shape) if change is None else change + moved
+        if change is not None:
+            change = change.to(weights.dtype).expand(weights.shape)
+            moved = aten._softmax_backward_data(change, weights, -1, weights.dtype) @ v
+            total = moved if total is None else total + moved
+        rows.append(total)
+    return rows[0] if len(rows) == 1 else torch.cat(rows, -2)
+
+
+def _multi_head_attention(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    given = inspect.signature(func).bind(*args, **kwargs)
+    given.apply_defaults()
+    if given.arguments["training"] and given.arguments["dropout_p"]:
+        with _MATH():
+            return follow(func, args, kwargs)
+    return follow(func, args, kwargs, around=_MATH)
+
+
+RULES[F.multi_head_attention_forward] = _multi_head_attention
+
+
+# ---- changes in place
+
+
+def _set_item(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    return in_place(_with_item, func, args, kwargs)
+
+
+def _with_item(x: Dual, index: Any, new: Any) -> Dual:
+    value, tangent = parts(x)
+    _, moved = parts(new)
+    result = torch.zeros_like(value) if tangent is None else tangent.clone()
+    result[index] = 0 if moved is None else moved
+    return dual(value, result)
+
+
+RULES[T.__setitem__] = _set_item
+for _name in "add sub mul div clamp relu exp neg sqrt rsqrt sigmoid tanh square masked_fill".split():
+    RULES[getattr(T, f"{_name}_")] = functools.partial(in_place, getattr(T, _name))
+for _name in "add sub mul truediv".split():
+    RULES[getattr(T, f"__i{_name}__")] = functools.partial(in_place, getattr(operator, _name))
