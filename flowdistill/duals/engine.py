@@ -44,9 +44,7 @@ class Dual(Tensor):
     def __torch_function__(
         cls, func: Function, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        rule = RULES.get(func)
-        if rule is None:
-            rule = RULES[func] = _found(func)
+        rule = RULES.get(func) or _found(func)
         if kwargs is None:
             return rule(func, args, {})
         if kwargs.get("out") is not None:
@@ -330,20 +328,13 @@ def _in_place_or_not(func: Any, rule: Rule) -> Rule:
     return either
 
 
+@functools.cache
 def _found(func: Any) -> Rule:
     """The rule of a function that is not in the table."""
     name = _name(func)
-    if name == "__get__":
-        return _attribute(getattr(func.__self__, "__name__", ""))
     if name == "__set__" or (name.endswith("_") and not name.endswith("__")):
         return _refuse
     return _in_place_or_not(func, follow)
-
-
-def _attribute(name: str) -> Rule:
-    if name in ("T", "mT", "H", "mH", "real", "imag"):
-        return linear
-    return hidden if name in ("data", "_base", "__cuda_array_interface__", "") else constant
 
 
 def _refuse(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -352,10 +343,11 @@ def _refuse(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
 
 def hidden(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What takes a tensor's numbers out of reach, and so a derivative too."""
-    if all(tangent is None for _, tangent in map(parts, tree_leaves((args, kwargs)))) and _name(func) != "__get__":
+    attribute = _name(func) == "__get__"
+    if not attribute and parts(args[0])[1] is None:
         return constant(func, args, kwargs)
     raise ConfigError(
-        f"no derivative goes through Tensor.{_name(getattr(func, '__self__', func))}, by which a network takes numbers "
+        f"no derivative goes through Tensor.{_name(func.__self__ if attribute else func)}, by which a network takes numbers "
         "out of PyTorch's sight: take them of x.detach() if they are constants, or bind the objective's estimator = "
         "@finite_difference()"
     )

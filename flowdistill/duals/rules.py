@@ -54,7 +54,7 @@ def _named(names: str) -> list[Any]:
 
 for _func in _named(
     "reshape flatten transpose permute movedim moveaxis swapaxes swapdims t adjoint squeeze unsqueeze expand "
-    "broadcast_to chunk split tensor_split unbind unsafe_chunk unsafe_split split_with_sizes contiguous clone to cpu cuda float "
+    "broadcast_to chunk split tensor_split unbind split_with_sizes contiguous clone to cpu float "
     "double half bfloat16 neg negative __neg__ positive sum mean cumsum roll flip rot90 repeat repeat_interleave tile "
     "narrow select diagonal diag_embed trace tril triu avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
     "adaptive_avg_pool2d adaptive_avg_pool3d interpolate upsample pixel_shuffle pixel_unshuffle channel_shuffle "
@@ -78,7 +78,7 @@ def _dense(func: Function, tangent: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 # A tangent may lie in memory where its value's view does not exist.
 _LAYOUT_FREE: dict[Any, Function] = {
-    T.view: torch.reshape,
+    T.view: T.reshape,
     T.view_as: T.reshape_as,
     **{func: functools.partial(_dense, func) for func in _named("unflatten view_as_complex")},
 }
@@ -108,6 +108,13 @@ if saving := getattr(torch.utils.checkpoint, "_NoopSaveInputs", None):  # until 
 
 for _func in _named("item __float__ __complex__ tolist"):
     RULES[_func] = hidden
+for _name in dir(T):
+    if inspect.isgetsetdescriptor(getattr(T, _name)):
+        RULES[getattr(T, _name).__get__] = constant
+for _name in ("T", "mT", "H", "mH", "real", "imag"):
+    RULES[getattr(T, _name).__get__] = linear
+for _name in ("data", "_base"):
+    RULES[getattr(T, _name).__get__] = hidden
 
 
 def _detach(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
