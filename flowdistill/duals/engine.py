@@ -23,6 +23,9 @@ _F = TypeVar("_F", bound=Function)
 RULES: dict[Any, Rule] = {}
 """How duals follow a function, given (the function, its arguments, its keyword arguments)."""
 
+COMPILED: dict[str, Rule] = {}
+"""Of functions that a compiler does not find in the table, since other functions are wrapped around them."""
+
 
 class Refused(Exception):  # noqa: N818, nothing is wrong: another way is taken
     """A single pass might be wrong here."""
@@ -38,13 +41,18 @@ class Dual(Tensor):
     tangent: Tensor | None
     """Of the value's shape and dtype; None is a derivative of zero."""
     version: int
-    """Of the value when the tangent was computed: a later one tells of a change in place, by way of a view."""
+    """Of the value when the tangent was computed: a later one tells of a change in place, by way of a view.
+
+    -1 where a compiler follows, which refuses such changes."""
 
     @classmethod
     def __torch_function__(
         cls, func: Function, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        rule = RULES.get(func) or _found(func)
+        if torch.compiler.is_compiling() and func.__name__ in COMPILED:
+            rule = COMPILED[func.__name__]
+        else:
+            rule = RULES.get(func) or _found(func)
         if kwargs is None:
             return rule(func, args, {})
         if kwargs.get("out") is not None:
@@ -71,6 +79,7 @@ def dual(value: Tensor, tangent: Tensor | None) -> Dual:
             tangent = tangent.expand(value.shape)
     if torch.compiler.is_compiling():  # a compiler follows these alone
         result = value.as_subclass(Dual)
+        result.version = -1
     else:
         result = Tensor._make_wrapper_subclass(
             _Opaque, value.shape, strides=value.stride(), dtype=value.dtype, device=value.device
@@ -88,8 +97,8 @@ def parts(number: Any) -> tuple[Any, Tensor | None]:
     """
     if not isinstance(number, Dual):
         return number, None
-    value = number.value
-    if not torch.compiler.is_compiling() and value._version != number.version:
+    value, version = number.value, number.version
+    if version >= 0 and value._version != version:
         raise Refused("a tensor is changed in place and used by another name")
     return value, number.tangent
 

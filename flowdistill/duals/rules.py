@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowdistill.duals.engine import (
+    COMPILED,
     RULES,
     Dual,
     Function,
@@ -96,7 +97,7 @@ RULES[T.view] = _view
 for _func in _named(
     "full_like zeros_like ones_like rand_like randn_like empty_like randint_like new_zeros new_ones new_full new_empty "
     "new_tensor dim ndimension size stride numel nelement storage_offset element_size is_contiguous is_floating_point "
-    "is_complex is_tensor is_same_size is_conj is_neg is_set_to get_device has_names result_type promote_types can_cast "
+    "is_complex is_tensor is_inference _is_view is_same_size is_conj is_neg is_set_to get_device has_names result_type promote_types can_cast "
     "__len__ __bool__ __int__ __index__ __repr__ __format__ __str__ __hash__ __contains__ eq ne lt le gt ge __eq__ __ne__ "
     "__lt__ __le__ __gt__ __ge__ equal allclose isclose isfinite isnan isinf isneginf isposinf argmax argmin argsort "
     "sign signbit floor ceil round trunc fix floor_divide __floordiv__ int long short byte bool char any all "
@@ -543,3 +544,5 @@ for _name in "add sub mul div clamp relu exp neg sqrt rsqrt sigmoid tanh square 
     RULES[getattr(T, f"{_name}_")] = functools.partial(in_place, getattr(T, _name))
 for _name in "add sub mul truediv".split():
     RULES[getattr(T, f"__i{_name}__")] = functools.partial(in_place, getattr(operator, _name))
+
+COMPILED.update({name: RULES[getattr(T, name)] for name in ("__rsub__", "__rdiv__", "pow")})
