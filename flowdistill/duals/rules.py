@@ -380,8 +380,13 @@ def _group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    rows = [v.reshape(len(x), num_groups, -1) for v in (d, x)]
-    return _normalized(*rows, [2], eps).reshape(x.shape) * _channels(weight, x)
+    last = x.ndim == 4 and not x.is_cuda and x.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    x, d = (v.to(y.dtype).contiguous(memory_format=layout) for v in (x, d))
+    sizes = (*x.shape[:2], math.prod(x.shape[2:]), num_groups)
+    _, mean, scale = torch.native_group_norm(x, None, None, *sizes, eps)
+    d = aten.native_group_norm_backward(d, x, mean, scale, None, *sizes, [True, False, False])[0]
+    return d if weight is None else d * _channels(weight, x)
 
 
 @_unary(F.rms_norm, torch.rms_norm)
