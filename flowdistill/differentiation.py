@@ -218,6 +218,8 @@ class _Rules(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.group_norm:
             func = _group_norm
+        elif func is F.dropout and not self._graph:
+            func = _dropout
         elif self._graph and func is F.scaled_dot_product_attention:
             func = plain_attention if len(args) == 3 and not kwargs else func
         elif self._graph and func in _FUSED:
@@ -225,6 +227,14 @@ class _Rules(TorchFunctionMode):
         elif self._graph:
             func = _WRITTEN_OUT.get(func, func)
         return func(*args, **kwargs)
+
+
+def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """With the masks of a plain pass, which are drawn in the order of the memory."""
+    order = sorted(range(x.ndim), key=x.stride, reverse=True)
+    noise = F.dropout(torch.ones([x.shape[i] for i in order], dtype=x.dtype, device=x.device), p, training)
+    noise = noise.permute([order.index(i) for i in range(x.ndim)])
+    return x.mul_(noise) if inplace else x * noise
 
 
 def _group_norm(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

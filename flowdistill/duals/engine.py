@@ -132,6 +132,14 @@ def _has_derivative(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
+def has_duals(numbers: Iterable[Any]) -> bool:
+    """Whether there are duals among some arguments, or in lists of them."""
+    for number in numbers:
+        if isinstance(number, Dual) or (type(number) in (list, tuple) and has_duals(number)):
+            return True
+    return False
+
+
 def _name(func: Any) -> str:
     return str(getattr(func, "__name__", func))
 
@@ -150,7 +158,8 @@ def _values(numbers: Any) -> Any:
 
 def constant(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What does not move with its arguments, such as a shape or a comparison."""
-    return func(*map(_values, args), **_values(kwargs))
+    args = [_values(number) for number in args]
+    return func(*args, **_values(kwargs)) if kwargs else func(*args)
 
 
 def linear(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -161,7 +170,7 @@ def linear(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
 def linear_by(apply: Function, func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The same where another function, ``apply``, does it to a tangent, of which the memory has another layout."""
     rest = args[1:]
-    if not args or not isinstance(args[0], Dual) or any(isinstance(v, Dual) for v in (*rest, *kwargs.values())):
+    if not args or not isinstance(args[0], Dual) or has_duals(rest) or has_duals(kwargs.values()):
         return follow(func, args, kwargs)
     value, tangent = parts(args[0])
     result = func(value, *rest, **kwargs)
@@ -201,10 +210,20 @@ def register_rule(*functions: Any) -> Callable[[_F], _F]:
 
     def register(rule: _F) -> _F:
         for function in functions:
-            RULES[function] = _in_place_or_not(function, functools.partial(_by_rule, rule))
+            for name in _names_of(function):
+                RULES[name] = _in_place_or_not(name, functools.partial(_by_rule, rule))
         return rule
 
     return register
+
+
+def _names_of(function: Any) -> list[Any]:
+    """All by which PyTorch may call a function: a custom operator and its overloads."""
+    function = getattr(function, "_opoverload", function)
+    operator = getattr(function, "overloadpacket", function)
+    if not isinstance(operator, torch._ops.OpOverloadPacket):
+        return [function]
+    return [operator, *(getattr(operator, name) for name in operator.overloads())]
 
 
 def _by_rule(rule: Function, func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -215,11 +234,9 @@ def _by_rule(rule: Function, func: Function, args: Sequence[Any], kwargs: Mappin
             moves = moves or tangent is not None
         else:
             value, tangent = number, None
-            if type(number) in (list, tuple) and any(isinstance(v, Dual) for v in number):
-                return follow(func, args, kwargs)
         values.append(value)
         tangents.append(tangent)
-    if kwargs and any(isinstance(v, Dual) for v in tree_leaves(kwargs)):
+    if has_duals(values) or (kwargs and has_duals(kwargs.values())):
         return follow(func, args, kwargs)
     result = func(*values, **kwargs)
     if not moves:

@@ -240,8 +240,8 @@ def _unary(*functions: Any) -> Callable[[Function], Function]:
     def register(tangent: Function) -> Function:
         @register_rule(*functions)
         def rule(y: Any, tangents: Tangents, *args: Any, **kwargs: Any) -> Any:
-            moving, *others = tangents
-            if moving is None or any(d is not None for d in others):
+            moving = tangents[0]
+            if moving is None or any(d is not None for d in tangents[1:]):
                 return NotImplemented
             return tangent(y, moving, *args, **kwargs)
 
@@ -409,7 +409,7 @@ def _layer_norm(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     if tangent is None:
         return dual(result, None)
     with no_graph():
-        d, x = tangent.to(result.dtype), value.to(result.dtype)
+        d, x = tangent.to(mean.dtype), value.to(mean.dtype)
         d = aten.native_layer_norm_backward(d, x, shape, mean, scale, None, None, [True, False, False])[0]
         return dual(result, d if weight is None else d * weight)
 
