@@ -118,7 +118,11 @@ CASES = {
     "einsum": [case("bij,jk->bik", B, N), case("ij->ji", M), case("i,j,k->ijk", V, V + 1, V + 2)],
     "linear": [case(B, normal(4, 5), V), case(B, normal(4, 5)), case(B, normal(4, 5), bias=V)],
     "conv1d": [case(B, normal(4, 3, 3), V, 1, 1)],
-    "conv2d": [case(X, normal(4, 4, 3, 3), V, padding=1), case(X, normal(6, 2, 3, 3), groups=2), case(LAST, normal(2, 4, 1, 1))],
+    "conv2d": [
+        case(X, normal(4, 4, 3, 3), V, padding=1),
+        case(X, normal(6, 2, 3, 3), groups=2),
+        case(LAST, normal(2, 4, 1, 1)),
+    ],
     "conv3d": [case(X[None], normal(3, 2, 3, 3, 3), normal(3))],
     "conv_transpose1d": [case(B, normal(3, 4, 3), V)],
     "conv_transpose2d": [case(X, normal(4, 2, 3, 3), normal(2), 2)],
@@ -164,7 +168,18 @@ CASES = {
     ],
     "dropout": [case(X, 0.3), case(X, 0.3, False), case(X, 0.3, True, True), case(X, p=1.0), case(X, 0.0)],
     "multi_head_attention_forward": [
-        case(*[normal(5, 2, 4) for _ in range(3)], 4, 2, normal(12, 4), normal(12), *[None] * 2, False, p, normal(4, 4), normal(4))
+        case(
+            *[normal(5, 2, 4) for _ in range(3)],
+            4,
+            2,
+            normal(12, 4),
+            normal(12),
+            *[None] * 2,
+            False,
+            p,
+            normal(4, 4),
+            normal(4),
+        )
         for p in (0.0, 0.3)
     ],
     "add_": [case(X, Y), case(X, 2.0), case(X, V[:, None, None], alpha=0.5)],
@@ -176,10 +191,26 @@ CASES = {
     **{f"__i{name}__": [case(X, Y), case(X, 2.0)] for name in ("add", "sub", "mul", "div")},
 }
 SAME = {
-    "moveaxis": "movedim", "swapdims": "swapaxes", "subtract": "sub", "multiply": "mul", "divide": "div", "ger": "outer",
-    "__add__": "add", "__radd__": "add", "__sub__": "sub", "__rsub__": "rsub", "__mul__": "mul", "__rmul__": "mul",
-    "__truediv__": "div", "__matmul__": "matmul", "concat": "cat", "concatenate": "cat", "vstack": "hstack", "dstack": "hstack",
-    "clip": "clamp", "upsample": "interpolate",
+    "moveaxis": "movedim",
+    "swapdims": "swapaxes",
+    "subtract": "sub",
+    "multiply": "mul",
+    "divide": "div",
+    "ger": "outer",
+    "__add__": "add",
+    "__radd__": "add",
+    "__sub__": "sub",
+    "__rsub__": "rsub",
+    "__mul__": "mul",
+    "__rmul__": "mul",
+    "__truediv__": "div",
+    "__matmul__": "matmul",
+    "concat": "cat",
+    "concatenate": "cat",
+    "vstack": "hstack",
+    "dstack": "hstack",
+    "clip": "clamp",
+    "upsample": "interpolate",
 }
 UNNAMED = [case(X), case(X.mT)]
 
@@ -246,7 +277,9 @@ def run(func, args, kwargs, tangents, moving):
         numbers = tree_leaves(called(func, args, kwargs))
     values, results = zip(*map(parts, numbers), strict=True)
     loss = sum((v.real * torch.linspace(-1, 1, v.numel()).reshape(v.shape)).sum() for v in values if floats(v))
-    gradients = torch.autograd.grad(loss, leaves, allow_unused=True) if isinstance(loss, Tensor) and loss.requires_grad else ()
+    gradients = (
+        torch.autograd.grad(loss, leaves, allow_unused=True) if isinstance(loss, Tensor) and loss.requires_grad else ()
+    )
     return values, results, gradients, saved
 
 

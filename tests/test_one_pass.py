@@ -22,7 +22,9 @@ from flowdistill.networks import EDM2, MLP, SiT, add_lora
 
 
 def sit(**options):
-    return SiT(input_size=4, patch_size=1, in_channels=2, hidden_size=16, depth=3, num_heads=2, num_classes=3, **options)
+    return SiT(
+        input_size=4, patch_size=1, in_channels=2, hidden_size=16, depth=3, num_heads=2, num_classes=3, **options
+    )
 
 
 def edm2(**options):
@@ -164,7 +166,9 @@ def own_precision(x):
 
 def rotated(x):
     pairs = torch.view_as_complex((x + x.mean()).transpose(1, 3).unflatten(3, (3, 2)).contiguous())
-    return torch.view_as_real(pairs * torch.polar(torch.ones(3), torch.arange(3.0)).to(pairs)).flatten(3).transpose(1, 3)
+    return (
+        torch.view_as_real(pairs * torch.polar(torch.ones(3), torch.arange(3.0)).to(pairs)).flatten(3).transpose(1, 3)
+    )
 
 
 def broadcast_and_viewed(x):
@@ -186,7 +190,12 @@ FOLLOWED = {
     "function, stored": lambda: Calls(lambda x: STORED(x, 2.0)),
     "in place": lambda: Calls(changed),
     "activations in place": lambda: nn.Sequential(
-        nn.Conv2d(6, 6, 1), nn.ReLU(True), nn.Conv2d(6, 6, 1), nn.ELU(inplace=True), nn.Conv2d(6, 6, 1), nn.Dropout(0.3, True)
+        nn.Conv2d(6, 6, 1),
+        nn.ReLU(True),
+        nn.Conv2d(6, 6, 1),
+        nn.ELU(inplace=True),
+        nn.Conv2d(6, 6, 1),
+        nn.Dropout(0.3, True),
     ),
     "without a graph": lambda: Calls(without_graph),
     "hook": lambda: Calls(hooked),
@@ -278,7 +287,9 @@ TWICE = {
 @pytest.mark.parametrize("kind", TWICE)
 def test_what_cannot_be_followed_takes_two_passes_and_says_so_once(kind):
     function, reason = TWICE[kind]
-    body = nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6, momentum=0.5).eval(), Counted(), nn.Dropout(0.3), Calls(function))
+    body = nn.Sequential(
+        nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6, momentum=0.5).eval(), Counted(), nn.Dropout(0.3), Calls(function)
+    )
     student, jump, dx = brought(body)
     same = copy.deepcopy(student)
     torch.manual_seed(1)
@@ -326,7 +337,10 @@ REFUSED = {
     "item": (lambda x: x * x.mean().item(), r"no derivative goes through Tensor\.item.*x\.detach\(\)"),
     "float": (lambda x: x * float(x.mean()), r"no derivative goes through Tensor\.__float__"),
     "list": (lambda x: x * x.mean((0, 2, 3)).tolist()[0], r"no derivative goes through Tensor\.tolist"),
-    "no derivative": (lambda x: x * torch.special.bessel_j0(x), "no forward derivative of special_bessel_j0.*register_rule"),
+    "no derivative": (
+        lambda x: x * torch.special.bessel_j0(x),
+        "no forward derivative of special_bessel_j0.*register_rule",
+    ),
     "operator": (lambda x: torch.ops.flowdistill_test.sine(x), "no forward derivative of sine.*register_rule"),
 }
 

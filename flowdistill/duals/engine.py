@@ -283,7 +283,9 @@ def _by_pytorch(func: Function, values: Sequence[Any], structure: Any, tangents:
         result = func(*args, **kwargs)
         tangent = tree_map(lambda v: forward_ad.unpack_dual(v).tangent if _has_derivative(v) else None, result)
     # Most operations that PyTorch cannot differentiate raise an error; others just have no tangent.
-    still = all(t is None for t in tree_leaves(tangent)) and any(v.numel() for v in tree_leaves(result) if _has_derivative(v))
+    still = all(t is None for t in tree_leaves(tangent)) and any(
+        v.numel() for v in tree_leaves(result) if _has_derivative(v)
+    )
     if still and not isinstance(getattr(func, "__self__", None), torch.autograd.function.FunctionMeta):
         raise ConfigError(
             f"PyTorch has no forward derivative of {_name(func)}: give it one by flowdistill.duals.register_rule, or "

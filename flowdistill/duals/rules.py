@@ -307,7 +307,13 @@ def _softmax(y: Tensor, d: Tensor, x: Tensor, dim: int | None = None, *args: Any
 
 @_unary(torch.linalg.vector_norm)
 def _vector_norm(
-    y: Tensor, d: Tensor, x: Tensor, ord: float = 2, dim: Any = None, keepdim: bool = False, **kwargs: Any  # noqa: A002
+    y: Tensor,
+    d: Tensor,
+    x: Tensor,
+    ord: float = 2,
+    dim: Any = None,
+    keepdim: bool = False,
+    **kwargs: Any,  # noqa: A002
 ) -> Any:
     if ord != 2 or x.is_complex():
         return NotImplemented
