@@ -6,14 +6,13 @@ import re
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from flowdistill import differentiation
-from flowdistill.duals import Dual, dual, engine, parts, rules
-from flowdistill.duals.engine import RULES, constant, hidden, linear
+from flowdistill.duals import dual, engine, parts, rules
+from flowdistill.duals.engine import RULES, constant
 
 G = torch.Generator()
 
@@ -100,6 +99,7 @@ CASES = {
     "cat": [case([X, Y], 1), case((X, Y[:, :1]), dim=1)],
     "stack": [case([X, Y], 1)],
     "hstack": [case([M, M + 1])],
+    "__rpow__": [case(P, 2.0), case(P, 0.5), case(P, 0.0), case(P, P + 1)],
     "where": [case(X > 0, X, Y), case(X > 0, X, 0.5), case(X > 0, 0.5, Y[:, :1])],
     "add": [*PAIRS, case(X, Y, alpha=2.5)],
     "sub": [*PAIRS, case(X, Y, alpha=2.5)],
@@ -215,7 +215,7 @@ SAME = {
 UNNAMED = [case(X), case(X.mT)]
 
 
-STILL = (constant, hidden, rules._out_of_sight, rules._detach)
+STILL = (constant, rules._number, rules._out_of_sight, rules._detach)
 
 
 def kinds():

@@ -3,7 +3,7 @@
 Numbers y + e dy with e^2 = 0 follow the function's own operations: f(x + e dx) = f(x) + e f'(x) dx.
 """
 
-from flowdistill.duals import rules  # noqa: F401, which fills the table
+from flowdistill.duals import attention, rules  # noqa: F401, which fill the table
 from flowdistill.duals.engine import Dual, Refused, dual, parts, register_rule
 
 __all__ = ["Dual", "Refused", "dual", "parts", "register_rule"]

@@ -16,32 +16,30 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowdistill.duals.engine import (
     COMPILED,
     RULES,
     Dual,
     Function,
+    Opaque,
     Refused,
-    _in_place_or_not,
     constant,
     dual,
     follow,
-    hidden,
     in_place,
-    joined,
+    in_place_or_not,
     linear,
     linear_by,
     no_graph,
     parts,
     register_rule,
 )
+from flowdistill.plumbing.errors import ConfigError
 
 aten = torch.ops.aten
 T = torch.Tensor
 Tangents = Sequence[Any]
-_ROWS = 256  # of queries at a time
 
 
 def _named(names: str) -> list[Any]:
@@ -51,86 +49,96 @@ def _named(names: str) -> list[Any]:
     return [func for func in dict.fromkeys(found) if callable(func)]
 
 
-# ---- structure and sums
+# ---- what does not move
+
+
+for _name in dir(T):
+    if inspect.isgetsetdescriptor(getattr(T, _name)):
+        RULES[getattr(T, _name).__get__] = constant
+for _func in _named(
+    "full_like zeros_like ones_like rand_like randn_like randint_like empty_like new_full new_zeros new_ones new_empty "
+    "new_tensor dim ndimension size stride numel nelement storage_offset element_size __len__ get_device has_names "
+    "is_contiguous is_floating_point is_complex is_tensor is_inference is_same_size is_conj is_neg is_set_to _is_view "
+    "result_type promote_types can_cast eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ equal allclose "
+    "isclose isfinite isnan isinf isneginf isposinf any all logical_not logical_and logical_or argmax argmin argsort "
+    "sign signbit floor ceil round trunc fix floor_divide __floordiv__ int long short byte bool char __bool__ __int__ "
+    "__index__ __repr__ __format__ __str__ __hash__ __contains__ register_hook retain_grad "
+    "register_post_accumulate_grad_hook backward"
+):
+    RULES[_func] = constant
+if _saving := getattr(torch.utils.checkpoint, "_NoopSaveInputs", None):  # of PyTorch before 2.13
+    RULES[_saving] = constant
+
+
+def _detach(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Remains a dual, so that its numbers are missed where they leave PyTorch."""
+    return dual(constant(func, args, kwargs), None)
+
+
+def _out_of_sight(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    if func is T.untyped_storage and not isinstance(args[0], Opaque):  # a compiler asks
+        return constant(func, args, kwargs)
+    raise Refused(f"{func.__name__} goes past the derivative")
+
+
+def _number(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Where a number of Python is taken out of a tensor; two passes would not see that either."""
+    hidden = func.__name__ == "__get__"
+    if not hidden and parts(args[0])[1] is None:
+        return constant(func, args, kwargs)
+    raise ConfigError(
+        f"no derivative goes through Tensor.{func.__self__.__name__ if hidden else func.__name__}: if the network takes "
+        "constants by it, let it take them of x.detach(); else bind the objective's estimator = @finite_difference()"
+    )
+
+
+for _func in _named("detach"):
+    RULES[_func] = _detach
+for _func in _named("numpy __array__ data_ptr untyped_storage storage __dlpack__ as_strided"):
+    RULES[_func] = _out_of_sight
+RULES[torch.autograd.grad] = RULES[torch.autograd.backward] = _out_of_sight
+for _func in [*_named("item __float__ __complex__ tolist"), T.data.__get__, T._base.__get__]:
+    RULES[_func] = _number
+
+
+# ---- structure, sums, pooling
+
 
 for _func in _named(
     "reshape flatten transpose permute movedim moveaxis swapaxes swapdims t adjoint squeeze unsqueeze expand "
-    "broadcast_to chunk split tensor_split unbind split_with_sizes contiguous clone to cpu float "
-    "double half bfloat16 neg negative __neg__ positive sum mean cumsum roll flip rot90 repeat repeat_interleave tile "
-    "narrow select diagonal diag_embed trace tril triu avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
-    "adaptive_avg_pool2d adaptive_avg_pool3d interpolate upsample pixel_shuffle pixel_unshuffle channel_shuffle "
-    "unfold fold __getitem__ index_select gather take_along_dim real imag conj view_as_real "
-    "fft ifft rfft irfft fft2 ifft2 rfft2 irfft2 fftn ifftn rfftn irfftn fftshift ifftshift"
+    "broadcast_to chunk split tensor_split unbind split_with_sizes contiguous clone cpu float double half bfloat16 "
+    "neg negative __neg__ positive sum mean cumsum roll flip rot90 repeat repeat_interleave tile narrow select "
+    "diagonal diag_embed trace tril triu unfold fold __getitem__ index_select gather take_along_dim interpolate "
+    "upsample pixel_shuffle pixel_unshuffle channel_shuffle avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
+    "adaptive_avg_pool2d adaptive_avg_pool3d real imag conj view_as_real fft ifft rfft irfft fft2 ifft2 rfft2 irfft2 "
+    "fftn ifftn rfftn irfftn fftshift ifftshift"
 ):
     RULES[_func] = linear
+for _name in ("T", "mT", "H", "mH", "real", "imag"):
+    RULES[getattr(T, _name).__get__] = linear
 
 
-def _like(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def _like(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What takes of its further arguments the shape or the dtype alone."""
-    rest = [parts(v)[0] for v in args[1:]]
     if not args or not isinstance(args[0], Dual):
         return constant(func, args, kwargs)
-    return linear_by(_LAYOUT_FREE.get(func, func), func, [args[0], *rest], kwargs)
+    if func is T.view and (kwargs or isinstance(args[1], torch.dtype)):
+        return follow(func, args, kwargs)
+    return linear_by(_REARRANGED.get(func, func), func, [args[0], *(parts(v)[0] for v in args[1:])], kwargs)
 
 
 def _dense(func: Function, tangent: Tensor, *args: Any, **kwargs: Any) -> Any:
     return func(tangent.contiguous(), *args, **kwargs)
 
 
-# A tangent may lie in memory where its value's view does not exist.
-_LAYOUT_FREE: dict[Any, Function] = {
+# A tangent may lie in memory such that a view of its value's kind does not exist.
+_REARRANGED: dict[Any, Function] = {
     T.view: T.reshape,
     T.view_as: T.reshape_as,
     **{func: functools.partial(_dense, func) for func in _named("unflatten view_as_complex")},
 }
 for _func in _named("view unflatten view_as_complex view_as reshape_as expand_as type_as to"):
     RULES[_func] = _like
-
-
-def _view(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    by_dtype = kwargs or isinstance(args[1], torch.dtype)
-    return follow(func, args, kwargs) if by_dtype else _like(func, args, kwargs)
-
-
-RULES[T.view] = _view
-
-for _func in _named(
-    "full_like zeros_like ones_like rand_like randn_like empty_like randint_like new_zeros new_ones new_full new_empty "
-    "new_tensor dim ndimension size stride numel nelement storage_offset element_size is_contiguous is_floating_point "
-    "is_complex is_tensor is_inference _is_view is_same_size is_conj is_neg is_set_to get_device has_names result_type promote_types can_cast "
-    "__len__ __bool__ __int__ __index__ __repr__ __format__ __str__ __hash__ __contains__ eq ne lt le gt ge __eq__ __ne__ "
-    "__lt__ __le__ __gt__ __ge__ equal allclose isclose isfinite isnan isinf isneginf isposinf argmax argmin argsort "
-    "sign signbit floor ceil round trunc fix floor_divide __floordiv__ int long short byte bool char any all "
-    "logical_not logical_and logical_or register_hook retain_grad register_post_accumulate_grad_hook"
-):
-    RULES[_func] = constant
-if saving := getattr(torch.utils.checkpoint, "_NoopSaveInputs", None):  # until PyTorch 2.12
-    RULES[saving] = constant
-
-for _func in _named("item __float__ __complex__ tolist"):
-    RULES[_func] = hidden
-for _name in dir(T):
-    if inspect.isgetsetdescriptor(getattr(T, _name)):
-        RULES[getattr(T, _name).__get__] = constant
-for _name in ("T", "mT", "H", "mH", "real", "imag"):
-    RULES[getattr(T, _name).__get__] = linear
-for _name in ("data", "_base"):
-    RULES[getattr(T, _name).__get__] = hidden
-
-
-def _detach(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    return dual(constant(func, args, kwargs), None)
-
-
-def _out_of_sight(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    raise Refused(f"{func.__name__} goes past the derivative")
-
-
-for _func in _named("detach"):
-    RULES[_func] = _detach
-for _func in _named("numpy __array__ data_ptr untyped_storage storage __dlpack__ as_strided backward"):
-    RULES[_func] = _out_of_sight
-RULES[torch.autograd.grad] = RULES[torch.autograd.backward] = _out_of_sight
 
 
 def _together(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -271,6 +279,11 @@ _unary(F.softplus)(lambda y, d, x, beta=1, threshold=20: aten.softplus_backward(
 @_unary(*_named("abs absolute __abs__"))
 def _abs(y: Tensor, d: Tensor, x: Tensor) -> Any:
     return NotImplemented if x.is_complex() else x.sign() * d
+
+
+@register_rule(T.__rpow__)
+def _rpow(y: Tensor, tangents: Tangents, exponent: Tensor, base: Any) -> Any:
+    return NotImplemented if isinstance(base, Tensor) or base <= 0 else y * tangents[0] * math.log(base)
 
 
 @_unary(*_named("pow __pow__"))
@@ -442,97 +455,7 @@ def _dropout(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     return dual(value * mask, tangent)
 
 
-RULES[F.dropout] = _in_place_or_not(F.dropout, _dropout)
-
-
-# ---- attention
-
-_MATH = functools.partial(sdpa_kernel, SDPBackend.MATH)  # fused kernels have no forward derivative
-
-
-def _attention(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The value by the kernel that the network chose; the tangent by rows."""
-    given = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
-    given |= {**dict(zip(_SDPA, args, strict=False)), **kwargs}
-    if given["dropout_p"]:  # fused kernels do not tell their masks
-        with _MATH():
-            return follow(func, args, kwargs)
-    numbers = [parts(given[name]) for name in _SDPA[:4]]
-    given |= {name: value for name, (value, _) in zip(_SDPA, numbers, strict=False)}
-    result = func(**given)
-    if all(tangent is None for _, tangent in numbers):
-        return dual(result, None)
-    with no_graph():
-        dtype = result.dtype
-        q, k, v, mask = (value for value, _ in numbers)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        moving = [None if d is None else d.to(dtype) for _, d in numbers[:3]] + [numbers[3][1]]
-        if given["enable_gqa"]:
-            k, v, moving[1], moving[2] = (
-                None if u is None else u.repeat_interleave(q.shape[-3] // u.shape[-3], -3)
-                for u in (k, v, moving[1], moving[2])
-            )
-        scale = q.shape[-1] ** -0.5 if given["scale"] is None else given["scale"]
-        return dual(result, attention_tangent(q, k, v, mask, moving, scale, given["is_causal"]))
-
-
-_SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-RULES[F.scaled_dot_product_attention] = _attention
-
-
-def attention_tangent(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, tangents: Tangents, scale: float, causal: bool
-) -> Tensor:
-    """The tangent of P V with P = softmax(scale q k^T + mask), in a memory linear in the number of tokens.
-
-    It is P dV + dP V, where dP = P * dS - P rowsum(P * dS), over a number of rows at a time.
-    """
-    dq, dk, dv, dmask = tangents
-    rows = []
-    for start in range(0, q.shape[-2], _ROWS):
-        part = slice(start, start + _ROWS)
-        scores = q[..., part, :] * scale @ k.mT
-        visible = None
-        if causal:
-            visible = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()[part]
-        elif mask is not None:
-            visible = mask[..., part, :] if mask.shape[-2] > 1 else mask
-        if visible is not None and visible.dtype == torch.bool:
-            scores = scores.masked_fill(~visible, -math.inf)
-        elif visible is not None:
-            scores = scores + visible
-        weights = scores.softmax(-1)
-        if visible is not None:
-            weights = weights.nan_to_num()  # of a row that sees nothing
-        weights = weights.to(v.dtype)
-        total = None if dv is None else weights @ dv
-        change = None
-        if dq is not None:
-            change = dq[..., part, :] * scale @ k.mT
-        if dk is not None:
-            moved = q[..., part, :] * scale @ dk.mT
-            change = moved if change is None else change + moved
-        if dmask is not None:
-            moved = dmask[..., part, :] if dmask.shape[-2] > 1 else dmask
-            change = moved.expand(scores.shape) if change is None else change + moved
-        if change is not None:
-            change = change.to(weights.dtype).expand(weights.shape)
-            moved = aten._softmax_backward_data(change, weights, -1, weights.dtype) @ v
-            total = moved if total is None else total + moved
-        rows.append(total)
-    return rows[0] if len(rows) == 1 else torch.cat(rows, -2)
-
-
-def _multi_head_attention(func: Function, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    given = inspect.signature(func).bind(*args, **kwargs)
-    given.apply_defaults()
-    if given.arguments["training"] and given.arguments["dropout_p"]:
-        with _MATH():
-            return follow(func, args, kwargs)
-    return follow(func, args, kwargs, around=_MATH)
-
-
-RULES[F.multi_head_attention_forward] = _multi_head_attention
+RULES[F.dropout] = in_place_or_not(F.dropout, _dropout)
 
 
 # ---- changes in place
@@ -551,9 +474,10 @@ def _with_item(x: Dual, index: Any, new: Any) -> Dual:
 
 
 RULES[T.__setitem__] = _set_item
-for _name in "add sub mul div clamp relu exp neg sqrt rsqrt sigmoid tanh square masked_fill".split():
+for _name in ("add", "sub", "mul", "div", "clamp", "relu", "exp", "neg", "sqrt", "rsqrt", "sigmoid", "tanh", "square"):
     RULES[getattr(T, f"{_name}_")] = functools.partial(in_place, getattr(T, _name))
-for _name in "add sub mul truediv".split():
+RULES[T.masked_fill_] = functools.partial(in_place, T.masked_fill)
+for _name in ("add", "sub", "mul", "truediv"):
     RULES[getattr(T, f"__i{_name}__")] = functools.partial(in_place, getattr(operator, _name))
 
-COMPILED.update({name: RULES[getattr(T, name)] for name in ("__rsub__", "__rdiv__", "pow")})
+COMPILED.update({name: RULES[getattr(T, name)] for name in ("__rsub__", "__rdiv__", "__rpow__", "pow")})
