@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
-from flowdistill.duals import dual, parts
+from flowdistill.duals import Dual, dual, parts
 from flowdistill.interfaces import Counted, FlowMap, Jump
 from flowdistill.interfaces._counting import count
 from flowdistill.networks import ForcedWeight
@@ -82,20 +82,24 @@ def jvp(
             if isinstance(module, ForcedWeight):
                 module.replace_weight()
         return _product(student, jump, direction, graph=True)
-    # What a first try has drawn and changed must not be seen in a second.
+    undecided = student not in _KEPT
     masks = _Masks(student, jump.x.device)
-    passes = _PASSES.get(student)
-    buffers = [(b, b.clone()) for b in student.buffers()] if passes is None else []
+    buffers = [(buffer, buffer.clone()) for buffer in student.buffers()] if undecided else []
     reason = None
-    if passes != 2:
+    # Inference tensors, which have no versions, cannot be followed; that says nothing of the student.
+    if not torch.is_inference_mode_enabled() and (undecided or _KEPT[student] is not None):
         try:
             result = _one_pass(student, jump, dx, dt, ds)
-            _PASSES[student] = 1
+            if undecided:
+                _KEPT[student] = _places_of_duals(student)
+            for place, name in _KEPT[student] or ():
+                place[name] = parts(place[name])[0]
             return result
         except (FlowDistillError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             reason = _first_line(error)
+        # What a first try has drawn and changed must not be seen in a second.
         masks.again()
         with torch.no_grad():
             for buffer, value in buffers:
@@ -104,7 +108,7 @@ def jvp(
     masks.again()
     _, slope = _product(student, jump, direction, graph=False)
     if reason is not None:
-        _PASSES[student] = 2
+        _KEPT[student] = None
         warnings.warn(
             f"values and derivatives of {type(student).__name__} take two passes, which cost more: {reason}",
             RuntimeWarning,
@@ -113,7 +117,13 @@ def jvp(
     return average, slope
 
 
-_PASSES: WeakKeyDictionary[FlowMap, int] = WeakKeyDictionary()
+# Where students keep tensors of a pass, such as statistics; None for students that need two passes.
+_KEPT: WeakKeyDictionary[FlowMap, list[tuple[dict[str, Any], str]] | None] = WeakKeyDictionary()
+
+
+def _places_of_duals(student: FlowMap) -> list[tuple[dict[str, Any], str]]:
+    places = [place for module in student.modules() for place in (vars(module), module._buffers)]
+    return [(place, name) for place in places for name, value in place.items() if isinstance(value, Dual)]
 
 
 def _one_pass(student: FlowMap, jump: Jump, dx: Tensor | None, dt: float, ds: float) -> tuple[Tensor, Tensor]:
@@ -135,7 +145,7 @@ def _product(student: FlowMap, jump: Jump, direction: tuple[Tensor, ...], graph:
     x, t, s, condition = jump
     try:
         with torch.set_grad_enabled(graph), sdpa_kernel(SDPBackend.MATH), _Rules(graph):
-            return torch.func.jvp(  # type: ignore[misc, no-any-return]
+            average, slope = torch.func.jvp(  # type: ignore[misc]
                 lambda x, t, s: student.average_velocity(x, t, s, condition), (x, t, s), direction
             )
     except (FlowDistillError, torch.OutOfMemoryError):
@@ -145,6 +155,7 @@ def _product(student: FlowMap, jump: Jump, direction: tuple[Tensor, ...], graph:
             with torch.no_grad():
                 evaluate(student, jump)  # raises the error if it is one of the student's own
         raise ConfigError(_refusal(student, error)) from error
+    return average, slope
 
 
 def backward(loss: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Value and derivative in one pass: against two passes, and what must not be lost on the way."""
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -75,7 +76,7 @@ def gradients(student, average):
 def value_slope_gradients(student, jump, passes=1, seed=1, **direction):
     """By so many passes; nothing else is allowed to happen."""
     if passes == 2:
-        differentiation._PASSES[student] = 2
+        differentiation._KEPT[student] = None
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
@@ -185,6 +186,8 @@ def last(body):
     return nn.Sequential(Calls(lambda x: x.contiguous(memory_format=torch.channels_last)), body)
 
 
+recurrent = nn.LSTM(4, 4).double()
+
 FOLLOWED = {
     "function": lambda: Calls(lambda x: Old.apply(x, 2.0)),
     "function, stored": lambda: Calls(lambda x: STORED(x, 2.0)),
@@ -225,7 +228,7 @@ FOLLOWED = {
     "sorted": lambda: Calls(lambda x: x + x.max(1, keepdim=True).values * x.sort(2)[0]),
     "by sign": lambda: Calls(lambda x: x.sin() if x.mean() > 0 else x.cos()),
     "stop-gradient": lambda: Calls(lambda x: x * 1.0 + 0 * x.detach().mean().item()),
-    "recurrent": lambda: Calls(lambda x, layer=nn.LSTM(4, 4).double(): layer(x.flatten(0, 1))[0].view(x.shape)),
+    "recurrent": lambda: Calls(lambda x: recurrent(x.flatten(0, 1))[0].view(x.shape)),
 }
 
 
@@ -287,9 +290,7 @@ TWICE = {
 @pytest.mark.parametrize("kind", TWICE)
 def test_what_cannot_be_followed_takes_two_passes_and_says_so_once(kind):
     function, reason = TWICE[kind]
-    body = nn.Sequential(
-        nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6, momentum=0.5).eval(), Counted(), nn.Dropout(0.3), Calls(function)
-    )
+    body = nn.Sequential(nn.Conv2d(6, 6, 1), Counts(), nn.Dropout(0.3), Calls(function))
     student, jump, dx = brought(body)
     same = copy.deepcopy(student)
     torch.manual_seed(1)
@@ -301,18 +302,61 @@ def test_what_cannot_be_followed_takes_two_passes_and_says_so_once(kind):
     assert torch.equal(again, torch.get_rng_state())  # a first try leaves no trace
     assert torch.equal(average, plain)
     assert torch.equal(gradients(student, average), gradients(same, plain))
+    assert student.body[1].calls == same.body[1].calls == 1
     assert distance(slope, difference(same, jump, dx)) < 1e-6
     value_slope_gradients(student, jump, dx=dx, dt=1.0)  # without a warning
 
 
-class Counted(nn.Module):
-    """Counts its calls where no derivative goes."""
+class Statistics(nn.Module):
+    """Keeps statistics of what it sees: in place, as another buffer, and with a graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("first", torch.zeros(()))
+        self.register_buffer("second", torch.zeros(()))
+        self.last = None
+
+    def forward(self, x):
+        self.first.lerp_(x.detach().mean(), 0.1)
+        self.second = 0.9 * self.second + 0.1 * x.detach().std()
+        self.last = x.sin()
+        return self.last - self.first * self.second
+
+
+def test_what_a_network_keeps_is_what_it_keeps_of_a_plain_pass():
+    student, jump, dx = brought(Statistics())
+    same = copy.deepcopy(student)
+    for _ in range(3):
+        average, _, _ = value_slope_gradients(student, jump, dx=dx, dt=1.0)
+        plain = same.average_velocity(*jump)
+        assert torch.equal(average, plain)
+        for got, wanted in zip(kept_by(student.body), kept_by(same.body), strict=True):
+            assert type(got) is torch.Tensor
+            assert torch.equal(got, wanted)
+
+
+def kept_by(body):
+    return body.first, body.second, body.last
+
+
+def test_inference_decides_nothing():
+    student, jump, dx = student_of("mlp")
+    with torch.inference_mode():
+        _, slope = jvp(student, jump, dx=dx)
+    assert student not in differentiation._KEPT
+    torch.testing.assert_close(slope.clone(), value_slope_gradients(student, jump, dx=dx)[1])
+
+
+class Counts(nn.Module):
+    """Counts its calls, which a product could not."""
 
     def __init__(self):
         super().__init__()
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x):
+        if not torch._C._are_functorch_transforms_active():
+            self.calls += 1
         return x
 
 
@@ -462,13 +506,15 @@ def test_under_autocast_the_value_is_a_plain_one_and_the_slope_is_close(network)
 # ---- cost
 
 
+FREE = re.findall(
+    r"\w+",
+    """view _unsafe_view t transpose permute expand unsqueeze slice select split unbind detach alias squeeze as_strided empty
+    empty_like new_empty empty_strided lift_fresh _reshape_alias split_with_sizes unfold diagonal""",
+)
+
+
 class Kernels(TorchDispatchMode):
     """Counts what would start kernels, and the elements of the largest tensor."""
-
-    FREE = (
-        "view _unsafe_view t transpose permute expand unsqueeze slice select split unbind detach alias squeeze as_strided empty "
-        "empty_like new_empty empty_strided lift_fresh _reshape_alias split_with_sizes unfold diagonal"
-    ).split()
 
     def __init__(self):
         super().__init__()
@@ -476,7 +522,7 @@ class Kernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        self.count += func._overloadpacket.__name__ not in self.FREE
+        self.count += func._overloadpacket.__name__ not in FREE
         if isinstance(result, torch.Tensor):
             self.largest = max(self.largest, result.numel())
         return result

@@ -31,8 +31,8 @@ def _attention(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any
     if all(tangent is None for _, tangent in numbers):
         return dual(result, None)
     with no_graph():
-        values = [None if value is None else value for value, _ in numbers]
-        tangents = [tangent for _, tangent in numbers]
+        values: list[Any] = [value for value, _ in numbers]
+        tangents: list[Any] = [tangent for _, tangent in numbers]
         for i in range(3):  # autocast
             values[i] = values[i].to(result.dtype)
             tangents[i] = None if tangents[i] is None else tangents[i].to(result.dtype)
@@ -49,7 +49,7 @@ def _attention(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any
 def _tangent(values: Sequence[Any], tangents: Sequence[Any], scale: float, causal: bool) -> Tensor:
     """The tangent of P v with P = softmax(S) and S = scale q k^T + mask.
 
-    It is P dv + dP v, where dP = P * dS - P rowsum(P * dS) is also what PyTorch's backward pass of the softmax computes.
+    It is P dv + dP v with dP = P * dS - P rowsum(P * dS), which is what the backward pass of a softmax computes too.
     """
     q, k, v, mask = values
     dq, dk, dv, dmask = tangents

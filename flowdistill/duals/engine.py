@@ -50,10 +50,7 @@ class Dual(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if torch.compiler.is_compiling():
-            rule = _compiled(func, args)
-        else:
-            rule = RULES.get(func) or _found(func)
+        rule = _compiled(func, args) if torch.compiler.is_compiling() else RULES.get(func) or _found(func)
         if kwargs is None:
             return rule(func, args, {})
         if kwargs.get("out") is not None:
@@ -89,7 +86,7 @@ def dual(value: Tensor, tangent: Tensor | None) -> Dual:
         result = value.as_subclass(Dual)
         result.version = -1
     else:
-        result = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        result = Tensor._make_wrapper_subclass(
             Opaque, value.shape, strides=value.stride(), dtype=value.dtype, device=value.device
         )
         result.version = value._version
@@ -233,7 +230,7 @@ def _names_of(function: Any) -> list[Any]:
     operator = getattr(function, "overloadpacket", function)
     if not isinstance(operator, torch._ops.OpOverloadPacket):
         return [function]
-    return [operator, *(getattr(operator, name) for name in operator.overloads())]
+    return [operator, *(getattr(operator, name) for name in operator.overloads())]  # type: ignore[no-untyped-call]
 
 
 def _by_rule(rule: Function, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -311,11 +308,7 @@ def _by_pytorch(func: Any, values: Sequence[Any], structure: Any, tangents: Sequ
     """The tangent of a function by PyTorch's forward mode, which computes the value again."""
     with forward_ad.dual_level():
         moving = [
-            v
-            if not isinstance(v, Tensor)
-            else v.detach()
-            if t is None
-            else forward_ad.make_dual(v.detach(), t)  # type: ignore[no-untyped-call]
+            v if not isinstance(v, Tensor) else v.detach() if t is None else forward_ad.make_dual(v.detach(), t)  # type: ignore[no-untyped-call]
             for v, t in zip(values, tangents, strict=True)
         ]
         args, kwargs = tree_unflatten(moving, structure)
@@ -374,7 +367,9 @@ def in_place(counterpart: Function, func: Any, args: Sequence[Any], kwargs: Mapp
 
 def in_place_or_not(func: Any, rule: Rule) -> Rule:
     """The rule of a function that may have an argument ``inplace``, as those of `torch.nn.functional`."""
-    names = list(inspect.signature(func).parameters) if inspect.isfunction(func) and func.__module__ == F.__name__ else []
+    names = (
+        list(inspect.signature(func).parameters) if inspect.isfunction(func) and func.__module__ == F.__name__ else []
+    )
     if "inplace" not in names:
         return rule
     place = names.index("inplace")
@@ -398,7 +393,7 @@ def _changes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 
 def _applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    """`torch.autograd.Function.apply`, which PyTorch lets no tensor override: the value of a dual would lose its graph."""
+    """`torch.autograd.Function.apply`, which PyTorch lets no tensor override: a dual's value would lose its graph."""
     apply = super(_SingleLevelFunction, cls).apply
     if has_duals(args) or (kwargs and has_duals(kwargs.values())):
         return RULES.get(cls, follow)(apply, args, kwargs)

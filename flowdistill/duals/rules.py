@@ -87,7 +87,7 @@ def _number(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     if not hidden and parts(args[0])[1] is None:
         return constant(func, args, kwargs)
     raise ConfigError(
-        f"no derivative goes through Tensor.{func.__self__.__name__ if hidden else func.__name__}: if the network takes "
+        f"no derivative goes through Tensor.{func.__self__.__name__ if hidden else func.__name__}: if a network takes "
         "constants by it, let it take them of x.detach(); else bind the objective's estimator = @finite_difference()"
     )
 
@@ -97,8 +97,10 @@ for _func in _named("detach"):
 for _func in _named("numpy __array__ data_ptr untyped_storage storage __dlpack__ as_strided"):
     RULES[_func] = _out_of_sight
 RULES[torch.autograd.grad] = RULES[torch.autograd.backward] = _out_of_sight
-for _func in [*_named("item __float__ __complex__ tolist"), T.data.__get__, T._base.__get__]:
+for _func in _named("item __float__ __complex__ tolist"):
     RULES[_func] = _number
+for _name in ("data", "_base"):
+    RULES[getattr(T, _name).__get__] = _number
 
 
 # ---- structure, sums, pooling
@@ -161,7 +163,7 @@ for _func in _named("cat concat concatenate stack hstack vstack dstack"):
 
 
 @register_rule(*_named("add __add__ __radd__"))
-def _add(y: Tensor, tangents: Tangents, a: Any, b: Any, alpha: float = 1) -> Tensor:
+def _add(y: Tensor, tangents: Tangents, a: Any, b: Any, alpha: float = 1) -> Any:
     da, db = tangents
     if db is None:
         return da
@@ -171,18 +173,18 @@ def _add(y: Tensor, tangents: Tangents, a: Any, b: Any, alpha: float = 1) -> Ten
 
 
 @register_rule(*_named("sub subtract __sub__"))
-def _sub(y: Tensor, tangents: Tangents, a: Any, b: Any, alpha: float = 1) -> Tensor:
+def _sub(y: Tensor, tangents: Tangents, a: Any, b: Any, alpha: float = 1) -> Any:
     da, db = tangents
     return da if db is None else db * -alpha if da is None else torch.sub(da, db, alpha=alpha)
 
 
 @register_rule(*_named("rsub __rsub__"))
-def _rsub(y: Tensor, tangents: Tangents, b: Any, a: Any, alpha: float = 1) -> Tensor:
+def _rsub(y: Tensor, tangents: Tangents, b: Any, a: Any, alpha: float = 1) -> Any:
     return _sub(y, tangents[::-1], a, b, alpha)
 
 
 @register_rule(*_named("mul multiply __mul__ __rmul__"))
-def _mul(y: Tensor, tangents: Tangents, a: Any, b: Any) -> Tensor:
+def _mul(y: Tensor, tangents: Tangents, a: Any, b: Any) -> Any:
     da, db = tangents
     if db is None:
         return da * b
@@ -209,7 +211,7 @@ def _rdiv(y: Tensor, tangents: Tangents, b: Any, a: Any) -> Any:
 
 
 @register_rule(torch.where)
-def _where(y: Tensor, tangents: Tangents, condition: Tensor, a: Any, b: Any) -> Tensor:
+def _where(y: Tensor, tangents: Tangents, condition: Tensor, a: Any, b: Any) -> Any:
     _, da, db = tangents
     return torch.where(condition, 0.0 if da is None else da, 0.0 if db is None else db)
 
@@ -304,12 +306,12 @@ def _clamp(y: Tensor, d: Tensor, x: Tensor, min: Any = None, max: Any = None) ->
 
 
 @_unary(*_named("masked_fill"))
-def _masked_fill(y: Tensor, d: Tensor, x: Tensor, mask: Tensor, value: Any) -> Tensor:
+def _masked_fill(y: Tensor, d: Tensor, x: Tensor, mask: Tensor, value: Any) -> Any:
     return d.masked_fill(mask, 0)
 
 
 @_unary(F.pad)
-def _pad(y: Tensor, d: Tensor, x: Tensor, pad: Any, mode: str = "constant", value: Any = None) -> Tensor:
+def _pad(y: Tensor, d: Tensor, x: Tensor, pad: Any, mode: str = "constant", value: Any = None) -> Any:
     return F.pad(d, pad, mode)
 
 
@@ -323,10 +325,10 @@ def _vector_norm(
     y: Tensor,
     d: Tensor,
     x: Tensor,
-    ord: float = 2,
+    ord: float = 2,  # noqa: A002
     dim: Any = None,
     keepdim: bool = False,
-    **kwargs: Any,  # noqa: A002
+    **kwargs: Any,
 ) -> Any:
     if ord != 2 or x.is_complex():
         return NotImplemented
@@ -337,7 +339,7 @@ def _vector_norm(
 # ---- normalisations
 
 
-def _normalized(d: Tensor, x: Tensor, dims: Sequence[int], eps: float, centred: bool = True) -> Tensor:
+def _normalized(d: Tensor, x: Tensor, dims: list[int], eps: float, centred: bool = True) -> Any:
     """The tangent of x over its deviation along some dimensions, or over its root mean square."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     x, d = x.to(dtype), d.to(dtype)
@@ -364,7 +366,7 @@ def _batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Tensor:
+) -> Any:
     if training or running_var is None:
         return _normalized(d, x, [0, *range(2, x.ndim)], eps) * _channels(weight, x)
     return d * (_channels((running_var + eps).rsqrt(), x) * _channels(weight, x))
@@ -382,7 +384,7 @@ def _instance_norm(
     use_input_stats: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Tensor:
+) -> Any:
     if use_input_stats:
         return _normalized(d, x, list(range(2, x.ndim)), eps) * _channels(weight, x)
     assert running_var is not None
@@ -398,12 +400,12 @@ def _group_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-) -> Tensor:
+) -> Any:
     last = x.ndim == 4 and not x.is_cuda and x.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if last else torch.contiguous_format
     x, d = (v.to(y.dtype).contiguous(memory_format=layout) for v in (x, d))
     sizes = (*x.shape[:2], math.prod(x.shape[2:]), num_groups)
-    _, mean, scale = torch.native_group_norm(x, None, None, *sizes, eps)
+    _, mean, scale = aten.native_group_norm(x, None, None, *sizes, eps)
     d = aten.native_group_norm_backward(d, x, mean, scale, None, *sizes, [True, False, False])[0]
     return d if weight is None else d * _channels(weight, x)
 
@@ -411,7 +413,7 @@ def _group_norm(
 @_unary(F.rms_norm, torch.rms_norm)
 def _rms_norm(
     y: Tensor, d: Tensor, x: Tensor, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None
-) -> Tensor:
+) -> Any:
     eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if eps is None else eps
     tangent = _normalized(d, x, list(range(-len(normalized_shape), 0)), eps, centred=False)
     return tangent if weight is None else tangent * weight
