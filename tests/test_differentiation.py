@@ -291,6 +291,17 @@ class Encoder(nn.Module):
         return self.layer(x.flatten(2).mT).mT.reshape(x.shape)
 
 
+class Recurrent(nn.Module):
+    """Reads the rows of each channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.LSTM(4, 4)
+
+    def forward(self, x):
+        return self.layer(x.flatten(0, 1))[0].view(x.shape)
+
+
 RESIZED = ("nearest", "bilinear", "bicubic", "area")
 BROUGHT = {
     **{f"attention and {kind}": lambda kind=kind: nn.Sequential(Attention(), layer_of(kind)) for kind in LAYERS},
@@ -298,6 +309,7 @@ BROUGHT = {
     "masked attention": lambda: Attention(attn_mask=torch.ones(16, 16, dtype=torch.bool).tril()),
     "causal attention": lambda: Attention(is_causal=True, scale=0.5),
     "encoder": Encoder,
+    "recurrent": Recurrent,
     "encoder, evaluated": lambda: Encoder().eval(),
     "in place": lambda: nn.Sequential(nn.Conv2d(6, 6, 1), nn.SiLU(inplace=True)),
     "weight normalisation": lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 6, 3, padding=1)),

@@ -508,8 +508,8 @@ def test_under_autocast_the_value_is_a_plain_one_and_the_slope_is_close(network)
 
 FREE = re.findall(
     r"\w+",
-    """view _unsafe_view t transpose permute expand unsqueeze slice select split unbind detach alias squeeze as_strided empty
-    empty_like new_empty empty_strided lift_fresh _reshape_alias split_with_sizes unfold diagonal""",
+    """view _unsafe_view t transpose permute expand unsqueeze slice select split unbind detach alias squeeze as_strided
+    empty empty_like new_empty empty_strided lift_fresh _reshape_alias split_with_sizes unfold diagonal""",
 )
 
 
