@@ -106,7 +106,7 @@ def main() -> None:
             loss.backward()  # type: ignore[no-untyped-call]
             student.zero_grad(set_to_none=True)
 
-    calls = {
+    calls: dict[str, Callable[[], object]] = {
         "forward": lambda: call(once, False, False),
         "forward and backward": lambda: call(once, False, True),
         "value and derivative, two passes": lambda: call(twice, True, False),
