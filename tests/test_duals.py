@@ -6,12 +6,15 @@ import re
 
 import pytest
 import torch
+from hypothesis import given, reject, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import mutually_broadcastable_shapes
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
-from flowdistill import differentiation
-from flowdistill.duals import dual, engine, parts, rules
+from flowdistill import ConfigError, differentiation
+from flowdistill.duals import Dual, Refused, dual, engine, parts, rules
 from flowdistill.duals.engine import RULES, constant
 
 G = torch.Generator()
@@ -33,6 +36,13 @@ Q, K, W = normal(2, 4, 7, 3), normal(2, 4, 5, 3), normal(2, 4, 5, 6)
 MASK = torch.tensor([[True, False, True, True, True]] * 6 + [[False] * 5])
 NUMBERS = torch.complex(M, normal(3, 5))
 
+MIXED = [
+    case(X.float(), Y),
+    case(X.float(), S),
+    case(X, Y.float()),
+    case(X.bfloat16(), S.float()),
+    case(X.float(), Y.bfloat16()),
+]
 PAIRS = [case(X, Y), case(X, Y[:1, :, :1]), case(X[:, :1], Y), case(X, 2.5), case(X, 2), case(X, S), case(S, X)]
 CASES = {
     "reshape": [case(X, (8, -1)), case(X.mT, (8, -1))],
@@ -100,12 +110,18 @@ CASES = {
     "stack": [case([X, Y], 1)],
     "hstack": [case([M, M + 1])],
     "__rpow__": [case(P, 2.0), case(P, 0.5), case(P, 0.0), case(P, P + 1)],
-    "where": [case(X > 0, X, Y), case(X > 0, X, 0.5), case(X > 0, 0.5, Y[:, :1])],
-    "add": [*PAIRS, case(X, Y, alpha=2.5)],
-    "sub": [*PAIRS, case(X, Y, alpha=2.5)],
+    "where": [
+        case(X > 0, X, Y),
+        case(X > 0, X.float(), Y),
+        case(X > 0, X.float(), S),
+        case(X > 0, X, 0.5),
+        case(X > 0, 0.5, Y[:, :1]),
+    ],
+    "add": [*PAIRS, *MIXED, case(X, Y, alpha=2.5)],
+    "sub": [*PAIRS, *MIXED, case(X, Y, alpha=2.5)],
     "rsub": [case(X, Y), case(X, 2.5)],
-    "mul": PAIRS,
-    "div": [*PAIRS, case(X, Y, rounding_mode="floor")],
+    "mul": [*PAIRS, *MIXED],
+    "div": [*PAIRS, *MIXED, case(X, Y, rounding_mode="floor")],
     "true_divide": PAIRS,
     "__rdiv__": [case(X, 2.5), case(X, Y)],
     "matmul": [case(M, N), case(B, N), case(M, N[:, 0]), case(Q, K.mT)],
@@ -220,7 +236,7 @@ STILL = (constant, rules._number, rules._out_of_sight, rules._detach)
 
 def kinds():
     for func in RULES:
-        if getattr(func, "__module__", "") == "_operator" or isinstance(func, type) or RULES[func] in STILL:
+        if isinstance(func, type) or RULES[func] in STILL:
             continue
         name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
         name = re.sub("^(fft|linalg|special)_", "", name)
@@ -336,3 +352,131 @@ def test_rules(func, cases, dtype):
                 slope = torch.zeros_like(expected) if slope is None else slope
                 assert (slope.shape, slope.dtype, slope.requires_grad) == (value.shape, value.dtype, False)
                 assert close(slope, expected), (args, moving)
+
+
+SAME_NUMBERS = [case(X, Y), case(X, 0.5)]
+CONSTANTS = {
+    **dict.fromkeys("eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__".split(), SAME_NUMBERS),  # noqa: SIM905
+    **dict.fromkeys(("floor_divide", "__floordiv__", "logical_and", "logical_or", "result_type"), (case(X, Y),)),
+    **dict.fromkeys(("equal", "allclose", "isclose", "is_same_size", "is_set_to"), (case(X, Y),)),
+    **dict.fromkeys(("__bool__", "__int__"), (case(S),)),
+    **dict.fromkeys(("new_zeros", "new_ones"), (case(X, (2, 3)),)),
+    "new_empty": [case(X, (0, 3))],
+    "new_full": [case(X, (2, 3), 2.0)],
+    "new_tensor": [case(X, [1.0, 2.0])],
+    "full_like": [case(X, 2.0)],
+    "randint_like": [case(X, 5)],
+    "__contains__": [case(M, 0.5)],
+    "__format__": [case(S, ".2f")],
+    "register_hook": [],
+    "register_post_accumulate_grad_hook": [],
+    "retain_grad": [],
+    "backward": [],
+    "__index__": [],
+    "empty_like": [case(X[:0])],
+    "__hash__": [],
+}
+UNKNOWN = ("floor_divide", "__floordiv__", "randint_like")  # to PyTorch
+ATTRIBUTES = {name for name in dir(Tensor) if getattr(getattr(Tensor, name), "__get__", None) in RULES}
+
+
+@pytest.mark.parametrize(
+    ("func", "cases"),
+    [
+        pytest.param(func, CONSTANTS.get(func.__name__, UNNAMED), id=func.__name__)
+        for func, rule in RULES.items()
+        if rule is constant and func.__name__ != "__get__"
+    ],
+)
+def test_constants(func, cases):
+    """What does not move is what it is of a tensor, and PyTorch gives it no derivative either."""
+    for args, kwargs in cases:
+        numbers = [dual(v, torch.ones_like(v)) if floats(v) else v for v in args]
+        torch.manual_seed(0)
+        got = func(*numbers, **kwargs)
+        torch.manual_seed(0)
+        wanted = func(*args, **kwargs)
+        if isinstance(wanted, Tensor):
+            torch.testing.assert_close(got, wanted, equal_nan=True)
+            if floats(wanted) and func.__name__ not in UNKNOWN:
+                tangents = by_pytorch(func, args, kwargs, [torch.ones_like(v) for v in args if floats(v)], (0,))
+                assert not tangents[0].any()
+        else:
+            assert got == wanted
+        assert not isinstance(got, Dual)
+
+
+@pytest.mark.parametrize("name", sorted(ATTRIBUTES - {"_python_dispatch"}))  # which tells of the class
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_attributes(name):
+    """They are those of the value, or move, or are refused."""
+    value = NUMBERS if name == "imag" else M
+    number = dual(value, torch.ones_like(value))
+    if name in ("data", "_base"):
+        with pytest.raises(ConfigError, match=rf"no derivative goes through Tensor\.{name}"):
+            getattr(number, name)
+    elif name in ("T", "mT", "H", "mH", "real", "imag"):
+        assert torch.equal(parts(getattr(number, name))[1], getattr(torch.ones_like(value), name))
+    else:
+        assert getattr(number, name) == getattr(value, name)
+
+
+def test_hooks_and_backward_passes_are_those_of_the_value():
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    y = dual(x, torch.ones(2)) ** 2
+    seen = []
+    y.register_hook(seen.append)
+    y.retain_grad()
+    y.sum().backward()
+    torch.testing.assert_close((seen[0], x.grad, y.grad), (torch.ones(2), torch.tensor([2.0, 4.0]), torch.ones(2)))
+
+
+@pytest.mark.parametrize("func", [func for func, rule in RULES.items() if rule is rules._out_of_sight])
+def test_what_goes_past_the_derivative_is_refused(func):
+    number = dual(M, torch.ones_like(M))
+    for argument in (number, number.detach()):
+        rest = {"grad": (argument,), "as_strided": ((2,), (1,))}.get(func.__name__, ())
+        with pytest.raises(Refused, match=f"{func.__name__} goes past the derivative"):
+            func(argument, *rest)
+
+
+@pytest.mark.parametrize("func", [func for func, rule in RULES.items() if rule is rules._number])
+def test_numbers_are_taken_of_constants_alone(func):
+    number = dual(S, torch.ones_like(S))
+    with pytest.raises(ConfigError, match="no derivative goes through"):
+        func(number)
+    if func.__name__ != "__get__":
+        assert func(number.detach()) == func(S)
+
+
+@given(
+    shapes=mutually_broadcastable_shapes(num_shapes=2, max_dims=3, max_side=3),
+    dtypes=st.tuples(*[st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.int64])] * 2),
+    moving=st.sampled_from([(0,), (1,), (0, 1)]),
+    func=st.sampled_from([torch.add, torch.sub, torch.mul, torch.div, torch.rsub, torch.maximum, torch.matmul]),
+)
+@settings(max_examples=150, deadline=None)
+def test_arithmetic_of_any_shapes_and_types(shapes, dtypes, moving, func):
+    """The dtypes and the shapes are PyTorch's, and tangents are those of the same in float64."""
+    shapes = shapes.input_shapes
+    args = [(2 + torch.rand(shape, generator=G).double()).to(d) for shape, d in zip(shapes, dtypes, strict=True)]
+    moving = [i for i in moving if floats(args[i])]
+    try:
+        value = func(*args)
+    except RuntimeError:
+        reject()  # no matrices, or of several types
+    if not moving:
+        reject()
+    tangents = [torch.randn(v.shape, generator=G).to(v.dtype if floats(v) else torch.float64) for v in args]
+    numbers = [dual(v, d) if i in moving else v for i, (v, d) in enumerate(zip(args, tangents, strict=True))]
+    got, slope = parts(func(*numbers))
+    assert torch.equal(got, value)
+    assert (slope.shape, slope.dtype) == (value.shape, value.dtype)
+    wide = [v.double() for v in args]
+    _, wanted = torch.func.jvp(
+        lambda *given: func(*[given[moving.index(i)] if i in moving else v for i, v in enumerate(wide)]),
+        tuple(wide[i] for i in moving),
+        tuple(tangents[i].double() for i in moving),
+    )
+    tolerance = 0.05 if torch.bfloat16 in (*dtypes, value.dtype) else 1e-5
+    assert float((slope.double() - wanted).abs().sum()) <= tolerance * (1 + float(wanted.abs().sum()))

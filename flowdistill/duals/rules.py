@@ -44,8 +44,12 @@ Tangents = Sequence[Any]
 
 def _named(names: str) -> list[Any]:
     """The functions and methods of these names."""
-    places = (torch, T, F, torch.linalg, torch.special, torch.fft, operator)
-    found = [getattr(place, name, None) for name in names.split() for place in places]
+    places = (torch, F, torch.linalg, torch.special, torch.fft)
+    found = [
+        getattr(place, name, None)
+        for name in names.split()
+        for place in (T, *(() if name.startswith("__") else places))
+    ]
     return [func for func in dict.fromkeys(found) if callable(func)]
 
 
@@ -57,9 +61,9 @@ for _name in dir(T):
         RULES[getattr(T, _name).__get__] = constant
 for _func in _named(
     "full_like zeros_like ones_like rand_like randn_like randint_like empty_like new_full new_zeros new_ones new_empty "
-    "new_tensor dim ndimension size stride numel nelement storage_offset element_size __len__ get_device has_names "
-    "is_contiguous is_floating_point is_complex is_tensor is_inference is_same_size is_conj is_neg is_set_to _is_view "
-    "result_type promote_types can_cast eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ equal allclose "
+    "new_tensor dim ndimension size stride numel nelement storage_offset element_size __len__ get_device "
+    "is_contiguous is_floating_point is_complex is_inference is_same_size is_conj is_neg is_set_to _is_view "
+    "result_type eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ equal allclose "
     "isclose isfinite isnan isinf isneginf isposinf any all logical_not logical_and logical_or argmax argmin argsort "
     "sign signbit floor ceil round trunc fix floor_divide __floordiv__ int long short byte bool char __bool__ __int__ "
     "__index__ __repr__ __format__ __str__ __hash__ __contains__ register_hook retain_grad "
