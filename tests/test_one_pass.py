@@ -587,9 +587,11 @@ def test_evaluations_are_counted_as_two():
 # ---- compilers
 
 
-@pytest.mark.parametrize("network", ["mlp", "sit", pytest.param("edm2", marks=pytest.mark.slow)])
-def test_a_compiler_sees_one_graph(network):
-    """Without a break, and without another one at the next call."""
+@pytest.mark.parametrize(
+    ("network", "tolerance"), [("mlp", 1e-5), ("sit", 1e-5), pytest.param("edm2", 2e-4, marks=pytest.mark.slow)]
+)
+def test_a_compiler_sees_one_graph(network, tolerance):
+    """Without a break, and without another one at the next call; EDM2's weights are scaled at each, by about 1."""
     student, jump, dx = student_of(network, dtype=torch.float32)
     graphs = []
 
@@ -604,5 +606,5 @@ def test_a_compiler_sees_one_graph(network):
         average, slope = compiled(jump)
     assert len(graphs) == 1
     for got, expected in zip((average.detach(), slope, gradients(student, average)), wanted, strict=True):
-        assert distance(got, expected) < 1e-5
+        assert distance(got, expected) < tolerance
     assert not slope.requires_grad
