@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import re
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +28,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
-from flowdistill.interfaces import FlowMap, Jump
+from flowdistill.duals import Dual, dual, parts
+from flowdistill.interfaces import Counted, FlowMap, Jump
+from flowdistill.interfaces._counting import count
 from flowdistill.networks import ForcedWeight
 from flowdistill.networks.attention import plain_attention
 from flowdistill.paths import expand_time
@@ -53,44 +57,103 @@ def jvp(
 ) -> tuple[Tensor, Tensor]:
     """F with a graph, and its exact derivative by forward-mode differentiation.
 
-    Two passes: a plain evaluation with a graph, whose memory is that of an ordinary training step, then a
-    Jacobian-vector product without one. The plain pass is first because networks in training mode may replace their
-    weights on the way, which a product cannot. Attention runs in its plain form within the product, since fused kernels
-    have no forward-mode derivative. With ``graph`` the derivative has one as well, from a single pass that keeps about
-    2.5 times the memory; each `ForcedWeight` replaces its own before, and attention
-    and normalisations are written out. Dropout has the same masks in both passes.
+    One pass: the derivative follows the student's own operations (`flowdistill.duals`), whose values and graph are
+    those of a plain evaluation. So it needs the memory of an ordinary training step, dropout has one mask, and whatever
+    does not move costs nothing.
+
+    A student with an operation that cannot be followed takes two passes from then on, and a warning says why: a plain
+    evaluation with a graph, then a Jacobian-vector product without one.
+
+    With ``graph`` the derivative has one as well, from a Jacobian-vector product that keeps about 2.5 times the memory;
+    each `ForcedWeight` replaces its own before, and attention and normalisations are written out.
 
     Raises:
         ConfigError: PyTorch has no forward derivative of a module of the student; names it.
     """
-    x, t, s, condition = jump
-    masks = _Masks(student, x.device)
-    tangents = (
-        torch.zeros_like(x) if dx is None else dx,
-        torch.full_like(t, dt),
-        torch.full_like(s, ds),
-    )
-    plain = None
+    if torch.compiler.is_compiling() and not graph:
+        return _one_pass(student, jump, dx, dt, ds)
     if graph:
         for module in student.modules():
             if isinstance(module, ForcedWeight):
                 module.replace_weight()
-    else:
-        plain = evaluate(student, jump)
+        return _product(student, jump, dx, dt, ds, graph=True)
+    undecided = student not in _KEPT
+    masks = _Masks(student, jump.x.device)
+    buffers = [(buffer, buffer.clone()) for buffer in student.buffers()] if undecided else []
+    reason = None
+    # Inference tensors, which have no versions, cannot be followed; that says nothing of the student.
+    if not torch.is_inference_mode_enabled() and (undecided or _KEPT[student] is not None):
+        try:
+            result = _one_pass(student, jump, dx, dt, ds)
+            if undecided:
+                _KEPT[student] = _places_of_duals(student)
+            for place, name in _KEPT[student] or ():
+                place[name] = parts(place[name])[0]
+            return result
+        except (FlowDistillError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            reason = _first_line(error)
+        # What a first try has drawn and changed must not be seen in a second.
         masks.again()
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+    average = evaluate(student, jump)
+    masks.again()
+    _, slope = _product(student, jump, dx, dt, ds, graph=False)
+    if reason is not None:
+        _KEPT[student] = None
+        warnings.warn(
+            f"values and derivatives of {type(student).__name__} take two passes, which cost more: {reason}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return average, slope
+
+
+# Where students keep tensors of a pass, such as statistics; None for students that need two passes.
+_KEPT: WeakKeyDictionary[FlowMap, list[tuple[dict[str, Any], str]] | None] = WeakKeyDictionary()
+
+
+def _places_of_duals(student: FlowMap) -> list[tuple[dict[str, Any], str]]:
+    places = [place for module in student.modules() for place in (vars(module), module._buffers)]
+    return [(place, name) for place in places for name, value in place.items() if isinstance(value, Dual)]
+
+
+def _one_pass(student: FlowMap, jump: Jump, dx: Tensor | None, dt: float, ds: float) -> tuple[Tensor, Tensor]:
+    x, t, s, condition = jump
+    result = student.average_velocity(
+        x if dx is None else dual(x, dx),
+        dual(t, torch.full_like(t, dt)) if dt else t,
+        dual(s, torch.full_like(s, ds)) if ds else s,
+        condition,
+    )
+    if isinstance(student, Counted):
+        count(student, x)  # a derivative counts as an evaluation
+    average, slope = parts(result)
+    return average, torch.zeros_like(average) if slope is None else slope
+
+
+def _product(
+    student: FlowMap, jump: Jump, dx: Tensor | None, dt: float, ds: float, graph: bool
+) -> tuple[Tensor, Tensor]:
+    """F and its derivative by `torch.func.jvp`."""
+    x, t, s, condition = jump
+    direction = (torch.zeros_like(x) if dx is None else dx, torch.full_like(t, dt), torch.full_like(s, ds))
     try:
         with torch.set_grad_enabled(graph), sdpa_kernel(SDPBackend.MATH), _Rules(graph):
             average, slope = torch.func.jvp(  # type: ignore[misc]
-                lambda x, t, s: student.average_velocity(x, t, s, condition), (x, t, s), tangents
+                lambda x, t, s: student.average_velocity(x, t, s, condition), (x, t, s), direction
             )
     except (FlowDistillError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if plain is None:
+        if graph:
             with torch.no_grad():
                 evaluate(student, jump)  # raises the error if it is one of the student's own
         raise ConfigError(_refusal(student, error)) from error
-    return (average if plain is None else plain), slope
+    return average, slope
 
 
 def backward(loss: Tensor) -> None:
@@ -164,6 +227,8 @@ class _Rules(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.group_norm:
             func = _group_norm
+        elif func is F.dropout and not self._graph:
+            func = _dropout
         elif self._graph and func is F.scaled_dot_product_attention:
             func = plain_attention if len(args) == 3 and not kwargs else func
         elif self._graph and func in _FUSED:
@@ -171,6 +236,14 @@ class _Rules(TorchFunctionMode):
         elif self._graph:
             func = _WRITTEN_OUT.get(func, func)
         return func(*args, **kwargs)
+
+
+def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """With the masks of a plain pass, which are drawn in the order of the memory."""
+    order = sorted(range(x.ndim), key=x.stride, reverse=True)
+    noise = F.dropout(torch.ones([x.shape[i] for i in order], dtype=x.dtype, device=x.device), p, training)
+    noise = noise.permute([order.index(i) for i in range(x.ndim)])
+    return x.mul_(noise) if inplace else x * noise
 
 
 def _group_norm(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

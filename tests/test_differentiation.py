@@ -1,5 +1,6 @@
 """Exact derivatives and finite differences of flow maps, in float64."""
 
+import copy
 import functools
 
 import pytest
@@ -290,6 +291,17 @@ class Encoder(nn.Module):
         return self.layer(x.flatten(2).mT).mT.reshape(x.shape)
 
 
+class Recurrent(nn.Module):
+    """Reads the rows of each channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.LSTM(4, 4)
+
+    def forward(self, x):
+        return self.layer(x.flatten(0, 1))[0].view(x.shape)
+
+
 RESIZED = ("nearest", "bilinear", "bicubic", "area")
 BROUGHT = {
     **{f"attention and {kind}": lambda kind=kind: nn.Sequential(Attention(), layer_of(kind)) for kind in LAYERS},
@@ -297,6 +309,7 @@ BROUGHT = {
     "masked attention": lambda: Attention(attn_mask=torch.ones(16, 16, dtype=torch.bool).tril()),
     "causal attention": lambda: Attention(is_causal=True, scale=0.5),
     "encoder": Encoder,
+    "recurrent": Recurrent,
     "encoder, evaluated": lambda: Encoder().eval(),
     "in place": lambda: nn.Sequential(nn.Conv2d(6, 6, 1), nn.SiLU(inplace=True)),
     "weight normalisation": lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 6, 3, padding=1)),
@@ -379,8 +392,6 @@ NARROW = {
     "function": (lambda: Calls(Sine.apply), "Calls"),
     "checkpoint": (lambda: Calls(lambda x: checkpoint(torch.sin, x, use_reentrant=True)), "Calls"),
     "distances": (lambda: Calls(lambda x: x + torch.cdist(x, x).mean()), "Calls"),
-    "batch": (lambda: nn.BatchNorm2d(6), "BatchNorm2d"),
-    "buffer": (Counting, "Counting"),
     "numpy": (lambda: Calls(lambda x: x * float(x.detach().numpy().mean())), "Calls"),
 }
 
@@ -396,6 +407,23 @@ def test_modules_without_a_forward_derivative_are_named(kind, graph):
         jvp(student, jump, dx=dx, dt=1.0, graph=graph)
     average, slope = finite_difference(student, jump, dx=dx, dt=1.0)
     backward((average - slope).square().mean())
+
+
+CHANGING = {"batch": (lambda: nn.BatchNorm2d(6), "BatchNorm2d"), "buffer": (Counting, "Counting")}
+
+
+@pytest.mark.parametrize("kind", CHANGING)
+def test_buffers_may_change_once_where_a_derivative_has_no_graph(kind):
+    build, name = CHANGING[kind]
+    student, jump, dx = brought(nn.Sequential(nn.Conv2d(6, 6, 1), build()))
+    same = copy.deepcopy(student)
+    _, slope = jvp(student, jump, dx=dx, dt=1.0)
+    same.average_velocity(*jump)
+    torch.testing.assert_close(dict(student.named_buffers()), dict(same.named_buffers()), rtol=0, atol=0)
+    _, difference = finite_difference(student, jump, dx=dx, dt=1.0, h=1e-5, scheme="central")
+    assert float((slope - difference).norm() / slope.norm()) < 1e-7
+    with pytest.raises(ConfigError, match=rf"cannot differentiate body\.1 \({name}\).*estimator = @finite_difference"):
+        jvp(student, jump, dx=dx, dt=1.0, graph=True)
 
 
 @pytest.mark.parametrize(

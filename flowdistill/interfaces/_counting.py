@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -20,6 +21,12 @@ class Counted:
         return self._evaluations
 
 
+def count(model: Any, x: Tensor) -> None:
+    """Count one evaluation of each sample; not within a compiled function, which each new count would compile again."""
+    if not torch.compiler.is_compiling():
+        model._evaluations += len(x)
+
+
 def counted(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Let a method ``(self, x, ...)`` add its batch size to ``self._evaluations``.
 
@@ -31,7 +38,7 @@ def counted(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def counting(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result = method(self, x, *args, **kwargs)
         if getattr(type(self), method.__name__) is counting:
-            self._evaluations += len(x)  # afterwards, since a bar shows what has been done
+            count(self, x)  # afterwards, since a bar shows what has been done
         return result
 
     return counting

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,8 +17,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     PyTorch's fused kernels, except on a CPU for up to 1024 tokens: in bfloat16 the backward pass of the fused kernel
     there is ten times slower than that of the products written out, whose weights (tokens, tokens) are small enough.
     """
-    # A plan counts what a GPU would do.
-    if q.device.type != "cpu" or q.shape[-2] > _MOST_PLAIN_TOKENS or files_unread():
+    # A plan counts what a GPU would do; a compiler cannot look for one.
+    planned = not torch.compiler.is_compiling() and files_unread()
+    if q.device.type != "cpu" or q.shape[-2] > _MOST_PLAIN_TOKENS or planned:
         return F.scaled_dot_product_attention(q, k, v)
     return plain_attention(q, k, v)
 

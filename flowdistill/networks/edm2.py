@@ -94,10 +94,12 @@ class MPConv(ForcedWeight):
 
     def replace_weight(self) -> None:
         """Store the scaled weights, in training mode and where they have changed."""
-        if self.training and self.weight._version != self._normalized_version:
+        compiling = torch.compiler.is_compiling()  # a compiler cannot tell, and scales them each time
+        if self.training and (compiling or self.weight._version != self._normalized_version):
             with torch.no_grad():
                 self.weight.copy_(normalize(self.weight))
-            self._normalized_version = self.weight._version
+            if not compiling:
+                self._normalized_version = self.weight._version
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
         """The layer's output times ``gain``, in the dtype of x."""

@@ -55,6 +55,7 @@ def test_the_parts_of_a_step(tmp_path):
     costs = json.loads((folder / "results.json").read_text())
     counted = {cost["name"]: cost["counted"] for cost in costs}
     assert counted["forward and backward"] == pytest.approx(3, abs=0.05)  # the first layer needs no gradient
+    assert counted["with an exact derivative"] == pytest.approx(4, abs=0.05)  # one pass for both
     assert counted["with a backward difference"] == pytest.approx(4, abs=0.05)
     assert counted["guided teacher"] == pytest.approx(2, abs=0.02)
 
