@@ -19,13 +19,8 @@ from typing_extensions import Self
 
 from flowdistill.interfaces import Condition
 from flowdistill.networks import LabelEmbedding, ScalarEmbedding
-from flowdistill.paths import expand_time, velocity_to_denoised
+from flowdistill.paths import expand_time, shifted, velocity_to_denoised
 from flowdistill.plumbing.errors import ConfigError
-
-
-def shifted(t: Tensor, shift: float) -> Tensor:
-    """The time m t/(1 + (m - 1) t), by which m > 1 gives more of the steps to high noise; 1/m inverts it."""
-    return shift * t / (1 + (shift - 1) * t)
 
 
 class Policy(ABC):

@@ -1,0 +1,5 @@
+"""Students that others have released, read from their authors' files; importing this package registers them all."""
+
+from flowdistill.students.sit import FAMILIES, SiTStudent
+
+__all__ = ["FAMILIES", "SiTStudent"]

@@ -1,0 +1,358 @@
+"""Students of others that are SiTs with a second time: a table of families, and the reading of their files."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Set
+from pathlib import Path
+from typing import Any, Literal
+
+import attrs
+import torch
+from torch import Tensor
+
+from flowdistill.decoders import Rounding, StableDiffusionVae
+from flowdistill.flow_maps import Conditioning, NetworkFlowMap
+from flowdistill.networks.sit import SIZES, SiT
+from flowdistill.networks.sit_files import (
+    HEADS,
+    SiTFile,
+    arguments_of,
+    built,
+    check_square,
+    classes_of,
+    heads_of,
+    read_sit,
+)
+from flowdistill.plumbing.dry import files_unread
+from flowdistill.plumbing.errors import CheckpointError, ConfigError
+from flowdistill.plumbing.files import fill_module
+from flowdistill.plumbing.references import bibtex
+from flowdistill.plumbing.registry import register_flow_map, unknown_name
+from flowdistill.runs.pretrained import locate
+
+_NO_LICENCE = "its repository states no licence: ask its authors before you use or share it"
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Family:
+    """How the students of one paper are stored, and what their numbers mean."""
+
+    title: str
+    """Whose students they are, for messages."""
+    licence: str
+    """The licence of the files, as their authors state it."""
+    sizes: tuple[str, ...]
+    """The published architectures, such as ``xl/2-256``."""
+    conditioning: Conditioning
+    """How the network is told of the second time, see `NetworkFlowMap`."""
+    noise_time: Literal[0, 1]
+    """The authors' time of the noise; 0 also means that their network gives data - noise."""
+    names: Mapping[str, str] = attrs.field(factory=dict)
+    """The authors' names of modules, and those of `NetworkFlowMap` or `SiT` for the same."""
+    optional: Set[str] = frozenset()
+    """Those of ``names`` that not all files have."""
+    dropped: Set[str] = frozenset()
+    """Modules that only training needs."""
+    mean_of_times: bool = False
+    """Whether the embeddings of the two times are averaged, and not added."""
+    guidance: float | None = None
+    """The guidance scale of samples that name none."""
+    guidance_range: tuple[float, float] = (0.0, 1.0)
+    """The range of scales that is brought to (0, 1) before it is embedded."""
+    early_blocks: int | None = None
+    """The blocks that see the first time, of the published depth."""
+    scale: float = 0.18215
+    """The scale of the latents."""
+    statistics: tuple[str, str] | None = None
+    """The tensors that hold the mean and the variance of the latents at each position, in place of ``scale``."""
+    rounding: Rounding = "down"
+    """The rounding of pixels to bytes."""
+    shift: Mapping[int, float] = attrs.field(factory=dict)
+    """The shift of the times of several steps, by the width of the images in pixels."""
+
+
+FAMILIES = {
+    "dmf": Family(
+        title="Decoupled MeanFlow (github.com/kyungmnlee/dmf)",
+        licence=_NO_LICENCE,
+        sizes=("xl/2-256", "xl/2-512"),
+        conditioning="decoupled",
+        noise_time=1,
+        dropped={"logvar_linear"},
+        early_blocks=20,
+        shift={512: 1.5},
+    ),
+    "meanflow": Family(
+        title="MeanFlow in PyTorch (github.com/zhuyu-cs/MeanFlow)",
+        licence="MIT licence",
+        sizes=("b/4-256", "b/2-256", "l/2-256", "xl/2-256"),
+        conditioning="two_time",
+        noise_time=1,
+        names={"r_embedder": "duration_embedding"},
+        scale=0.18125,  # in training and in evaluation alike
+    ),
+    "secant": Family(
+        title="secant expectation, SDEI, STEI, SDEE or STEE (github.com/poppuppy/secant_expectation)",
+        licence=_NO_LICENCE,
+        sizes=("xl/2-256",),
+        conditioning="end_time",
+        noise_time=0,
+        names={"s_embedder": "duration_embedding", "cfg_embedder": "guidance_embedding"},
+        optional={"cfg_embedder"},
+        mean_of_times=True,
+        guidance=1.0,
+        guidance_range=(1.0, 2.5),
+        rounding="nearest",
+    ),
+    "alphaflow": Family(
+        title="alpha-Flow or its MeanFlow (github.com/snap-research/alphaflow)",
+        licence="Snap's licence, for research that is not commercial",
+        sizes=("b/2-256", "xl/2-256"),
+        conditioning="two_time",
+        noise_time=1,
+        names={"noise_labels_embedder": "t_embedder", "noise_labels_next_embedder": "duration_embedding"},
+        statistics=("autoencoder_mean", "autoencoder_var"),
+    ),
+    "freeflow": Family(
+        title="FreeFlow (github.com/ShangyuanTong/FreeFlow)",
+        licence="MIT licence",
+        sizes=("xl/2-256", "xl/2-512"),
+        conditioning="anchored",
+        noise_time=0,
+        names={"duration_embedder": "duration_embedding", "guidance_embedder": "guidance_embedding"},
+        guidance=1.5,
+    ),
+}
+"""The families by their names; of FreeFlow's files the names of tensors are not known."""
+
+_OF_SIT = {"x_embedder", "t_embedder", "y_embedder", "pos_embed", "blocks", "final_layer"}
+_OF_TRAINING = {"projectors"}
+_BLOCKS = 28
+VARIANTS = [*FAMILIES, *(f"{name}-{size}" for name, family in FAMILIES.items() for size in family.sizes)]
+"""The families, of any size, and their published architectures: ``dmf``, ..., ``dmf-xl/2-256``, ..."""
+
+
+@register_flow_map("sit_student", variants=VARIANTS)
+class SiTStudent(NetworkFlowMap):
+    """A released student that is a SiT with a second time: of DMF, MeanFlow, secant expectation, alpha-Flow, FreeFlow.
+
+    The files are bare state dictionaries, or training checkpoints of which the average is taken; they are read as data.
+    A warning says the licence. The page "Published students" has what each family is.
+
+    Args:
+        checkpoint: a ``.pt``, ``.pth`` or ``.safetensors`` file, or where HuggingFace has it, see `locate`.
+        variant: the family and perhaps the architecture that the file must have, as in
+            ``load_flow_map("dmf-xl/2-256", checkpoint=...)``; None takes what the tensors' names say.
+        vae: the autoencoder of the decoder, see `StableDiffusionVae`.
+        num_heads: attention heads, which few shapes tell; None is what the file says, or that of a published width.
+        num_classes: the number of classes; None is what the file says, or 1000 of 1000 or 1001 labels.
+        early_blocks: blocks that see the first time, of decoupled students; None is 20 where there are 28.
+        guidance: the guidance scale of samples that name none. Where the student embeds none, one that is given guides
+            by the null label, with two evaluations a step. None is the family's.
+        guidance_range: the range of scales that the student was trained with, where it embeds its place in there; None
+            is the family's.
+        noise_time: the authors' time of the noise; None is the family's.
+        names: for files with other names, parts of theirs between dots, and the family's in their place.
+
+    Raises:
+        CheckpointError: no such file, or one that is damaged, hostile, or of another architecture.
+        ConfigError: the file leaves the family, ``num_heads``, ``num_classes`` or ``early_blocks`` open.
+    """
+
+    suffixes = (".pt", ".pth", ".safetensors")
+    citation = bibtex("lee2025dmf", "geng2025meanflow", "liu2025secant", "zhang2026alphaflow", "tong2025freeflow")
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        variant: str | None = None,
+        vae: str | None = None,
+        num_heads: int | None = None,
+        num_classes: int | None = None,
+        early_blocks: int | None = None,
+        guidance: float | None = None,
+        guidance_range: tuple[float, float] | None = None,
+        noise_time: Literal[0, 1] | None = None,
+        names: Mapping[str, str] | None = None,
+    ) -> None:
+        name, size = _parts(variant)
+        told: dict[str, Any] = {
+            "vae": vae,
+            "early_blocks": early_blocks,
+            "guidance": guidance,
+            "guidance_range": guidance_range,
+        }
+        if files_unread():
+            if name is None or size is None:
+                raise ConfigError("a plan reads no checkpoint: give sit_student.variant, such as dmf-xl/2-256")
+            family = FAMILIES[name]
+            network = SiT(**_arguments(size), learn_sigma=False, noise_time=family.noise_time)
+            self._start(family, network, **told)
+            return
+
+        # The file, its family, and its tensors under the names of this class.
+        path = locate(checkpoint)
+        file = read_sit(path, names)
+        name = name or _recognised(file)
+        family = FAMILIES[name]
+        tensors = _named(file, name, family)
+
+        # The network and the flow map, whose weights have no values before the file's are put in.
+        noise_time = family.noise_time if noise_time is None else noise_time
+        network = _network(file, tensors, num_heads, num_classes, noise_time)
+        _check_size(path, name, size, network)
+        if family.early_blocks is not None and early_blocks is None and len(network.blocks) != _BLOCKS:
+            raise ConfigError(
+                f"{path} has {len(network.blocks)} blocks: give early_blocks, those that see the first time"
+            )
+        told |= {
+            "embeds_guidance": "guidance_embedding.mlp.0.weight" in tensors,
+            "latents": _latents(file, family, network),
+        }
+        with torch.device("meta"):
+            self._start(family, network, **told)
+        fill_module(self, tensors, f"{file.source}, read as a student of {family.title},", assign=True)
+        warnings.warn(f"{path} is a student of {family.title}: {family.licence}", RuntimeWarning, stacklevel=2)
+
+    def _start(
+        self,
+        family: Family,
+        network: SiT,
+        *,
+        vae: str | None,
+        early_blocks: int | None,
+        guidance: float | None,
+        guidance_range: tuple[float, float] | None,
+        embeds_guidance: bool = True,
+        latents: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Become the flow map of a family."""
+        embeds_guidance = embeds_guidance and "guidance_embedding" in family.names.values()
+        super().__init__(
+            network,
+            family.conditioning,
+            guidance=family.guidance if guidance is None else guidance,
+            early_blocks=family.early_blocks if early_blocks is None else early_blocks,
+            decoder=StableDiffusionVae(vae=vae, rounding=family.rounding, **latents or {"scale": family.scale}),
+            guidance_input="scale" if embeds_guidance else "null_label",
+            guidance_range=family.guidance_range if guidance_range is None else guidance_range,
+            shift=family.shift.get(8 * network.sample_shape[-1], 1.0),
+        )
+        self.eval()
+
+
+def _parts(variant: str | None) -> tuple[str | None, str | None]:
+    """The family and the architecture that a variant names."""
+    if variant is None:
+        return None, None
+    if variant not in VARIANTS:
+        raise unknown_name("variant", variant, VARIANTS)
+    name, _, size = variant.partition("-")
+    return name, size or None
+
+
+def _arguments(size: str) -> dict[str, Any]:
+    """The arguments of `SiT` for a published architecture, such as xl/2-256."""
+    letters, patch, pixels = re.split("[/-]", size)
+    return {"input_size": int(pixels) // 8, "patch_size": int(patch), **SIZES[letters]}
+
+
+def _modules(tensors: Iterable[str]) -> set[str]:
+    return {name.partition(".")[0] for name in tensors}
+
+
+def _recognised(file: SiTFile) -> str:
+    """The family whose modules a file has."""
+    modules = _modules(file.tensors)
+    for name, family in FAMILIES.items():
+        own = (family.names.keys() | family.dropped) - family.optional
+        if own and own <= modules:
+            return name
+    others = ", ".join(sorted(modules - _OF_SIT - _OF_TRAINING)) or "nothing"
+    raise ConfigError(
+        f"{file.path} does not tell whose student it is, for beside a SiT it has {_shown(others)}: say which, as in "
+        f"load_flow_map({next(iter(FAMILIES))!r}, checkpoint=...); known: {', '.join(FAMILIES)}"
+    )
+
+
+def _named(file: SiTFile, name: str, family: Family) -> dict[str, Tensor]:
+    """The tensors of a file under the names of `NetworkFlowMap`.
+
+    Raises:
+        CheckpointError: a module is missing, or there are others; names both, and how to rename them.
+    """
+    modules = _modules(file.tensors)
+    expected = (_OF_SIT - set(family.names.values())) | family.names.keys()
+    missing = expected - modules - family.optional
+    others = modules - expected - family.dropped - _OF_TRAINING
+    if missing or others:
+        lacks, has = (_shown(", ".join(sorted(names))) or "nothing" for names in (missing, others))
+        raise CheckpointError(
+            f"{file.source} is no student of {family.title}, as far as its names tell: it lacks {lacks}, and has {has} "
+            f"that is not known; if these are the same modules under other names, load it by "
+            f"load_flow_map({name!r}, checkpoint=..., names={{'THEIRS': 'OURS', ...}})"
+        )
+    tensors = {}
+    for key, value in file.tensors.items():
+        module, _, rest = key.partition(".")
+        if module in family.dropped | _OF_TRAINING:
+            continue
+        ours = family.names.get(module, module)
+        averaged = family.mean_of_times and ours in ("t_embedder", "duration_embedding") and rest.startswith("mlp.2.")
+        place = ours if ours in ("duration_embedding", "guidance_embedding") else f"network.{ours}"
+        tensors[f"{place}.{rest}".removesuffix(".")] = value / 2 if averaged else value
+    return tensors
+
+
+def _shown(text: str) -> str:
+    """A text from a file, such that it can be printed and is not long."""
+    return text[:300].encode("unicode_escape").decode()
+
+
+def _network(
+    file: SiTFile,
+    tensors: Mapping[str, Tensor],
+    num_heads: int | None,
+    num_classes: int | None,
+    noise_time: Literal[0, 1],
+) -> SiT:
+    """The SiT that the tensors and the options beside them describe, without values."""
+    own = {name.removeprefix("network."): v for name, v in tensors.items() if name.startswith("network.")}
+    arguments = arguments_of(own)
+    width, rows = arguments["hidden_size"], arguments["num_classes"] + 1
+    if width % 4:
+        raise CheckpointError(f"{file.path} is {width} wide, and a SiT's width is divisible by 4")
+    check_square(file.path, own["pos_embed"])
+    heads = num_heads or file.options.get("num_heads") or heads_of(own) or HEADS.get(width)
+    if heads is None:
+        raise ConfigError(f"{file.path} is {width} wide, which no published SiT is: give num_heads")
+    if rows in (1000, 1001) and num_classes is None:
+        num_classes = 1000
+    arguments |= classes_of(file.path, rows, num_classes, file.options)
+    return built(file.path, **arguments, num_heads=heads, noise_time=noise_time)
+
+
+def _check_size(path: Path, name: str, size: str | None, network: SiT) -> None:
+    expected = {} if size is None else _arguments(size)
+    found = network.arguments
+    wrong = [f"{key} {found[key]} in place of {value}" for key, value in expected.items() if found[key] != value]
+    if wrong:
+        raise CheckpointError(f"{path} is not {name}-{size}: it has {', '.join(wrong)}")
+
+
+def _latents(file: SiTFile, family: Family, network: SiT) -> dict[str, Any]:
+    """The scale and the bias of the latents, as arguments of the decoder."""
+    if family.statistics is None:
+        return {"scale": family.scale}
+    found = [file.stored.get(name, torch.empty(0)).double() for name in family.statistics]
+    mean, variance = found
+    if any(v.shape != (1, *network.sample_shape) or not bool(v.isfinite().all()) for v in found) or bool(
+        (variance <= 0).any()
+    ):
+        raise CheckpointError(
+            f"{file.path} lacks {' and '.join(family.statistics)}, the statistics of the latents at each position"
+        )
+    scale = variance[0].rsqrt()
+    return {"scale": scale.tolist(), "bias": (-mean[0] * scale).tolist()}

@@ -1,0 +1,152 @@
+"""Released students against their authors' code: every tensor that it computed, through the loader of their files."""
+
+import functools
+import itertools
+
+import pytest
+import torch
+from golden_files import error, golden, outputs, recorded
+from student_files import ARGUMENTS, file_of, load, written
+
+from flowdistill import NULL_LABEL, Condition
+
+NAMES = ["dmf", "dmf512", "meanflow", "secant", "alphaflow"]
+EMBEDDERS = {
+    "t_embedding": "network.t_embedder",
+    "y_embedding": "network.y_embedder",
+    "duration_embedding": "duration_embedding",
+    "s_embedding": "duration_embedding",
+    "cfg_embedding": "guidance_embedding",
+    "final_layer_out": "network.final_layer",
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("students")
+    return {name: written(name, folder) for name in ARGUMENTS}
+
+
+def cases(*parts):
+    """Each student with each of its tensors of some parts."""
+    return [(name, key) for name in NAMES for key in outputs(file_of(name)) if key.startswith(parts)]
+
+
+def tolerance(key):
+    return 2e-5 if "cfg1" in key else 1e-5
+
+
+@functools.cache
+def _loaded(path, name, **kwargs):
+    return load(path, **ARGUMENTS[name], **kwargs)
+
+
+def inputs(name, dtype=torch.float32):
+    """The state, the times in this library's convention, and the condition."""
+    data = golden(file_of(name))
+    x = data["inputs/x"].reshape(4, *data["derived/F"].shape[1:]).to(dtype)
+    ours = [f"{'derived' if name == 'secant' else 'inputs'}/{k}" for k in ("t", "s" if name == "secant" else "r")]
+    if "inputs/label" in data.tensors:  # one-hot, all zero for no class
+        one_hot = data["inputs/label"]
+        labels = torch.where(one_hot.sum(1) > 0, one_hot.argmax(1), NULL_LABEL)
+    else:
+        labels = data["inputs/y"]
+    return x, *(data[k].to(dtype) for k in ours), Condition(labels, data.tensors.get("inputs/cfg"))
+
+
+# One evaluation.
+
+
+@pytest.mark.parametrize(("name", "key"), cases("derived/F", "derived/X", "derived/stee", "outputs/"))
+def test_evaluations(files, name, key):
+    data, student = golden(file_of(name)), name
+    x, t, s, condition = inputs(name)
+    if "stee" in key:
+        student = "stee"
+        condition = Condition(condition.labels, torch.full((4,), 1.7) if key.endswith("cfg1.7") else None)
+    flow_map = _loaded(files[student], student)
+    if key == "outputs/denormalised":
+        ours = flow_map.decoder.latents(data["inputs/z"][:, 0])[:, None]
+    elif key.startswith("derived/"):
+        evaluate = flow_map if key.endswith("X") else flow_map.average_velocity
+        ours = evaluate(x, t, s, condition)
+    else:
+        sign = -1 if name == "secant" else 1
+        ours = sign * flow_map.average_velocity(x, t, s, condition)
+        if "with_cfg" in key:  # the authors guide the first half of the batch, and give it twice
+            ours = ours[:2].repeat(2, 1, 1, 1)
+    assert error(ours.reshape(data[key].shape), data[key]) <= tolerance(key)
+
+
+@pytest.mark.parametrize(("name", "key"), cases("intermediates/"))
+def test_intermediates(files, name, key):
+    data, flow_map = golden(file_of(name)), _loaded(files[name], name)
+    x, t, s, condition = inputs(name)
+    kind = key.removeprefix("intermediates/")
+    if kind == "tokens_in":
+        ours = flow_map.network.x_embedder(x) + flow_map.network.pos_embed
+    elif kind == "r_embedding":
+        ours = flow_map.network.t_embedder(s)
+    else:
+        module = EMBEDDERS.get(kind, kind.replace("block", "network.blocks.").removesuffix("_out"))
+        ours = recorded(flow_map, [module], lambda: flow_map(x, t, s, condition))[module]
+    if name == "secant" and kind in ("t_embedding", "s_embedding"):
+        ours = 2 * ours  # the mean of the two lies in their last layers
+    assert error(ours, data[key]) <= 1e-5
+
+
+# Samples.
+
+
+def sampled(files, name, key, dtype=torch.float32):
+    """Samples as a setting of the authors' code describes them."""
+    data = golden(file_of(name))
+    _, setting, steps = key.split("/")
+    steps = int(steps.removeprefix("steps"))
+    kind, *options = setting.split("_")
+    student = "stee" if kind == "stee" else name
+    guidance = next((float(o[3:]) for o in setting.split("_") if o.startswith("cfg")), None)
+    flow_map = _loaded(files[student], student, **({"guidance": guidance} if name != "secant" and guidance else {}))
+    flow_map = flow_map.to(dtype)
+    z = data["inputs/z"].to(dtype).reshape(3, *flow_map.sample_shape)
+    condition = Condition(data["inputs/labels"])
+    if kind.startswith("guidance"):
+        guidance = float(kind.removeprefix("guidance"))
+    if kind == "script":
+        guidance = 1.0  # the script's own range embeds every scale as it does its lowest
+    if guidance is not None:
+        condition = condition.guided(scale=torch.full((3,), guidance))
+    if "interval" in setting:
+        low, high = (float(v) for v in setting.split("interval")[1].split("-"))
+        # Secant's authors include the start of their interval, whose time runs the other way, and not its end.
+        condition = condition.guided(interval=(low + 1e-3, high) if name == "secant" else (low, high))
+    noise = {part: v.to(dtype) for part, v in data.part("noise").items()}
+    times, renoise = None, None
+    if kind.startswith("shift"):
+        times = float(kind[5:]) * torch.linspace(1, 0, steps + 1)
+        times = times / (1 + (times - times / float(kind[5:])))
+    if kind in ("restart", "consistency"):
+        renoise = noise[kind][: steps - 1].reshape(steps - 1, *z.shape)
+        if options:
+            times = torch.tensor([float(v) for v in options[0].removeprefix("times").split("-")])
+    if kind == "ctm":
+        return _with_ctm(flow_map, z, condition, noise["ctm"], steps, float(options[0].removeprefix("gamma")))
+    return flow_map.sample(z, steps, condition, times, renoise)
+
+
+@torch.no_grad()
+def _with_ctm(flow_map, x, condition, noise, steps, gamma):
+    """The sampler of consistency trajectory models: each jump goes further than its end, and noise goes back."""
+    grid = torch.linspace(1, 0, steps + 1).tolist()
+    for i, (t, end) in enumerate(itertools.pairwise(grid)):
+        further = end * (1 - gamma**2) ** 0.5
+        x = flow_map(x, x.new_full((len(x),), t), x.new_full((len(x),), further), condition)
+        kept = (1 - end) / (1 - further)
+        x = kept * x + (1 - kept) * noise[i] if end > 0 else x
+    return x
+
+
+@pytest.mark.parametrize(("name", "key"), cases("samples/"))
+def test_samples(files, name, key):
+    reference = golden(file_of(name))[key]
+    assert error(sampled(files, name, key).reshape(reference.shape), reference) <= tolerance(key)
