@@ -1,12 +1,19 @@
 """Files of released students, written as their authors write them, from the tensors in tests/golden/students."""
 
+import pickle
+import re
+import sys
+import types
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from enum import Enum
 from pathlib import Path
 
+import pytest
 import torch
+from edm2_files import Layer, writing
 from golden_files import golden
-from torch import Tensor
+from torch import Tensor, nn
 
 import flowdistill
 
@@ -19,11 +26,13 @@ ARGUMENTS = {
     "alphaflow": {"num_heads": 4, "num_classes": 10},
 }
 """What the tiny networks need said, as the released ones do not."""
+ARGUMENTS |= {"imm_ts": {"num_classes": 10}, "imm_s": {"num_classes": 10}}
+_SHARED = {"stee": "secant", "imm_ts": "imm", "imm_s": "imm"}
 
 
 def file_of(name: str) -> str:
     """The golden file that has the weights of a student."""
-    return f"students/{'secant' if name == 'stee' else name}_tiny"
+    return f"students/{_SHARED.get(name, name)}_tiny"
 
 
 def state(name: str) -> dict[str, Tensor]:
@@ -38,9 +47,96 @@ def state(name: str) -> dict[str, Tensor]:
 def written(name: str, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> Path:
     """A file of a student as its authors write it."""
     tensors = state(name) if tensors is None else tensors
+    if name.startswith("imm"):
+        path = folder / f"imagenet256_{name.removeprefix('imm_')}_a1.pkl"
+        path.write_bytes(pickled(tensors))
+        return path
     content = {"dmf": tensors, "dmf512": tensors, "meanflow": {"ema": tensors}}
     torch.save(content.get(name, {"net": {}, "ema": tensors, "stats": {"step": 3}}), folder / f"{name}.pt")
     return folder / f"{name}.pt"
+
+
+# Pickles with source code, as of inductive moment matching.
+
+
+class Attention(nn.Module):
+    """Stands for timm's, which is pickled by its name."""
+
+
+class Mlp(nn.Module):
+    """Stands for timm's."""
+
+
+class PatchEmbed(nn.Module):
+    """Stands for timm's."""
+
+
+class Format(Enum):
+    """Stands for timm's."""
+
+    NCHW = "NCHW"
+
+
+_BY_NAME = {
+    Attention: "timm.models.vision_transformer",
+    Mlp: "timm.layers.mlp",
+    PatchEmbed: "timm.layers.patch_embed",
+    Format: "timm.layers.format",
+}
+_CARRIED = {
+    "": "IMMPrecond",
+    "model": "DiT_XL_2",
+    "model.t_embedder": "TimestepEmbedder",
+    "model.s_embedder": "TimestepEmbedder",
+    "model.y_embedder": "LabelEmbedder",
+    "model.final_layer": "FinalLayer",
+}
+_NAMED = {"attn": Attention, "mlp": Mlp, "x_embedder": PatchEmbed}
+
+
+def _module(place: str, tensors: Mapping[str, Tensor], num_heads: int) -> nn.Module:
+    """The module at a place in a network of IMM, with its classes as its authors' pickles have them."""
+    inside = {k.removeprefix(f"{place}." if place else ""): v for k, v in tensors.items() if k.startswith(place)}
+    children = {name.split(".")[0] for name in inside if "." in name}
+    carried = _CARRIED.get(place) or ("DiTBlock" if re.fullmatch(r"model\.blocks\.\d+", place) else None)
+    name = place.rpartition(".")[2]
+    if carried is not None:
+        module: nn.Module = type(carried, (Layer,), {})()
+    elif name in _NAMED and "embedder" not in place.rpartition(".")[0]:
+        module = _NAMED[name]()
+    elif children and all(child.isdigit() for child in children):
+        last = max(map(int, children))
+        module = nn.ModuleList() if name == "blocks" else nn.Sequential(*(nn.SiLU() for _ in range(last + 1)))
+    else:
+        weight = inside["weight"]
+        kinds = {"embedding_table": nn.Embedding, "proj": nn.Conv2d if weight.ndim == 4 else nn.Linear}
+        kind = kinds.get(name, nn.Linear)
+        module = kind(1, 1, 1) if kind is nn.Conv2d else kind(1, 1)
+    for child in sorted(children, key=lambda c: (len(c), c)):
+        module.add_module(child, _module(f"{place}.{child}".strip("."), tensors, num_heads))
+    for parameter, value in inside.items():
+        if "." not in parameter:
+            setattr(module, parameter, nn.Parameter(value.clone(), requires_grad=parameter != "pos_embed"))
+    if isinstance(module, Attention):
+        module.num_heads, module.fused_attn, module.q_norm = num_heads, True, nn.Identity()
+    if isinstance(module, PatchEmbed):
+        module.output_fmt, module.dtype = Format.NCHW, torch.float32
+    return module
+
+
+def pickled(tensors: Mapping[str, Tensor], protocol: int = 4, change: Callable = lambda release: release) -> bytes:
+    """The bytes of a file of IMM."""
+    network = _module("", tensors, num_heads=4)
+    network.temb_type, network._init_kwargs = "stride", {"model_type": "DiT_XL_2", "T": 0.994, "eps": 0.0}
+    with pytest.MonkeyPatch.context() as patch, writing():
+        for kind, home in _BY_NAME.items():
+            parts = home.split(".")
+            for i in range(1, len(parts) + 1):
+                place = ".".join(parts[:i])
+                patch.setitem(sys.modules, place, sys.modules.get(place) or types.ModuleType(place))
+            patch.setattr(sys.modules[home], kind.__name__, kind, raising=False)
+            patch.setattr(kind, "__module__", home)
+        return pickle.dumps(change({"ema": network.eval(), "augment_pipe": None, "steps": 2**40}), protocol)
 
 
 def load(name_or_path: object, **kwargs: object) -> flowdistill.FlowMap:

@@ -31,6 +31,7 @@ from flowdistill.plumbing.files import fill_module
 from flowdistill.plumbing.references import bibtex
 from flowdistill.plumbing.registry import register_flow_map, unknown_name
 from flowdistill.runs.pretrained import locate
+from flowdistill.students.pickled import read_pickled_sit
 
 _NO_LICENCE = "its repository states no licence: ask its authors before you use or share it"
 
@@ -63,15 +64,46 @@ class Family:
     """The range of scales that is brought to (0, 1) before it is embedded."""
     early_blocks: int | None = None
     """The blocks that see the first time, of the published depth."""
-    scale: float = 0.18215
+    time_factor: float = 1.0
+    """The factor of the times before they are embedded."""
+    unit_input: bool = False
+    """Whether the network sees states of unit variance, see `SiT`."""
+    start: float = 1.0
+    """The first time of samples."""
+    scale: float | tuple[float, ...] = 0.18215
     """The scale of the latents."""
+    bias: float | tuple[float, ...] = 0.0
+    """The bias of the latents."""
     statistics: tuple[str, str] | None = None
     """The tensors that hold the mean and the variance of the latents at each position, in place of ``scale``."""
     rounding: Rounding = "down"
     """The rounding of pixels to bytes."""
     shift: Mapping[int, float] = attrs.field(factory=dict)
     """The shift of the times of several steps, by the width of the images in pixels."""
+    class_name: str = ""
+    """The class of the network, where the files are pickles of it."""
+    file_name: str = ""
+    """A part of the files' names that tells the family, where nothing in the files does."""
 
+
+_WHITENED_MEAN = (0.86488, -0.27787343, 0.21616915, 0.3738409)  # of raw latents, by channel
+_WHITENED_STD = (4.85503674, 5.31922414, 3.93725398, 3.9870003)
+_IMM = Family(
+    title="inductive moment matching (github.com/lumalabs/imm)",
+    licence="CC BY-NC-SA 4.0, a licence for use that is not commercial",
+    sizes=("xl/2-256",),
+    conditioning="two_time",
+    noise_time=1,
+    names={"s_embedder": "duration_embedding"},
+    guidance=1.5,
+    time_factor=1000.0,
+    unit_input=True,
+    start=0.994,
+    scale=tuple(1 / std for std in _WHITENED_STD),
+    bias=tuple(-mean / std for mean, std in zip(_WHITENED_MEAN, _WHITENED_STD, strict=True)),
+    class_name="IMMPrecond",
+    file_name="_ts_",
+)
 
 FAMILIES = {
     "dmf": Family(
@@ -124,6 +156,8 @@ FAMILIES = {
         names={"duration_embedder": "duration_embedding", "guidance_embedder": "guidance_embedding"},
         guidance=1.5,
     ),
+    "imm_ts": _IMM,
+    "imm_s": attrs.evolve(_IMM, conditioning="end_time", file_name="_s_"),
 }
 """The families by their names; of FreeFlow's files the names of tensors are not known."""
 
@@ -142,7 +176,7 @@ class SiTStudent(NetworkFlowMap):
     A warning says the licence. The page "Published students" has what each family is.
 
     Args:
-        checkpoint: a ``.pt``, ``.pth`` or ``.safetensors`` file, or where HuggingFace has it, see `locate`.
+        checkpoint: a ``.pt``, ``.pth``, ``.safetensors`` or ``.pkl`` file, or where HuggingFace has it, see `locate`.
         variant: the family and perhaps the architecture that the file must have, as in
             ``load_flow_map("dmf-xl/2-256", checkpoint=...)``; None takes what the tensors' names say.
         vae: the autoencoder of the decoder, see `StableDiffusionVae`.
@@ -161,7 +195,7 @@ class SiTStudent(NetworkFlowMap):
         ConfigError: the file leaves the family, ``num_heads``, ``num_classes`` or ``early_blocks`` open.
     """
 
-    suffixes = (".pt", ".pth", ".safetensors")
+    suffixes = (".pt", ".pth", ".safetensors", ".pkl")
     citation = bibtex("lee2025dmf", "geng2025meanflow", "liu2025secant", "zhang2026alphaflow", "tong2025freeflow")
 
     def __init__(
@@ -189,19 +223,24 @@ class SiTStudent(NetworkFlowMap):
                 raise ConfigError("a plan reads no checkpoint: give sit_student.variant, such as dmf-xl/2-256")
             family = FAMILIES[name]
             network = SiT(**_arguments(size), learn_sigma=False, noise_time=family.noise_time)
-            self._start(family, network, **told)
+            self._start(family, network, **told, latents={"scale": family.scale, "bias": family.bias})
             return
 
         # The file, its family, and its tensors under the names of this class.
         path = locate(checkpoint)
-        file = read_sit(path, names)
-        name = name or _recognised(file)
+        file, class_name = read_pickled_sit(path) if path.suffix == ".pkl" else (read_sit(path, names), "")
+        name = name or _recognised(file, class_name)
         family = FAMILIES[name]
+        if class_name and class_name != family.class_name:
+            raise CheckpointError(
+                f"{path} has a network of the class {class_name}, and is no student of {family.title}"
+            )
         tensors = _named(file, name, family)
 
         # The network and the flow map, whose weights have no values before the file's are put in.
         noise_time = family.noise_time if noise_time is None else noise_time
-        network = _network(file, tensors, num_heads, num_classes, noise_time)
+        told_of_network = {"noise_time": noise_time, "time_factor": family.time_factor, "unit_input": family.unit_input}
+        network = _network(file, tensors, num_heads, num_classes, **told_of_network)
         _check_size(path, name, size, network)
         if family.early_blocks is not None and early_blocks is None and len(network.blocks) != _BLOCKS:
             raise ConfigError(
@@ -226,7 +265,7 @@ class SiTStudent(NetworkFlowMap):
         guidance: float | None,
         guidance_range: tuple[float, float] | None,
         embeds_guidance: bool = True,
-        latents: Mapping[str, Any] | None = None,
+        latents: Mapping[str, Any],
     ) -> None:
         """Become the flow map of a family."""
         embeds_guidance = embeds_guidance and "guidance_embedding" in family.names.values()
@@ -235,9 +274,12 @@ class SiTStudent(NetworkFlowMap):
             family.conditioning,
             guidance=family.guidance if guidance is None else guidance,
             early_blocks=family.early_blocks if early_blocks is None else early_blocks,
-            decoder=StableDiffusionVae(vae=vae, rounding=family.rounding, **latents or {"scale": family.scale}),
+            decoder=StableDiffusionVae(
+                vae=vae, rounding=family.rounding, **latents or {"scale": family.scale, "bias": family.bias}
+            ),
             guidance_input="scale" if embeds_guidance else "null_label",
             guidance_range=family.guidance_range if guidance_range is None else guidance_range,
+            start=family.start,
             shift=family.shift.get(8 * network.sample_shape[-1], 1.0),
         )
         self.eval()
@@ -263,12 +305,12 @@ def _modules(tensors: Iterable[str]) -> set[str]:
     return {name.partition(".")[0] for name in tensors}
 
 
-def _recognised(file: SiTFile) -> str:
-    """The family whose modules a file has."""
+def _recognised(file: SiTFile, class_name: str) -> str:
+    """The family whose modules, class, and perhaps name a file has."""
     modules = _modules(file.tensors)
     for name, family in FAMILIES.items():
         own = (family.names.keys() | family.dropped) - family.optional
-        if own and own <= modules:
+        if own and own <= modules and family.class_name == class_name and family.file_name in file.path.name:
             return name
     others = ", ".join(sorted(modules - _OF_SIT - _OF_TRAINING)) or "nothing"
     raise ConfigError(
@@ -316,7 +358,7 @@ def _network(
     tensors: Mapping[str, Tensor],
     num_heads: int | None,
     num_classes: int | None,
-    noise_time: Literal[0, 1],
+    **given: Any,
 ) -> SiT:
     """The SiT that the tensors and the options beside them describe, without values."""
     own = {name.removeprefix("network."): v for name, v in tensors.items() if name.startswith("network.")}
@@ -331,7 +373,7 @@ def _network(
     if rows in (1000, 1001) and num_classes is None:
         num_classes = 1000
     arguments |= classes_of(file.path, rows, num_classes, file.options)
-    return built(file.path, **arguments, num_heads=heads, noise_time=noise_time)
+    return built(file.path, **arguments, num_heads=heads, **given)
 
 
 def _check_size(path: Path, name: str, size: str | None, network: SiT) -> None:
@@ -345,7 +387,7 @@ def _check_size(path: Path, name: str, size: str | None, network: SiT) -> None:
 def _latents(file: SiTFile, family: Family, network: SiT) -> dict[str, Any]:
     """The scale and the bias of the latents, as arguments of the decoder."""
     if family.statistics is None:
-        return {"scale": family.scale}
+        return {"scale": family.scale, "bias": family.bias}
     found = [file.stored.get(name, torch.empty(0)).double() for name in family.statistics]
     mean, variance = found
     if any(v.shape != (1, *network.sample_shape) or not bool(v.isfinite().all()) for v in found) or bool(
