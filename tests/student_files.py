@@ -1,5 +1,6 @@
 """Files of released students, written as their authors write them, from the tensors in tests/golden/students."""
 
+import json
 import pickle
 import re
 import sys
@@ -10,6 +11,7 @@ from enum import Enum
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from edm2_files import Layer, writing
 from golden_files import golden
@@ -26,8 +28,8 @@ ARGUMENTS = {
     "alphaflow": {"num_heads": 4, "num_classes": 10},
 }
 """What the tiny networks need said, as the released ones do not."""
-ARGUMENTS |= {"imm_ts": {"num_classes": 10}, "imm_s": {"num_classes": 10}}
-_SHARED = {"stee": "secant", "imm_ts": "imm", "imm_s": "imm"}
+ARGUMENTS |= {"imm_ts": {"num_classes": 10}, "imm_s": {"num_classes": 10}, "piflow_repa": {}, "piflow_fm": {}}
+_SHARED = {"stee": "secant", "imm_ts": "imm", "imm_s": "imm", "piflow_repa": "piflow", "piflow_fm": "piflow"}
 
 
 def file_of(name: str) -> str:
@@ -47,6 +49,13 @@ def state(name: str) -> dict[str, Tensor]:
 def written(name: str, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> Path:
     """A file of a student as its authors write it."""
     tensors = state(name) if tensors is None else tensors
+    if name.startswith("piflow"):
+        path = folder / {"piflow_repa": "gmrepa_k6_2step", "piflow_fm": "gmdit_k6_1step"}[name]
+        path.mkdir()
+        config = golden(file_of(name)).metadata["config"] | {"_class_name": "GMDiTTransformer2DModelV2"}
+        (path / "config.json").write_text(json.dumps(config))
+        safetensors.torch.save_file(dict(tensors), path / "diffusion_pytorch_model.safetensors")
+        return path
     if name.startswith("imm"):
         path = folder / f"imagenet256_{name.removeprefix('imm_')}_a1.pkl"
         path.write_bytes(pickled(tensors))

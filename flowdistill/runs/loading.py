@@ -46,6 +46,8 @@ def load_flow_map(name_or_path: str | Path | Run, **kwargs: Any) -> FlowMap:
         student: FlowMap = FLOW_MAPS.build(name, **kwargs)
     elif path.is_file() or name.startswith("hf://"):
         student = load_file(locate(name_or_path), FLOW_MAPS, **kwargs)
+    elif (path / "config.json").is_file():  # a folder as diffusers writes it
+        student = load_file(path, FLOW_MAPS, **kwargs)
     elif not path.exists() and "checkpoint" in kwargs:
         raise unknown_name("student", name, released)
     else:

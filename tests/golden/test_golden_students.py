@@ -1,5 +1,6 @@
 """Released students against their authors' code: every tensor that it computed, through the loader of their files."""
 
+import copy
 import functools
 import itertools
 
@@ -173,3 +174,45 @@ def test_samples(files, name, key):
     reference = golden(file_of(name))[key]
     samples = scaled(name, key) * sampled(files, name, key).reshape(reference.shape)
     assert error(samples, reference) <= tolerance(name, key)
+
+
+# pi-Flow, whose network gives a policy.
+
+
+def piflow(files, key):
+    data, flow_map = golden("students/piflow_tiny"), _loaded(files["piflow_repa"], "piflow_repa")
+    kind, name, *steps = key.split("/")
+    x, t, s, condition = (*(data[f"inputs/{k}"] for k in "xts"), Condition(data["inputs/y"]))
+    policy = flow_map.policy(x, t, condition)
+    outputs = {"means": policy.outputs, "logweights": policy.logits.log_softmax(1), "logstds": policy.log_std}
+    if kind == "outputs":
+        return outputs[name].reshape(data[key].shape)
+    if kind == "samples":
+        flow_map = copy.deepcopy(_loaded(files["piflow_fm"], "piflow_fm") if "x1000" in name else flow_map)
+        flow_map.substeps = int(name.rpartition("substeps")[2])
+        return flow_map.sample(data["inputs/z"], int(steps[0].removeprefix("steps")), Condition(data["inputs/labels"]))
+    derived = {
+        "F": lambda: flow_map.average_velocity(x, t, s, condition),
+        "X": lambda: flow_map(x, t, s, condition),
+        "pi_source": lambda: policy.velocity(x, t),
+        "mid": lambda: x - (t - (t + s) / 2)[:, None, None, None] * policy.velocity(x, t),
+        "pi_mid": lambda: policy.velocity(data["derived/mid"], (t + s) / 2),
+    }
+    network = flow_map.wide.network
+    derived |= {
+        "t_embedding": lambda: network.t_embedder(t),
+        "y_embedding": lambda: network.y_embedder(condition.labels),
+        "embedding": lambda: network.t_embedder(t) + network.y_embedder(condition.labels),
+        "tokens_in": lambda: network.x_embedder(x) + network.pos_embed,
+    }
+    if name in derived:
+        return derived[name]()
+    module = "wide.network." + name.replace("block", "blocks.").removesuffix("_out")
+    return recorded(flow_map, [module], lambda: flow_map.policy(x, t, condition))[module]
+
+
+@pytest.mark.parametrize("key", outputs("students/piflow_tiny"))
+def test_piflow(files, key):
+    kind = key.split("/")[0]
+    bound = {"outputs": 5e-6, "intermediates": 5e-6, "derived": 1e-4, "samples": 3e-4}[kind]
+    assert error(piflow(files, key), golden("students/piflow_tiny")[key]) <= bound
