@@ -72,6 +72,7 @@ class NetworkFlowMap(FlowMap):
         guidance_input: the number that is embedded: "scale" gamma, "inverse" 1/gamma, "one_minus_inverse"
             1 - 1/gamma; or "null_label".
         guidance_range: (low, high), from which the number is brought to (0, 1) before it is embedded.
+        guidance_output: multiply the network's output by gamma.
         start: the first time of samples, where the state is taken to be noise alone.
         shift: of the times of several steps, see `flowdistill.paths.shifted`.
     """
@@ -85,6 +86,7 @@ class NetworkFlowMap(FlowMap):
         decoder: Decoder | None = None,
         guidance_input: GuidanceInput = "scale",
         guidance_range: tuple[float, float] = (0.0, 1.0),
+        guidance_output: bool = False,
         start: float = 1.0,
         shift: float = 1.0,
     ) -> None:
@@ -115,6 +117,7 @@ class NetworkFlowMap(FlowMap):
         embeds_guidance = guidance is not None and guidance_input != "null_label"
         self.guidance_embedding = ScalarEmbedding(size, zero_init=True) if embeds_guidance else None
         self.guidance_input, self.guidance_range = guidance_input, guidance_range
+        self.guidance_output = guidance_output
         self.start, self.shift = start, shift
 
     def average_velocity(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None) -> Tensor:
@@ -125,7 +128,8 @@ class NetworkFlowMap(FlowMap):
         scale = condition.scale
         scale = torch.full_like(t, self.guidance) if scale is None else scale
         if self.guidance_input != "null_label":
-            return self._conditioned(x, t, s, condition.labels, scale)
+            output = self._conditioned(x, t, s, condition.labels, scale)
+            return expand_time(scale, x) * output if self.guidance_output else output
         if condition.labels is None or (self.guidance == 1.0 and condition.scale is None):
             return self._conditioned(x, t, s, condition.labels, None)
         self._evaluations += len(x)  # beside those that are counted

@@ -29,6 +29,7 @@ ARGUMENTS = {
 }
 """What the tiny networks need said, as the released ones do not."""
 ARGUMENTS |= {"imm_ts": {"num_classes": 10}, "imm_s": {"num_classes": 10}, "piflow_repa": {}, "piflow_fm": {}}
+ARGUMENTS |= {"tvm": {"num_classes": 10}}
 _SHARED = {"stee": "secant", "imm_ts": "imm", "imm_s": "imm", "piflow_repa": "piflow", "piflow_fm": "piflow"}
 
 
@@ -60,16 +61,24 @@ def written(name: str, folder: Path, tensors: Mapping[str, Tensor] | None = None
         path = folder / f"imagenet256_{name.removeprefix('imm_')}_a1.pkl"
         path.write_bytes(pickled(tensors))
         return path
+    if name == "tvm":
+        path = folder / "im256_w1p75.pkl"
+        path.write_bytes(pickled(tensors, network="TVMWrapper", change=lambda release: {"net": release["ema"]}))
+        return path
     content = {"dmf": tensors, "dmf512": tensors, "meanflow": {"ema": tensors}}
     torch.save(content.get(name, {"net": {}, "ema": tensors, "stats": {"step": 3}}), folder / f"{name}.pt")
     return folder / f"{name}.pt"
 
 
-# Pickles with source code, as of inductive moment matching.
+# Pickles with source code, as of inductive moment matching and terminal velocity matching.
 
 
 class Attention(nn.Module):
     """Stands for timm's, which is pickled by its name."""
+
+
+class OwnAttention(nn.Module):
+    """Stands for terminal velocity matching's own, which is pickled by its name all the same."""
 
 
 class Mlp(nn.Module):
@@ -88,29 +97,37 @@ class Format(Enum):
 
 _BY_NAME = {
     Attention: "timm.models.vision_transformer",
+    OwnAttention: "training.dit",
     Mlp: "timm.layers.mlp",
     PatchEmbed: "timm.layers.patch_embed",
     Format: "timm.layers.format",
 }
 _CARRIED = {
-    "": "IMMPrecond",
-    "model": "DiT_XL_2",
     "model.t_embedder": "TimestepEmbedder",
     "model.s_embedder": "TimestepEmbedder",
+    "model.guidance_embedder": "TimestepEmbedder",
     "model.y_embedder": "LabelEmbedder",
     "model.final_layer": "FinalLayer",
 }
-_NAMED = {"attn": Attention, "mlp": Mlp, "x_embedder": PatchEmbed}
+_NAMED = {"mlp": Mlp, "x_embedder": PatchEmbed}
+_OUTER = {
+    "IMMPrecond": {"": "IMMPrecond", "model": "DiT_XL_2"},
+    "TVMWrapper": {"": "TVMWrapper", "model": "DiT_XL_2_18h"},
+}
 
 
-def _module(place: str, tensors: Mapping[str, Tensor], num_heads: int) -> nn.Module:
-    """The module at a place in a network of IMM, with its classes as its authors' pickles have them."""
+def _module(place: str, tensors: Mapping[str, Tensor], network: str) -> nn.Module:
+    """The module at a place in a network, with its classes as its authors' pickles have them."""
     inside = {k.removeprefix(f"{place}." if place else ""): v for k, v in tensors.items() if k.startswith(place)}
     children = {name.split(".")[0] for name in inside if "." in name}
-    carried = _CARRIED.get(place) or ("DiTBlock" if re.fullmatch(r"model\.blocks\.\d+", place) else None)
+    carried = (_CARRIED | _OUTER[network]).get(place) or (
+        "DiTBlock" if re.fullmatch(r"model\.blocks\.\d+", place) else None
+    )
     name = place.rpartition(".")[2]
     if carried is not None:
         module: nn.Module = type(carried, (Layer,), {})()
+    elif name == "attn":
+        module = Attention() if network == "IMMPrecond" else OwnAttention()
     elif name in _NAMED and "embedder" not in place.rpartition(".")[0]:
         module = _NAMED[name]()
     elif children and all(child.isdigit() for child in children):
@@ -118,25 +135,35 @@ def _module(place: str, tensors: Mapping[str, Tensor], num_heads: int) -> nn.Mod
         module = nn.ModuleList() if name == "blocks" else nn.Sequential(*(nn.SiLU() for _ in range(last + 1)))
     else:
         weight = inside["weight"]
-        kinds = {"embedding_table": nn.Embedding, "proj": nn.Conv2d if weight.ndim == 4 else nn.Linear}
-        kind = kinds.get(name, nn.Linear)
-        module = kind(1, 1, 1) if kind is nn.Conv2d else kind(1, 1)
+        if weight.ndim == 1:
+            module = nn.RMSNorm(1)
+        elif weight.ndim == 4:
+            module = nn.Conv2d(1, 1, 1)
+        else:
+            module = nn.Embedding(1, 1) if name == "embedding_table" else nn.Linear(1, 1)
     for child in sorted(children, key=lambda c: (len(c), c)):
-        module.add_module(child, _module(f"{place}.{child}".strip("."), tensors, num_heads))
+        module.add_module(child, _module(f"{place}.{child}".strip("."), tensors, network))
     for parameter, value in inside.items():
         if "." not in parameter:
             setattr(module, parameter, nn.Parameter(value.clone(), requires_grad=parameter != "pos_embed"))
     if isinstance(module, Attention):
-        module.num_heads, module.fused_attn, module.q_norm = num_heads, True, nn.Identity()
+        module.num_heads, module.fused_attn, module.q_norm = 4, True, nn.Identity()
     if isinstance(module, PatchEmbed):
         module.output_fmt, module.dtype = Format.NCHW, torch.float32
     return module
 
 
-def pickled(tensors: Mapping[str, Tensor], protocol: int = 4, change: Callable = lambda release: release) -> bytes:
-    """The bytes of a file of IMM."""
-    network = _module("", tensors, num_heads=4)
-    network.temb_type, network._init_kwargs = "stride", {"model_type": "DiT_XL_2", "T": 0.994, "eps": 0.0}
+def pickled(
+    tensors: Mapping[str, Tensor],
+    protocol: int = 4,
+    change: Callable = lambda release: release,
+    network: str = "IMMPrecond",
+    **said: object,
+) -> bytes:
+    """The bytes of a file, where the wrapper of the network says some things."""
+    wrapper = _module("", tensors, network)
+    wrapper._init_kwargs = {"model_type": "DiT_XL_2", "T": 0.994, "eps": 0.0, "model_kwargs": {"depth": 28}}
+    vars(wrapper).update({"temb_type": "stride", "do_scale_param": True, **said})
     with pytest.MonkeyPatch.context() as patch, writing():
         for kind, home in _BY_NAME.items():
             parts = home.split(".")
@@ -145,7 +172,7 @@ def pickled(tensors: Mapping[str, Tensor], protocol: int = 4, change: Callable =
                 patch.setitem(sys.modules, place, sys.modules.get(place) or types.ModuleType(place))
             patch.setattr(sys.modules[home], kind.__name__, kind, raising=False)
             patch.setattr(kind, "__module__", home)
-        return pickle.dumps(change({"ema": network.eval(), "augment_pipe": None, "steps": 2**40}), protocol)
+        return pickle.dumps(change({"ema": wrapper.eval(), "augment_pipe": None, "steps": 2**40}), protocol)
 
 
 def load(name_or_path: object, **kwargs: object) -> flowdistill.FlowMap:

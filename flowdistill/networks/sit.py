@@ -35,14 +35,26 @@ QkNorm = Literal["rms"] | bool
 
 
 class _RmsNorm(nn.Module):
-    """Features over their root mean square, times a learned scale."""
+    """Features over their root mean square, times a learned scale if there is one."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, learned: bool = True) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(size))
+        self.size, self.scale = size, nn.Parameter(torch.ones(size)) if learned else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * self.scale
+        """X (..., n size), each ``size`` of whose features are normalised for themselves."""
+        groups = x.reshape(*x.shape[:-1], -1, self.size)
+        unit = groups * (groups.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        return (unit if self.scale is None else unit * self.scale).reshape(x.shape)
+
+
+def _norm(size: int, rms: bool) -> nn.Module:
+    return _RmsNorm(size, learned=False) if rms else nn.LayerNorm(size, eps=1e-6, elementwise_affine=False)
+
+
+def _modulation(size: int, parts: int, rms: bool) -> nn.Sequential:
+    """The layer that makes shifts, scales and gates of the conditioning vector."""
+    return nn.Sequential(nn.SiLU(), Linear(size, parts * size), *([_RmsNorm(size, learned=False)] if rms else []))
 
 
 _NORMS: dict[QkNorm, Callable[[int], nn.Module]] = {False: nn.Identity, True: nn.LayerNorm, "rms": _RmsNorm}
@@ -78,13 +90,12 @@ class _Mlp(nn.Module):
 class _Block(nn.Module):
     """Attention and perceptron, each modulated and gated by the conditioning vector (adaLN-Zero)."""
 
-    def __init__(self, size: int, heads: int, mlp_ratio: float, qk_norm: QkNorm) -> None:
+    def __init__(self, size: int, heads: int, mlp_ratio: float, qk_norm: QkNorm, rms_norm: bool) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(size, eps=1e-6, elementwise_affine=False)
-        self.norm2 = nn.LayerNorm(size, eps=1e-6, elementwise_affine=False)
+        self.norm1, self.norm2 = _norm(size, rms_norm), _norm(size, rms_norm)
         self.attn = _Attention(size, heads, qk_norm)
         self.mlp = _Mlp(size, int(size * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(size, 6 * size))
+        self.adaLN_modulation = _modulation(size, 6, rms_norm)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
@@ -94,11 +105,11 @@ class _Block(nn.Module):
 
 
 class _FinalLayer(nn.Module):
-    def __init__(self, size: int, out: int) -> None:
+    def __init__(self, size: int, out: int, rms_norm: bool) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(size, eps=1e-6, elementwise_affine=False)
+        self.norm_final = _norm(size, rms_norm)
         self.linear = Linear(size, out)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(size, 2 * size))
+        self.adaLN_modulation = _modulation(size, 2, rms_norm)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
@@ -137,6 +148,8 @@ class SiT(VelocityNetwork):
         qk_norm: normalise queries and keys of each head, by a layer norm, or by the root mean square ("rms").
         noise_time: the time of the noise in `forward`, 0 (SiT) or 1 (REPA).
         time_factor: of times and durations before they are embedded.
+        rms_norm: normalise by the root mean square in place of the mean and the deviation, and each shift, scale and
+            gate too.
         unit_input: divide x by sqrt((1 - t)^2 + t^2), the deviation of a state whose data have unit variance.
         null_label: whether the table of labels has a row for no class; without one there is no classifier-free
             guidance.
@@ -166,6 +179,7 @@ class SiT(VelocityNetwork):
         null_label: bool = True,
         time_factor: float = 1.0,
         unit_input: bool = False,
+        rms_norm: bool = False,
     ) -> None:
         super().__init__()
         check_sizes(
@@ -192,9 +206,9 @@ class SiT(VelocityNetwork):
         self.y_embedder = LabelEmbedding(num_classes, hidden_size, null_label)
         table = position_table(input_size // patch_size, hidden_size)
         self.pos_embed = nn.Parameter(table, requires_grad=False)
-        self.blocks = nn.ModuleList(_Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
+        self.blocks = nn.ModuleList(_Block(hidden_size, num_heads, mlp_ratio, qk_norm, rms_norm) for _ in range(depth))
         out_channels = 2 * in_channels if learn_sigma else in_channels
-        self.final_layer = _FinalLayer(hidden_size, patch_size**2 * out_channels)
+        self.final_layer = _FinalLayer(hidden_size, patch_size**2 * out_channels, rms_norm)
         self._initialize()
 
     def _initialize(self) -> None:

@@ -45,7 +45,7 @@ def heads_of(tensors: Mapping[str, Tensor]) -> int | None:
 HEADS = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
 
 
-_NEEDED = {
+NEEDED = {
     "pos_embed",
     "x_embedder.proj.weight",
     "y_embedder.embedding_table.weight",
@@ -98,7 +98,7 @@ def read_sit(path: Path, names: Mapping[str, str] | None = None) -> SiTFile:
                 holds = holds or getattr(file.content, "name", type(file.content).__name__)
                 raise ValueError(f"it holds no state dictionary, as network.state_dict() gives it, but {holds}")
             stored = file.tensors(found)
-        tensors, wrappers = unwrapped({_renamed(name, names or {}): v for name, v in stored.items()}, _NEEDED)
+        tensors, wrappers = unwrapped({_renamed(name, names or {}): v for name, v in stored.items()}, NEEDED)
     except Exception as error:  # whatever a damaged or hostile file makes the readers raise
         reason = " ".join(str(error).split()) or type(error).__name__
         printable = reason[:300].encode("unicode_escape").decode()

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from flowdistill.networks.sit_files import SiTFile
+from flowdistill.networks.sit_files import NEEDED, SiTFile
+from flowdistill.plumbing.files import unwrapped
 from flowdistill.plumbing.persistence import RECONSTRUCT, attributes, only_pickle, opened, tensors
-from flowdistill.plumbing.pickles import INSTRUCTIONS, Object, OpenReader, as_dictionary
+from flowdistill.plumbing.pickles import INSTRUCTIONS, Object, OpenReader, as_dictionary, checked
 
 _DTYPES = {
     "torch.HalfStorage": torch.float16,
@@ -20,6 +21,7 @@ _DTYPES = {
     "torch.DoubleStorage": torch.float64,
 }
 _ANY = re.compile(r"\w+(\.\w+)+")  # by name alone, as of PyTorch's layers and of timm's
+_COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
 _NETWORKS = ("ema", "net")
 
 
@@ -41,21 +43,26 @@ def read_pickled_sit(path: Path) -> tuple[SiTFile, str]:
         networks = [content[key] for key in _NETWORKS if key in content]
         if not networks:
             raise ValueError(f"it has no network under the key {' or '.join(map(repr, _NETWORKS))}")
-        match networks[0]:
+        network = networks[0]
+        if isinstance(network, Object) and network.name == _COMPILED:  # which keeps it in a place that has changed
+            inside = checked(network.state, dict)["_modules"] if network.state else {}
+            network = [*network.arguments, inside.get("_orig_mod")][0]
+        match network:
             case Object(maker, ({"class_name": str(class_name)},)) if maker == RECONSTRUCT:
-                state = attributes(networks[0], _ANY, class_name)
+                state = attributes(network, _ANY, class_name)
             case _:
                 raise ValueError("its network is of a class that the pickle does not carry")
         found = {name: v.float() for name, v in tensors(data, state, _ANY, _DTYPES)}
-        options = {"num_heads": heads} if (heads := _heads(state)) else {}
-        inner = {name.removeprefix("model."): v for name, v in found.items() if name.startswith("model.")}
-        return SiTFile(path, inner, options, str(path), found), class_name
+        options = {"num_heads": _heads(state), "do_scale_param": state.get("do_scale_param")}
+        said = {name: value for name, value in options.items() if isinstance(value, int)}
+        inner, wrappers = unwrapped(found, NEEDED)
+        return SiTFile(path, inner, said, f"{path}{wrappers}", found), class_name
 
 
 def _heads(state: Mapping[str, Any]) -> int | None:
     """The number of heads that the first block's attention says it has."""
     for name in ("model", "blocks", "0", "attn"):
-        module = state["_modules"].get(name)
+        module = checked(state["_modules"], dict).get(name)
         if module is None:
             return None
         state = attributes(module, _ANY)

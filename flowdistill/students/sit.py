@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flowdistill.decoders import Rounding, StableDiffusionVae
-from flowdistill.flow_maps import Conditioning, NetworkFlowMap
+from flowdistill.flow_maps import Conditioning, GuidanceInput, NetworkFlowMap
 from flowdistill.networks.sit import SIZES, SiT
 from flowdistill.networks.sit_files import (
     HEADS,
@@ -64,16 +64,19 @@ class Family:
     """The range of scales that is brought to (0, 1) before it is embedded."""
     early_blocks: int | None = None
     """The blocks that see the first time, of the published depth."""
-    time_factor: float = 1.0
-    """The factor of the times before they are embedded."""
-    unit_input: bool = False
-    """Whether the network sees states of unit variance, see `SiT`."""
+    network: Mapping[str, Any] = attrs.field(factory=dict)
+    """Further arguments of `SiT`."""
+    guidance_input: GuidanceInput = "scale"
+    """The number that is embedded of the guidance scale, where a module embeds it."""
+    scales_output: bool = False
+    """Whether the output is multiplied by the guidance scale, unless the file says that it is not."""
     start: float = 1.0
     """The first time of samples."""
-    scale: float | tuple[float, ...] = 0.18215
+    scale: float = 0.18215
     """The scale of the latents."""
-    bias: float | tuple[float, ...] = 0.0
-    """The bias of the latents."""
+    whitening: Mapping[int, tuple[Sequence[float], Sequence[float]]] = attrs.field(factory=dict)
+    """In its place the mean and the deviation of raw latents in each channel, by the width of the images in pixels; the
+    first also for other widths."""
     statistics: tuple[str, str] | None = None
     """The tensors that hold the mean and the variance of the latents at each position, in place of ``scale``."""
     rounding: Rounding = "down"
@@ -86,8 +89,7 @@ class Family:
     """A part of the files' names that tells the family, where nothing in the files does."""
 
 
-_WHITENED_MEAN = (0.86488, -0.27787343, 0.21616915, 0.3738409)  # of raw latents, by channel
-_WHITENED_STD = (4.85503674, 5.31922414, 3.93725398, 3.9870003)
+_WHITENING = ((0.86488, -0.27787343, 0.21616915, 0.3738409), (4.85503674, 5.31922414, 3.93725398, 3.9870003))
 _IMM = Family(
     title="inductive moment matching (github.com/lumalabs/imm)",
     licence="CC BY-NC-SA 4.0, a licence for use that is not commercial",
@@ -96,11 +98,9 @@ _IMM = Family(
     noise_time=1,
     names={"s_embedder": "duration_embedding"},
     guidance=1.5,
-    time_factor=1000.0,
-    unit_input=True,
+    network={"time_factor": 1000.0, "unit_input": True},
     start=0.994,
-    scale=tuple(1 / std for std in _WHITENED_STD),
-    bias=tuple(-mean / std for mean, std in zip(_WHITENED_MEAN, _WHITENED_STD, strict=True)),
+    whitening={256: _WHITENING},
     class_name="IMMPrecond",
     file_name="_ts_",
 )
@@ -158,6 +158,19 @@ FAMILIES = {
     ),
     "imm_ts": _IMM,
     "imm_s": attrs.evolve(_IMM, conditioning="end_time", file_name="_s_"),
+    "tvm": Family(
+        title="terminal velocity matching (github.com/lumalabs/tvm)",
+        licence="CC BY-NC-SA 4.0, a licence for use that is not commercial",
+        sizes=("xl/2-256", "xl/2-512"),
+        conditioning="two_time",
+        noise_time=1,
+        names={"s_embedder": "duration_embedding", "guidance_embedder": "guidance_embedding"},
+        network={"rms_norm": True},
+        guidance_input="inverse",
+        scales_output=True,
+        whitening={256: _WHITENING, 512: ((1.56, -0.695, 0.483, 0.729), (5.27, 5.91, 4.21, 4.31))},
+        class_name="TVMWrapper",
+    ),
 }
 """The families by their names; of FreeFlow's files the names of tensors are not known."""
 
@@ -212,18 +225,14 @@ class SiTStudent(NetworkFlowMap):
         names: Mapping[str, str] | None = None,
     ) -> None:
         name, size = _parts(variant)
-        told: dict[str, Any] = {
-            "vae": vae,
-            "early_blocks": early_blocks,
-            "guidance": guidance,
-            "guidance_range": guidance_range,
-        }
+        told: dict[str, Any] = {"vae": vae, "early_blocks": early_blocks}
+        told |= {"guidance": guidance, "guidance_range": guidance_range}
         if files_unread():
             if name is None or size is None:
                 raise ConfigError("a plan reads no checkpoint: give sit_student.variant, such as dmf-xl/2-256")
             family = FAMILIES[name]
-            network = SiT(**_arguments(size), learn_sigma=False, noise_time=family.noise_time)
-            self._start(family, network, **told, latents={"scale": family.scale, "bias": family.bias})
+            network = SiT(**_arguments(size), **family.network, learn_sigma=False, noise_time=family.noise_time)
+            self._start(family, network, **told)
             return
 
         # The file, its family, and its tensors under the names of this class.
@@ -239,19 +248,23 @@ class SiTStudent(NetworkFlowMap):
 
         # The network and the flow map, whose weights have no values before the file's are put in.
         noise_time = family.noise_time if noise_time is None else noise_time
-        told_of_network = {"noise_time": noise_time, "time_factor": family.time_factor, "unit_input": family.unit_input}
-        network = _network(file, tensors, num_heads, num_classes, **told_of_network)
+        network = _network(file, tensors, num_heads, num_classes, noise_time=noise_time, **family.network)
         _check_size(path, name, size, network)
         if family.early_blocks is not None and early_blocks is None and len(network.blocks) != _BLOCKS:
             raise ConfigError(
                 f"{path} has {len(network.blocks)} blocks: give early_blocks, those that see the first time"
             )
-        told |= {
-            "embeds_guidance": "guidance_embedding.mlp.0.weight" in tensors,
-            "latents": _latents(file, family, network),
-        }
+        if guidance is None and family.scales_output:
+            told["guidance"] = _guidance_of(path)
         with torch.device("meta"):
-            self._start(family, network, **told)
+            self._start(
+                family,
+                network,
+                **told,
+                statistics=_statistics(file, family, network),
+                embeds_guidance="guidance_embedding.mlp.0.weight" in tensors,
+                scales_output=bool(file.options.get("do_scale_param", True)),
+            )
         fill_module(self, tensors, f"{file.source}, read as a student of {family.title},", assign=True)
         warnings.warn(f"{path} is a student of {family.title}: {family.licence}", RuntimeWarning, stacklevel=2)
 
@@ -264,23 +277,29 @@ class SiTStudent(NetworkFlowMap):
         early_blocks: int | None,
         guidance: float | None,
         guidance_range: tuple[float, float] | None,
+        statistics: Mapping[str, Any] | None = None,
         embeds_guidance: bool = True,
-        latents: Mapping[str, Any],
+        scales_output: bool = True,
     ) -> None:
         """Become the flow map of a family."""
+        pixels = 8 * network.sample_shape[-1]
+        latents: Mapping[str, Any] = {"scale": family.scale}
+        if family.whitening:
+            mean, std = family.whitening.get(pixels) or next(iter(family.whitening.values()))
+            bias = [-m / deviation for m, deviation in zip(mean, std, strict=True)]
+            latents = {"scale": [1 / deviation for deviation in std], "bias": bias}
         embeds_guidance = embeds_guidance and "guidance_embedding" in family.names.values()
         super().__init__(
             network,
             family.conditioning,
             guidance=family.guidance if guidance is None else guidance,
             early_blocks=family.early_blocks if early_blocks is None else early_blocks,
-            decoder=StableDiffusionVae(
-                vae=vae, rounding=family.rounding, **latents or {"scale": family.scale, "bias": family.bias}
-            ),
-            guidance_input="scale" if embeds_guidance else "null_label",
+            decoder=StableDiffusionVae(vae=vae, rounding=family.rounding, **statistics or latents),
+            guidance_input=family.guidance_input if embeds_guidance else "null_label",
             guidance_range=family.guidance_range if guidance_range is None else guidance_range,
+            guidance_output=family.scales_output and scales_output,
             start=family.start,
-            shift=family.shift.get(8 * network.sample_shape[-1], 1.0),
+            shift=family.shift.get(pixels, 1.0),
         )
         self.eval()
 
@@ -342,6 +361,8 @@ def _named(file: SiTFile, name: str, family: Family) -> dict[str, Tensor]:
         if module in family.dropped | _OF_TRAINING:
             continue
         ours = family.names.get(module, module)
+        if family.network.get("rms_norm"):  # whose authors name the scales of queries and keys as layer norms are named
+            rest = re.sub(r"_norm\.weight$", "_norm.scale", rest)
         averaged = family.mean_of_times and ours in ("t_embedder", "duration_embedding") and rest.startswith("mlp.2.")
         place = ours if ours in ("duration_embedding", "guidance_embedding") else f"network.{ours}"
         tensors[f"{place}.{rest}".removesuffix(".")] = value / 2 if averaged else value
@@ -384,15 +405,22 @@ def _check_size(path: Path, name: str, size: str | None, network: SiT) -> None:
         raise CheckpointError(f"{path} is not {name}-{size}: it has {', '.join(wrong)}")
 
 
-def _latents(file: SiTFile, family: Family, network: SiT) -> dict[str, Any]:
-    """The scale and the bias of the latents, as arguments of the decoder."""
+def _guidance_of(path: Path) -> float:
+    """The guidance scale that the name of a file says, such as 1.75 of im256_w1p75.pkl."""
+    found = re.search(r"_w(\d{1,3})(?:p(\d{1,6}))?(?!\w)", path.name)
+    if found is None:
+        raise ConfigError(f"{path} does not tell the guidance scale that its student is trained for: give guidance")
+    return float(f"{found[1]}.{found[2] or 0}")
+
+
+def _statistics(file: SiTFile, family: Family, network: SiT) -> dict[str, Any] | None:
+    """The scale and the bias of the latents at each position, as arguments of the decoder, where the file has them."""
     if family.statistics is None:
-        return {"scale": family.scale, "bias": family.bias}
+        return None
     found = [file.stored.get(name, torch.empty(0)).double() for name in family.statistics]
     mean, variance = found
-    if any(v.shape != (1, *network.sample_shape) or not bool(v.isfinite().all()) for v in found) or bool(
-        (variance <= 0).any()
-    ):
+    possible = all(v.shape == (1, *network.sample_shape) and bool(v.isfinite().all()) for v in found)
+    if not possible or bool((variance <= 0).any()):
         raise CheckpointError(
             f"{file.path} lacks {' and '.join(family.statistics)}, the statistics of the latents at each position"
         )

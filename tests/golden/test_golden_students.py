@@ -7,18 +7,20 @@ import itertools
 import pytest
 import torch
 from golden_files import error, golden, outputs, recorded
-from student_files import ARGUMENTS, file_of, load, written
+from student_files import ARGUMENTS, file_of, load, pickled, state, written
 
 from flowdistill import NULL_LABEL, Condition
 
-NAMES = ["dmf", "dmf512", "meanflow", "secant", "alphaflow", "imm"]
+NAMES = ["dmf", "dmf512", "meanflow", "secant", "alphaflow", "imm", "tvm"]
 ENDS = {"secant": ("derived/t", "derived/s"), "imm": ("inputs/t", "inputs/s")}
+ENDS["tvm"] = ENDS["imm"]
 EMBEDDERS = {
     "t_embedding": "network.t_embedder",
     "y_embedding": "network.y_embedder",
     "duration_embedding": "duration_embedding",
     "s_embedding": "duration_embedding",
     "cfg_embedding": "guidance_embedding",
+    "guidance_embedding": "guidance_embedding",
     "final_layer_out": "network.final_layer",
 }
 
@@ -26,7 +28,10 @@ EMBEDDERS = {
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("students")
-    return {name: written(name, folder) for name in ARGUMENTS}
+    found = {name: written(name, folder) for name in ARGUMENTS}
+    found["tvm_unscaled"] = folder / "im512_w2p5.pkl"
+    found["tvm_unscaled"].write_bytes(pickled(state("tvm"), network="TVMWrapper", do_scale_param=False))
+    return found
 
 
 def cases(*parts):
@@ -37,6 +42,8 @@ def cases(*parts):
 
 
 def tolerance(name, key):
+    if name == "tvm":
+        return 1e-5 if key.startswith("outputs/") else 3e-5
     return 2e-5 if "cfg1" in key or name == "imm" else 1e-5
 
 
@@ -44,25 +51,27 @@ def student_of(name, key):
     """Which of the students that share a file a tensor is of."""
     if name == "imm":
         return "imm_s" if "identity" in key else "imm_ts"
+    if name == "tvm":
+        return "tvm_unscaled" if "unscaled" in key or key == "outputs/forward_model" else "tvm"
     return "stee" if "stee" in key else name
 
 
 @functools.cache
 def _loaded(path, name, **kwargs):
-    return load(path, **ARGUMENTS[name], **kwargs)
+    return load(path, **ARGUMENTS[name.removesuffix("_unscaled")], **kwargs)
 
 
-def inputs(name, dtype=torch.float32):
+def inputs(name):
     """The state, the times in this library's convention, and the condition."""
     data = golden(file_of(name))
     x = data["derived/x_t" if name == "imm" else "inputs/x"].reshape(4, *data["derived/F"].shape[1:])
-    times = [data[key].to(dtype) for key in ENDS.get(name, ("inputs/t", "inputs/r"))]
+    times = [data[key] for key in ENDS.get(name, ("inputs/t", "inputs/r"))]
     one_hot = data.tensors.get("inputs/class_labels", data.tensors.get("inputs/label"))
     if one_hot is not None:  # all zero for no class
         classes = torch.where(one_hot.sum(1) > 0, one_hot.argmax(1), NULL_LABEL)
     labels = data["inputs/y"] if one_hot is None else classes
     scale = torch.ones(4) if name == "imm" else data.tensors.get("inputs/cfg")
-    return x.to(dtype), *times, Condition(labels, scale)
+    return x, *times, Condition(labels, scale)
 
 
 # One evaluation.
@@ -119,7 +128,7 @@ def test_intermediates(files, name, key):
 # Samples.
 
 
-def sampled(files, name, key, dtype=torch.float32):
+def sampled(files, name, key):
     """Samples as a setting of the authors' code describes them."""
     data = golden(file_of(name))
     _, setting, steps = key.split("/")
@@ -130,8 +139,7 @@ def sampled(files, name, key, dtype=torch.float32):
     if name == "imm":
         guidance = guidance or 1.0
     flow_map = _loaded(files[student], student, **({"guidance": guidance} if name != "secant" and guidance else {}))
-    flow_map = flow_map.to(dtype)
-    z = data["inputs/z"].to(dtype).reshape(3, *flow_map.sample_shape) / scaled(name, key)
+    z = data["inputs/z"].reshape(3, *flow_map.sample_shape) / scaled(name, key)
     condition = Condition(data["inputs/labels"])
     if kind.startswith("guidance"):
         guidance = float(kind.removeprefix("guidance"))
@@ -143,7 +151,7 @@ def sampled(files, name, key, dtype=torch.float32):
         low, high = (float(v) for v in setting.split("interval")[1].split("-"))
         # Secant's authors include the start of their interval, whose time runs the other way, and not its end.
         condition = condition.guided(interval=(low + 1e-3, high) if name == "secant" else (low, high))
-    noise = {part: v.to(dtype) for part, v in data.part("noise").items()}
+    noise = {part: v.float() for part, v in data.part("noise").items()}
     times, renoise = None, None
     if kind.startswith("shift"):
         times = float(kind[5:]) * torch.linspace(1, 0, steps + 1)

@@ -1,8 +1,9 @@
-"""Pickles of IMM's networks, right, damaged and hostile; nothing of them is executed.
+"""Pickles of IMM's and TVM's networks, right, damaged and hostile; nothing of them is executed.
 
 The files are made here, with the classes, names and records of the authors' files, and with code that must not run.
 """
 
+import copyreg
 import io
 import os
 import pickle
@@ -19,6 +20,7 @@ from student_files import ARGUMENTS, load, pickled, state, written
 
 from flowdistill import CheckpointError, Condition, ConfigError, Jump
 from flowdistill.differentiation import finite_difference, jvp
+from flowdistill.networks.embeddings import position_table
 from flowdistill.testing import flow_map_checks
 
 COMMAND = 'touch "$CANARY"'
@@ -104,6 +106,84 @@ def test_a_release_with_much_beside_the_network(tmp_path):
 
     student = load(file(tmp_path, pickled(state("imm_ts"), change=change)), **ARGUMENTS["imm_ts"])
     assert torch.equal(drawn(student), drawn(load(written("imm_ts", tmp_path), **ARGUMENTS["imm_ts"])))
+
+
+# Terminal velocity matching.
+
+TVM = ARGUMENTS["tvm"]
+
+
+def tvm(folder, name="im256_w2.pkl", **said):
+    return file(folder, pickled(state("tvm"), network="TVMWrapper", **said), name)
+
+
+def test_what_the_files_of_tvm_say(tmp_path):
+    """The scale in the file's name, whether it multiplies the output, and the latents of each size."""
+    student = load(written("tvm", tmp_path), **TVM)
+    assert student.network.arguments["num_heads"] == 3
+    assert (student.guidance, student.guidance_input, student.guidance_output) == (1.75, "inverse", True)
+    assert (student.conditioning, student.start) == ("two_time", 1.0)
+    plain = load(tvm(tmp_path, "im512_w2p5.pkl", do_scale_param=False), **TVM)
+    assert (plain.guidance, plain.guidance_output) == (2.5, False)
+    assert load(tvm(tmp_path), **TVM, guidance=3.0).guidance == 3.0
+    path = tvm(tmp_path, "tvm.pkl")
+    assert "does not tell the guidance scale" in refused(path, ConfigError)
+    assert torch.equal(drawn(load(path, **TVM, guidance=1.75)), drawn(student))
+    x, t, s, labels = torch.randn(2, 4, 8, 8), torch.ones(2), torch.zeros(2), torch.tensor([1, 2])
+    at_two = Condition(labels, torch.full((2,), 2.0))
+    doubled, once = (m.average_velocity(x, t, s, at_two) for m in (student, plain))
+    torch.testing.assert_close(doubled, 2 * once)
+
+
+@pytest.mark.parametrize(("tokens", "mean", "std"), [(4, 0.86488, 4.85503674), (32, 1.56, 5.27)])
+def test_the_latents_of_tvm(tmp_path, tokens, mean, std):
+    tensors = state("tvm")
+    tensors["model.pos_embed"] = position_table(tokens, 60)
+    path = file(tmp_path, pickled(tensors, network="TVMWrapper"), "im_w2.pkl")
+    raw = load(path, **TVM).decoder.latents(torch.ones(1, 4, 2 * tokens, 2 * tokens))
+    assert float(raw[0, 0, 0, 0]) == pytest.approx(mean + std)
+
+
+class OptimizedModule(torch.nn.Module):
+    """Stands for PyTorch's, which once was pickled as any other module."""
+
+    def __reduce__(self):
+        return copyreg.__newobj__, (type(self),), vars(self)
+
+
+@pytest.mark.parametrize("as_argument", [True, False])
+def test_compiled_networks(tmp_path, as_argument):
+    """Whose pickles hold much of the compiler."""
+
+    def change(release):
+        if as_argument:
+            return {"net": torch.compile(release["ema"])}
+        wrapped = OptimizedModule()
+        wrapped._orig_mod, wrapped.dynamo_ctx = release["ema"], Call(getattr, "x", "y")
+        return {"net": wrapped}
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not as_argument:
+            patch.setattr(torch._dynamo.eval_frame, "OptimizedModule", OptimizedModule)
+            patch.setattr(OptimizedModule, "__module__", "torch._dynamo.eval_frame")
+        path = tvm(tmp_path, change=change)
+    assert torch.equal(drawn(load(path, **TVM)), drawn(load(tvm(tmp_path, "y_w2.pkl"), **TVM)))
+
+
+def test_a_compiled_network_that_is_none(tmp_path):
+    def change(_):
+        empty = OptimizedModule()
+        del empty._modules
+        return {"net": empty}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch._dynamo.eval_frame, "OptimizedModule", OptimizedModule)
+        patch.setattr(OptimizedModule, "__module__", "torch._dynamo.eval_frame")
+        path = tvm(tmp_path, change=change)
+    refused(path)
+
+
+# Damage.
 
 
 def edm2(release):
@@ -206,6 +286,11 @@ def test_altered_bytes_are_read_or_refused(tmp_path, data):
         altered[data.draw(st.integers(0, len(altered) - 1))] = data.draw(st.integers(0, 255))
     with suppress(CheckpointError, ConfigError):
         load(file(tmp_path, bytes(altered)), **ARGUMENTS["imm_ts"])
+
+
+def test_a_student_of_tvm_passes_the_conformance_kit(tmp_path):
+    for check in flow_map_checks(load(written("tvm", tmp_path), **TVM)):
+        check()
 
 
 @pytest.mark.parametrize("name", ["imm_ts", "imm_s"])

@@ -28,8 +28,8 @@ from flowdistill.runs.pretrained import save_model
 from flowdistill.students import FAMILIES, SiTStudent
 
 FAMILY = {"dmf": "dmf", "dmf512": "dmf", "meanflow": "meanflow", "secant": "secant", "stee": "secant"}
-FAMILY |= {"alphaflow": "alphaflow", "imm_ts": "imm_ts", "imm_s": "imm_s"}
-NAMES = [name for name in FAMILY if not name.startswith("imm")]  # which have tests of their own beside these
+FAMILY |= {name: name for name in ("alphaflow", "imm_ts", "imm_s", "tvm")}
+NAMES = [name for name in FAMILY if not name.startswith(("imm", "tvm"))]  # which have tests of their own beside these
 
 
 @pytest.fixture(autouse=True)
