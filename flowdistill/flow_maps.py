@@ -122,7 +122,7 @@ class NetworkFlowMap(FlowMap):
 
     def average_velocity(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None) -> Tensor:
         """F(x, t, s)."""
-        condition = condition or Condition()
+        condition = Condition() if condition is None else condition
         if self.guidance is None:
             return self._conditioned(x, t, s, condition.labels, None)
         scale = condition.scale

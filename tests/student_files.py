@@ -30,6 +30,7 @@ ARGUMENTS = {
 """What the tiny networks need said, as the released ones do not."""
 ARGUMENTS |= {"imm_ts": {"num_classes": 10}, "imm_s": {"num_classes": 10}, "piflow_repa": {}, "piflow_fm": {}}
 ARGUMENTS |= {"tvm": {"num_classes": 10}}
+ARGUMENTS |= {"imf": {"num_classes": 10, "input_size": 8, "guidance": 8.0, "interval": (0.4, 0.65)}}
 _SHARED = {"stee": "secant", "imm_ts": "imm", "imm_s": "imm", "piflow_repa": "piflow", "piflow_fm": "piflow"}
 
 
@@ -65,6 +66,9 @@ def written(name: str, folder: Path, tensors: Mapping[str, Tensor] | None = None
         path = folder / "im256_w1p75.pkl"
         path.write_bytes(pickled(tensors, network="TVMWrapper", change=lambda release: {"net": release["ema"]}))
         return path
+    if name == "imf":
+        torch.save(dict(tensors), folder / "iMF-tiny-2.pth")
+        return folder / "iMF-tiny-2.pth"
     content = {"dmf": tensors, "dmf512": tensors, "meanflow": {"ema": tensors}}
     torch.save(content.get(name, {"net": {}, "ema": tensors, "stats": {"step": 3}}), folder / f"{name}.pt")
     return folder / f"{name}.pt"

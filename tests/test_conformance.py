@@ -114,7 +114,7 @@ FLOW_MAP_BUILDERS = {
 }
 
 
-STUDENTS = {"sit_student": "dmf", "piflow_student": "piflow_repa"}
+STUDENTS = {"sit_student": "dmf", "piflow_student": "piflow_repa", "imf_student": "imf"}
 
 
 @pytest.mark.parametrize("name", packaged(FLOW_MAPS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -52,6 +53,11 @@ class FlowMap(nn.Module, Counted, ABC):
     """The guidance scale of samples that name none; None for a map that takes no scales."""
     suffixes: ClassVar[tuple[str, ...]] = ()
     """The suffixes of other people's files that a flow map reads from its argument ``checkpoint``."""
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """Whether a file with such a suffix is one that it reads, where other flow maps read such suffixes too."""
+        return True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

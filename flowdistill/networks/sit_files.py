@@ -76,6 +76,44 @@ class SiTFile:
     """All tensors that lie together with the network's, as they are stored."""
 
 
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a state dictionary in a file, as they are stored, and the options that the file says.
+
+    Of averaged weights and others it is the averaged ones.
+
+    Raises:
+        Exception: the file is damaged, hostile or something else, or holds no state dictionary.
+    """
+    if path.suffix == ".safetensors":
+        mapped = safetensors.torch.load_file(path).items()  # copied, lest the network change, or die, with its file
+        return {name: v.clone() for name, v in mapped}, _metadata(path)
+    file = TorchFile(path)
+    found, said = _weights(file.content)
+    if not found:
+        holds = ", ".join(str(key)[:40] for key in as_dictionary(file.content))
+        holds = holds or getattr(file.content, "name", type(file.content).__name__)
+        raise ValueError(f"it holds no state dictionary, as network.state_dict() gives it, but {holds}")
+    return file.tensors(found), said
+
+
+def names_in(path: Path) -> list[str]:
+    """The names of the tensors that `read_state` would read; none of a file that it cannot read."""
+    try:
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, framework="pt") as file:
+                return list(file.keys())
+        return [str(name) for name in _weights(TorchFile(path).content)[0]]
+    except Exception:  # which `read_state` tells
+        return []
+
+
+def unreadable(path: Path, what: str, error: Exception) -> CheckpointError:
+    """The error for whatever a damaged or hostile file makes the readers raise."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    printable = reason[:300].encode("unicode_escape").decode()
+    return CheckpointError(f"{path} cannot be read as {what}: {printable}")
+
+
 def read_sit(path: Path, names: Mapping[str, str] | None = None) -> SiTFile:
     """Read a file of ``torch.save`` or a safetensors file, as data.
 
@@ -87,22 +125,10 @@ def read_sit(path: Path, names: Mapping[str, str] | None = None) -> SiTFile:
         CheckpointError: it is damaged, hostile or something else, or holds no state dictionary.
     """
     try:
-        if path.suffix == ".safetensors":
-            mapped = safetensors.torch.load_file(path).items()  # copied, lest the network change, or die, with its file
-            stored, said = {name: v.clone() for name, v in mapped}, _metadata(path)
-        else:
-            file = TorchFile(path)
-            found, said = _weights(file.content)
-            if not found:
-                holds = ", ".join(str(key)[:40] for key in as_dictionary(file.content))
-                holds = holds or getattr(file.content, "name", type(file.content).__name__)
-                raise ValueError(f"it holds no state dictionary, as network.state_dict() gives it, but {holds}")
-            stored = file.tensors(found)
+        stored, said = read_state(path)
         tensors, wrappers = unwrapped({_renamed(name, names or {}): v for name, v in stored.items()}, NEEDED)
-    except Exception as error:  # whatever a damaged or hostile file makes the readers raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        printable = reason[:300].encode("unicode_escape").decode()
-        raise CheckpointError(f"{path} cannot be read as a checkpoint of SiT: {printable}") from None
+    except Exception as error:
+        raise unreadable(path, "a checkpoint of SiT", error) from None
     early = _depth(tensors)  # REPA once named its later blocks decoder_blocks, counted from 0
     named = {
         re.sub(r"^decoder_blocks\.(\d{1,4})\.", lambda m: f"blocks.{int(m[1]) + early}.", name): v.float()

@@ -169,8 +169,10 @@ def load_file(path: str | Path, registry: Registry = TEACHERS, **kwargs: Any) ->
         ConfigError: no registered class reads such files.
     """
     suffix, readers = Path(path).suffix, readers_of(registry)
-    for name, read in readers.items():
-        if suffix in read:
+    found = [name for name, read in readers.items() if suffix in read]
+    for name in found:
+        recognises = getattr(registry.get(name), "recognises", None)
+        if len(found) == 1 or recognises is None or recognises(Path(path)):
             return registry.build(name, checkpoint=path, **kwargs)
     known = sorted({suffix for read in readers.values() for suffix in read})
     raise ConfigError(f"{path} has no suffix of a known checkpoint ({', '.join(known)})")

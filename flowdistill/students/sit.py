@@ -89,7 +89,7 @@ class Family:
     """A part of the files' names that tells the family, where nothing in the files does."""
 
 
-_WHITENING = ((0.86488, -0.27787343, 0.21616915, 0.3738409), (4.85503674, 5.31922414, 3.93725398, 3.9870003))
+WHITENING = ((0.86488, -0.27787343, 0.21616915, 0.3738409), (4.85503674, 5.31922414, 3.93725398, 3.9870003))
 _IMM = Family(
     title="inductive moment matching (github.com/lumalabs/imm)",
     licence="CC BY-NC-SA 4.0, a licence for use that is not commercial",
@@ -100,7 +100,7 @@ _IMM = Family(
     guidance=1.5,
     network={"time_factor": 1000.0, "unit_input": True},
     start=0.994,
-    whitening={256: _WHITENING},
+    whitening={256: WHITENING},
     class_name="IMMPrecond",
     file_name="_ts_",
 )
@@ -168,7 +168,7 @@ FAMILIES = {
         network={"rms_norm": True},
         guidance_input="inverse",
         scales_output=True,
-        whitening={256: _WHITENING, 512: ((1.56, -0.695, 0.483, 0.729), (5.27, 5.91, 4.21, 4.31))},
+        whitening={256: WHITENING, 512: ((1.56, -0.695, 0.483, 0.729), (5.27, 5.91, 4.21, 4.31))},
         class_name="TVMWrapper",
     ),
 }

@@ -224,3 +224,47 @@ def test_piflow(files, key):
     kind = key.split("/")[0]
     bound = {"outputs": 5e-6, "intermediates": 5e-6, "derived": 1e-4, "samples": 3e-4}[kind]
     assert error(piflow(files, key), golden("students/piflow_tiny")[key]) <= bound
+
+
+# Improved MeanFlow, whose network is another one.
+
+
+def imf(files, key):
+    data, flow_map = golden("students/imf_tiny"), _loaded(files["imf"], "imf")
+    kind, name, *steps = key.split("/")
+    if kind == "samples":
+        omega, *ends = name.split("_interval")
+        condition = Condition(data["inputs/labels"], torch.full((3,), float(omega.removeprefix("omega"))))
+        if ends:
+            condition = condition.guided(interval=tuple(float(v) for v in ends[0].split("-")))
+        return flow_map.sample(data["inputs/z"], int(steps[0].removeprefix("steps")), condition)
+    x, t, r, y, omega, low, high = (data[f"inputs/{k}"] for k in ("x", "t", "r", "y", "omega", "t_min", "t_max"))
+    rows = []
+    for i in range(4):  # each with an interval of its own
+        condition = Condition(y[i : i + 1], omega[i : i + 1]).guided(interval=(float(low[i]), float(high[i])))
+        evaluate = flow_map if name == "X" else flow_map.average_velocity
+        if kind == "intermediates":
+            module = IMF_MODULES.get(name, name.replace("shared", "shared_blocks.").replace("u_head", "u_heads."))
+            module = f"network.{module.removesuffix('_out')}"
+            call = functools.partial(evaluate, x[i : i + 1], t[i : i + 1], r[i : i + 1], condition)
+            rows.append(recorded(flow_map, [module], call)[module])
+        else:
+            rows.append(evaluate(x[i : i + 1], t[i : i + 1], r[i : i + 1], condition))
+    return torch.cat(rows)
+
+
+IMF_MODULES = {
+    "duration_embedding": "h_embedder",
+    "omega_embedding": "omega_embedder",
+    "t_min_embedding": "cfg_t_start_embedder",
+    "t_max_embedding": "cfg_t_end_embedder",
+    "y_embedding": "y_embedder",
+    "patches": "x_embedder",
+    "final_linear_out": "u_final_layer",
+}
+
+
+@pytest.mark.parametrize("key", outputs("students/imf_tiny"))
+def test_imf(files, key):
+    bound = 2e-5 if key.startswith("intermediates/") else 1e-5
+    assert error(imf(files, key), golden("students/imf_tiny")[key]) <= bound
