@@ -22,10 +22,11 @@ from flowdistill.networks import LabelEmbedding, Linear, ScalarEmbedding, SiT
 from flowdistill.networks.embeddings import position_table
 from flowdistill.networks.sit_files import arguments_of, built, classes_of
 from flowdistill.paths import expand_time
+from flowdistill.plumbing.dry import files_unread
 from flowdistill.plumbing.errors import CheckpointError, ConfigError
 from flowdistill.plumbing.files import fill_module, load_tensors
 from flowdistill.plumbing.references import bibtex
-from flowdistill.plumbing.registry import register_flow_map
+from flowdistill.plumbing.registry import register_flow_map, unknown_name
 from flowdistill.runs.pretrained import locate
 
 _FOLDERS = {"piflow_repa": "gmrepa", "piflow_fm": "gmdit"}
@@ -107,15 +108,18 @@ class PiFlowStudent(PolicyFlowMap):
         segments: int | None = None,
     ) -> None:
         # The folder, and what its name says.
+        if variant is not None and variant not in VARIANTS:
+            raise unknown_name("variant", variant, VARIANTS)
+        if files_unread():
+            raise ConfigError("a plan reads no checkpoint, and pi-Flow's released students are known from theirs alone")
         folder = _folder(checkpoint)
-        family = variant.partition("-")[0] if variant else _told(folder)
-        factor = _TIME_FACTORS[family]
+        factor = _TIME_FACTORS[_told(folder) if variant is None else variant.partition("-")[0]]
         if segments is None:
             segments = 2 if "2step" in folder.name else 1
 
         # The network and the policy, at first without values.
         config = _config(folder)
-        tensors = _named(folder, {k: v.float() for k, v in load_tensors(folder / _WEIGHTS).items()}, config)
+        tensors = _named({name: v.float() for name, v in load_tensors(folder / _WEIGHTS).items()})
         network = _network(folder, tensors, config, factor)
         arguments, path = network.arguments, folder / _WEIGHTS
         wrong = [f"{k} {arguments[k]} in place of {v}" for k, v in _SIZE.items() if arguments[k] != v]
@@ -163,7 +167,8 @@ def _folder(checkpoint: str | Path) -> Path:
     path = Path(checkpoint)
     if not path.exists():
         raise CheckpointError(f"there is no folder {path}")
-    return path.parent if path.is_file() else path
+    folder = path.parent if path.is_file() else path
+    return folder if folder.name else folder.resolve()
 
 
 def _told(folder: Path) -> str:
@@ -193,7 +198,7 @@ def _config(folder: Path) -> dict[str, Any]:
     return numbers
 
 
-def _named(folder: Path, stored: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+def _named(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under the names of `PolicyFlowMap`, and ``logweights``, whose rows tell the components.
 
     Queries, keys and values become one layer, as do the means and the weights of the mixture; the embeddings stand in

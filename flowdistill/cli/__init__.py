@@ -284,13 +284,13 @@ _OPEN = ("num_classes", "num_heads", "early_blocks")
 
 def _run(options: argparse.Namespace) -> Run:
     """The run that the options name, or what stands for it where they name the file of a released student."""
-    from flowdistill.runs.loading import load_flow_map
+    from flowdistill.runs.loading import is_released, load_flow_map
     from flowdistill.runs.run import Run
 
     told = {name: getattr(options, name) for name in ("vae", *_OPEN) if getattr(options, name) is not None}
     if options.student is not None:
         return Run.of(load_flow_map(options.student, checkpoint=options.run, **told))
-    if told or Path(options.run).is_file() or options.run.startswith("hf://"):
+    if told or is_released(options.run):
         return Run.of(load_flow_map(options.run, **told))
     return Run(options.run, allow_imports=options.allow_imports)
 

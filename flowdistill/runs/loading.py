@@ -44,15 +44,20 @@ def load_flow_map(name_or_path: str | Path | Run, **kwargs: Any) -> FlowMap:
     released = released_students()
     if name in released:
         student: FlowMap = FLOW_MAPS.build(name, **kwargs)
-    elif path.is_file() or name.startswith("hf://"):
+    elif is_released(name):
         student = load_file(locate(name_or_path), FLOW_MAPS, **kwargs)
-    elif (path / "config.json").is_file():  # a folder as diffusers writes it
-        student = load_file(path, FLOW_MAPS, **kwargs)
     elif not path.exists() and "checkpoint" in kwargs:
         raise unknown_name("student", name, released)
     else:
         return _student(Run(path), kwargs)
     return student.eval().requires_grad_(False)
+
+
+def is_released(source: str) -> bool:
+    """Whether a source can be of a released student, here or on HuggingFace: a file, or a folder as of diffusers."""
+    path = Path(source)
+    folder = (path / "config.json").is_file() and not is_model(path)
+    return folder or path.is_file() or source.startswith("hf://")
 
 
 def released_students() -> list[str]:

@@ -15,6 +15,7 @@ from flowdistill.interfaces import NULL_LABEL, Condition, FlowMap
 from flowdistill.interfaces.condition import check_interval
 from flowdistill.networks.imf import IMFTransformer
 from flowdistill.networks.sit_files import classes_of, names_in, read_state, unreadable
+from flowdistill.plumbing.dry import files_unread, weights
 from flowdistill.plumbing.errors import CheckpointError, ConfigError
 from flowdistill.plumbing.files import fill_module
 from flowdistill.plumbing.references import bibtex
@@ -71,6 +72,14 @@ class IMFStudent(FlowMap):
         super().__init__()
         if variant is not None and variant not in VARIANTS:
             raise unknown_name("variant", variant, VARIANTS)
+        if files_unread():
+            size = (variant or "").removeprefix("imf").strip("-").partition("/")[0]
+            if size not in _SIZES:
+                raise ConfigError("a plan reads no checkpoint: give imf_student.variant, such as imf-xl/2-256")
+            depth, width, scale, ends = _SIZES[size]
+            self._start(_published(depth, width), vae, guidance or scale, interval or ends)
+            return
+
         path = locate(checkpoint)
         try:
             stored, said = read_state(path)
@@ -97,22 +106,29 @@ class IMFStudent(FlowMap):
 
         # The network, at first without values.
         arguments |= {"input_size": input_size, "num_classes": told["num_classes"]}
+        guidance, interval = scale if guidance is None else guidance, ends if interval is None else interval
         try:
             with torch.device("meta"):
-                self.network = IMFTransformer(**arguments)
+                self._start(arguments, vae, guidance, interval)
         except RuntimeError as error:
             raise CheckpointError(f"{path} describes no student of improved MeanFlow: {error}") from None
         fill_module(self.network, tensors, f"{path}, read as a student of improved MeanFlow,", assign=True)
+        licence = f"{path} is a student of improved MeanFlow (github.com/Lyy-iiis/imeanflow): MIT licence"
+        warnings.warn(licence, RuntimeWarning, stacklevel=2)
+
+    def _start(
+        self, arguments: dict[str, Any], vae: str | None, guidance: float, interval: tuple[float, float]
+    ) -> None:
+        """Become a flow map whose weights are fresh."""
         mean, std = WHITENING
         bias = [-m / deviation for m, deviation in zip(mean, std, strict=True)]
         self.decoder = StableDiffusionVae(vae=vae, scale=[1 / deviation for deviation in std], bias=bias)
-        self.guidance = scale if guidance is None else guidance
-        self.interval = check_interval(ends if interval is None else interval)
-        self.sample_shape = (arguments["in_channels"], input_size, input_size)
+        with weights():
+            self.network = IMFTransformer(**arguments)
+        self.guidance, self.interval = guidance, check_interval(interval)
+        self.sample_shape = (arguments["in_channels"], arguments["input_size"], arguments["input_size"])
         self.num_classes = arguments["num_classes"]
         self.eval()
-        licence = f"{path} is a student of improved MeanFlow (github.com/Lyy-iiis/imeanflow): MIT licence"
-        warnings.warn(licence, RuntimeWarning, stacklevel=2)
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
@@ -129,6 +145,21 @@ class IMFStudent(FlowMap):
         ends = (torch.full_like(t, low), torch.full_like(t, high))
         output: Tensor = self.network(x, t - s, 1 - 1 / scale, *ends, labels)
         return output
+
+
+def _published(depth: int, width: int) -> dict[str, Any]:
+    """The arguments of `IMFTransformer` for a published size, whose last 8 blocks are the head."""
+    return {
+        "input_size": 32,
+        "patch_size": 2,
+        "in_channels": 4,
+        "hidden_size": width,
+        "shared_depth": depth - 8,
+        "head_depth": 8,
+        "num_heads": width // 64,
+        "mlp_size": int(8 / 3 * width),
+        "num_classes": 1000,
+    }
 
 
 def _ours(name: str) -> str:

@@ -12,6 +12,7 @@ from student_files import ARGUMENTS, load, state, written
 
 import flowdistill
 from flowdistill import NULL_LABEL, CheckpointError, Condition, ConfigError
+from flowdistill.plumbing.dry import without_files
 from flowdistill.students import IMFStudent, SiTStudent, imf
 from flowdistill.testing import check_flow_map
 
@@ -105,6 +106,15 @@ def test_the_latents_are_whitened(tmp_path):
     raw = student.decoder.latents(torch.ones(1, 4, 8, 8))[0, :, 0, 0]
     assert raw.tolist() == pytest.approx([0.86488 + 4.85503674, 5.04137, 4.15342, 4.36084], rel=1e-4)
     assert student.decoder.rounding == "nearest"
+
+
+def test_a_plan_needs_no_file():
+    with without_files():
+        student = load("imf-b/2-256", checkpoint="nowhere.pth")
+        assert student.guidance == 8.0
+        assert sum(p.numel() for p in student.parameters()) > 80_000_000
+        with pytest.raises(ConfigError, match=r"give imf_student\.variant"):
+            load("imf", checkpoint="nowhere.pth")
 
 
 def test_the_conformance_kit(tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 from contextlib import suppress
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -16,7 +17,10 @@ from student_files import load, state, written
 import flowdistill
 from flowdistill import FLOW_MAPS, CheckpointError, Condition, ConfigError
 from flowdistill.algorithms.piflow import PiFlowStudent, PolicyFlowMap
+from flowdistill.cli import main
 from flowdistill.interfaces import Jumps
+from flowdistill.plumbing.dry import without_files
+from flowdistill.runs.pretrained import save_model
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -38,11 +42,12 @@ def folder(tmp_path):
     return written("piflow_repa", tmp_path)
 
 
-def test_a_folder_alone_and_by_name(folder):
+def test_a_folder_alone_and_by_name(folder, monkeypatch):
     student = load(folder)
     assert isinstance(student, PiFlowStudent)
     assert not any(p.requires_grad for p in student.parameters())
-    for path in (folder, folder / WEIGHTS, folder / "config.json"):
+    monkeypatch.chdir(folder)
+    for path in (folder, folder / WEIGHTS, folder / "config.json", "."):
         assert torch.equal(drawn(load("piflow_repa", checkpoint=path)), drawn(student))
     with pytest.warns(RuntimeWarning, match=r"is a student of pi-Flow .*: Apache-2.0 licence"):
         flowdistill.load_flow_map(folder)
@@ -57,6 +62,10 @@ def test_what_the_name_of_the_folder_says(folder, tmp_path):
     assert (one.segments, one.jumps) == (1, Jumps.FROM_NOISE)
     assert one.wide.network.time_factor == one.head.time_factor == 1000.0
     assert load(folder, segments=3).segments == 3
+    with pytest.raises(ConfigError, match="unknown variant 'piflow'"):
+        PiFlowStudent(folder, variant="piflow")
+    with without_files(), pytest.raises(ConfigError, match="a plan reads no checkpoint"):
+        load("piflow_repa-xl/2-256", checkpoint="nowhere")
     renamed = folder.rename(tmp_path / "other")
     assert "does not tell which teacher" in refused(renamed, ConfigError)
     assert torch.equal(drawn(load("piflow_repa", checkpoint=renamed, segments=2)), drawn(student))
@@ -92,6 +101,17 @@ def test_sampled_and_fetched(folder, monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda _, file: str(folder.parent / file))
     fetched = load("piflow_repa", checkpoint=f"hf://someone/students/{folder.name}")
     assert torch.equal(drawn(fetched), drawn(student))
+
+
+def test_the_command_line_and_model_folders(folder, tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        main(["sample", str(folder), "--num_samples", "2", "--steps", "2", "--out", str(tmp_path / "x.npz"), "--raw"])
+    assert ended.value.code == 0
+    raw = np.load(tmp_path / "x.npz")["samples"]
+    assert np.array_equal(raw, flowdistill.sample(load(folder), 2, steps=2).numpy())
+    model = save_model(flowdistill.load_teacher("digits_teacher"), tmp_path / "model")
+    with pytest.raises(CheckpointError, match="is neither a run directory nor a checkpoint"):
+        load(model)
 
 
 TRAINING = """
