@@ -66,6 +66,8 @@ class Family:
     """The blocks that see the first time, of the published depth."""
     network: Mapping[str, Any] = attrs.field(factory=dict)
     """Further arguments of `SiT`."""
+    published: Mapping[str, Any] = attrs.field(factory=dict)
+    """Arguments of the published architectures in place of SiT's."""
     guidance_input: GuidanceInput = "scale"
     """The number that is embedded of the guidance scale, where a module embeds it."""
     scales_output: bool = False
@@ -166,6 +168,7 @@ FAMILIES = {
         noise_time=1,
         names={"s_embedder": "duration_embedding", "guidance_embedder": "guidance_embedding"},
         network={"rms_norm": True},
+        published={"num_heads": 18, "qk_norm": "rms"},
         guidance_input="inverse",
         scales_output=True,
         whitening={256: WHITENING, 512: ((1.56, -0.695, 0.483, 0.729), (5.27, 5.91, 4.21, 4.31))},
@@ -183,10 +186,11 @@ VARIANTS = [*FAMILIES, *(f"{name}-{size}" for name, family in FAMILIES.items() f
 
 @register_flow_map("sit_student", variants=VARIANTS)
 class SiTStudent(NetworkFlowMap):
-    """A released student that is a SiT with a second time: of DMF, MeanFlow, secant expectation, alpha-Flow, FreeFlow.
+    """A released student that is a SiT with a second time, as those of DMF and MeanFlow are: see ``FAMILIES``.
 
-    The files are bare state dictionaries, or training checkpoints of which the average is taken; they are read as data.
-    A warning says the licence. The page "Published students" has what each family is.
+    The files are bare state dictionaries, training checkpoints of which the average is taken, or pickles with source
+    code, as of IMM and TVM; they are read as data, and nothing in them is executed. A warning says the licence. The
+    page "Published students" has what each family is.
 
     Args:
         checkpoint: a ``.pt``, ``.pth``, ``.safetensors`` or ``.pkl`` file, or where HuggingFace has it, see `locate`.
@@ -209,7 +213,15 @@ class SiTStudent(NetworkFlowMap):
     """
 
     suffixes = (".pt", ".pth", ".safetensors", ".pkl")
-    citation = bibtex("lee2025dmf", "geng2025meanflow", "liu2025secant", "zhang2026alphaflow", "tong2025freeflow")
+    citation = bibtex(
+        "lee2025dmf",
+        "geng2025meanflow",
+        "liu2025secant",
+        "zhang2026alphaflow",
+        "tong2025freeflow",
+        "zhou2025inductive",
+        "zhou2025tvm",
+    )
 
     def __init__(
         self,
@@ -231,7 +243,8 @@ class SiTStudent(NetworkFlowMap):
             if name is None or size is None:
                 raise ConfigError("a plan reads no checkpoint: give sit_student.variant, such as dmf-xl/2-256")
             family = FAMILIES[name]
-            network = SiT(**_arguments(size), **family.network, learn_sigma=False, noise_time=family.noise_time)
+            arguments = {**_arguments(family, size), **family.network}
+            network = SiT(**arguments, learn_sigma=False, noise_time=family.noise_time)
             self._start(family, network, **told)
             return
 
@@ -249,7 +262,7 @@ class SiTStudent(NetworkFlowMap):
         # The network and the flow map, whose weights have no values before the file's are put in.
         noise_time = family.noise_time if noise_time is None else noise_time
         network = _network(file, tensors, num_heads, num_classes, noise_time=noise_time, **family.network)
-        _check_size(path, name, size, network)
+        _check_size(path, name, family, size, network)
         if family.early_blocks is not None and early_blocks is None and len(network.blocks) != _BLOCKS:
             raise ConfigError(
                 f"{path} has {len(network.blocks)} blocks: give early_blocks, those that see the first time"
@@ -314,10 +327,10 @@ def _parts(variant: str | None) -> tuple[str | None, str | None]:
     return name, size or None
 
 
-def _arguments(size: str) -> dict[str, Any]:
-    """The arguments of `SiT` for a published architecture, such as xl/2-256."""
+def _arguments(family: Family, size: str) -> dict[str, Any]:
+    """The arguments of `SiT` for a published architecture of a family, such as xl/2-256."""
     letters, patch, pixels = re.split("[/-]", size)
-    return {"input_size": int(pixels) // 8, "patch_size": int(patch), **SIZES[letters]}
+    return {"input_size": int(pixels) // 8, "patch_size": int(patch), **SIZES[letters], **family.published}
 
 
 def _modules(tensors: Iterable[str]) -> set[str]:
@@ -397,8 +410,8 @@ def _network(
     return built(file.path, **arguments, num_heads=heads, **given)
 
 
-def _check_size(path: Path, name: str, size: str | None, network: SiT) -> None:
-    expected = {} if size is None else _arguments(size)
+def _check_size(path: Path, name: str, family: Family, size: str | None, network: SiT) -> None:
+    expected = {} if size is None else _arguments(family, size)
     found = network.arguments
     wrong = [f"{key} {found[key]} in place of {value}" for key, value in expected.items() if found[key] != value]
     if wrong:

@@ -10,6 +10,7 @@ import pickle
 from collections import OrderedDict
 from contextlib import suppress
 
+import attrs
 import pytest
 import torch
 from edm2_files import CODE, Call, EasyDict, Layer, Precond, persistent, writing
@@ -21,6 +22,8 @@ from student_files import ARGUMENTS, load, pickled, state, written
 from flowdistill import CheckpointError, Condition, ConfigError, Jump
 from flowdistill.differentiation import finite_difference, jvp
 from flowdistill.networks.embeddings import position_table
+from flowdistill.plumbing.dry import without_files
+from flowdistill.students import FAMILIES
 from flowdistill.testing import flow_map_checks
 
 COMMAND = 'touch "$CANARY"'
@@ -142,6 +145,26 @@ def test_the_latents_of_tvm(tmp_path, tokens, mean, std):
     path = file(tmp_path, pickled(tensors, network="TVMWrapper"), "im_w2.pkl")
     raw = load(path, **TVM).decoder.latents(torch.ones(1, 4, 2 * tokens, 2 * tokens))
     assert float(raw[0, 0, 0, 0]) == pytest.approx(mean + std)
+
+
+def test_a_published_architecture_of_tvm(tmp_path, monkeypatch):
+    """Which has 18 heads, of 64 features each, where SiT has 16."""
+    with without_files():
+        student = load("tvm-xl/2-256", checkpoint="im256_w2.pkl", guidance=2.0)
+        assert student.network.arguments["num_heads"] == 18
+        assert student.network.blocks[0].attn.q_norm.scale.shape == (64,)
+    # the same with small numbers
+    sizes = {"xl": {"hidden_size": 60, "depth": 4, "num_heads": 4}}
+    monkeypatch.setattr("flowdistill.students.sit.SIZES", sizes)
+    tensors = state("tvm")
+    tensors["model.pos_embed"] = position_table(16, 60)
+    path = file(tmp_path, pickled(tensors, network="TVMWrapper"), "im256_w2.pkl")
+    tvm_family = attrs.evolve(FAMILIES["tvm"], published={"num_heads": 3})
+    monkeypatch.setitem(FAMILIES, "tvm", tvm_family)
+    assert load("tvm-xl/2-256", checkpoint=path, **TVM).sample_shape == (4, 32, 32)
+    monkeypatch.setitem(FAMILIES, "tvm", attrs.evolve(tvm_family, published={}))
+    with pytest.raises(CheckpointError, match="is not tvm-xl/2-256: it has num_heads 3 in place of 4"):
+        load("tvm-xl/2-256", checkpoint=path, **TVM)
 
 
 class OptimizedModule(torch.nn.Module):
