@@ -10,10 +10,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from flowdistill.cli.listing import cite_command, list_command, show_command
 from flowdistill.plumbing.errors import ConfigError, FlowDistillError, TrainingInterrupted
+
+if TYPE_CHECKING:
+    from flowdistill.runs.run import Run
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -138,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         "help": "jump to data and noise again at each step; by default as the student needs it",
     }
     sample = commands.add_parser("sample", help="draw samples of a run's student")
-    sample.add_argument("run", help="a run directory, or a checkpoint in it")
+    sample.add_argument("run", help="a run directory, a checkpoint in it, or a released student's file")
     sample.add_argument("--num_samples", type=int, default=64)
     sample.add_argument("--steps", type=int, default=1)
     sample.add_argument("--renoise", **renoise)
@@ -156,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.set_defaults(command=_sample)
 
     evaluate = commands.add_parser("evaluate", help="measure a run's student")
-    evaluate.add_argument("run", help="a run directory, or a checkpoint in it")
+    evaluate.add_argument("run", help="a run directory, a checkpoint in it, or a released student's file")
     evaluate.add_argument("--metrics", nargs="+", default=["fid"])
     evaluate.add_argument("--num_samples", type=int, default=10_000)
     evaluate.add_argument("--steps", type=int, default=1)
@@ -172,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(command=_evaluate)
 
     search = commands.add_parser("search", help="search for noises that a verifier likes, and give them to the teacher")
-    search.add_argument("run", help="a run directory, or a checkpoint in it")
+    search.add_argument("run", help="a run directory, a checkpoint in it, or a released student's file")
     search.add_argument("--budget", type=float, required=True, help="for a sample, in evaluations of the teacher")
     search.add_argument("--teacher", help="a teacher's name or path; by default the one of the run")
     search.add_argument("--verifier", default="feature_distance", help="as flowdistill list verifiers shows")
@@ -230,6 +233,12 @@ def _parser() -> argparse.ArgumentParser:
     cite.add_argument("source", metavar="RUN|GIN_FILE")
     cite.set_defaults(command=cite_command)
 
+    for command in (sample, evaluate, search):
+        released = command.add_argument_group("of a student that others have released, whose file stands for the run")
+        released.add_argument("--student", help="what the file is, such as dmf-xl/2-256; by default what it says")
+        released.add_argument("--vae", help="the autoencoder, such as stabilityai/sd-vae-ft-ema")
+        for name in _OPEN:
+            released.add_argument(f"--{name}", type=int, help="where the file does not tell it, see sit_student")
     for command in (sample, evaluate, search, convert, cite):
         command.add_argument(
             "--allow_imports", action="store_true", help="import the modules that the run's configuration imports"
@@ -282,9 +291,24 @@ def _recipe(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+_OPEN = ("num_classes", "num_heads", "early_blocks")
+
+
+def _run(options: argparse.Namespace) -> Run:
+    """The run that the options name, or what stands for it where they name the file of a released student."""
+    from flowdistill.runs.loading import is_released, load_flow_map
+    from flowdistill.runs.run import Run
+
+    told = {name: getattr(options, name) for name in ("vae", *_OPEN) if getattr(options, name) is not None}
+    if options.student is not None:
+        return Run.of(load_flow_map(options.student, checkpoint=options.run, **told))
+    if told or is_released(options.run):
+        return Run.of(load_flow_map(options.run, **told))
+    return Run(options.run, allow_imports=options.allow_imports)
+
+
 def _sample(options: argparse.Namespace) -> None:
     from flowdistill.evaluation.pictures import images_of, save_picture
-    from flowdistill.runs.run import Run
     from flowdistill.runs.sampling import sample
     from flowdistill.runs.writing import write_samples
 
@@ -294,7 +318,7 @@ def _sample(options: argparse.Namespace) -> None:
         raise ConfigError(f"--out must end in .png or .npz, or name a folder by a / at its end, not {options.out!r}")
     if picture and options.raw:
         raise ConfigError("--raw writes numbers, and a .png file is a picture: write them to a .npz file")
-    run = Run(options.run, allow_imports=options.allow_imports)
+    run = _run(options)
     settings: dict[str, Any] = {
         "steps": options.steps,
         "labels": _labels(options),
@@ -316,7 +340,6 @@ def _sample(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from flowdistill.plumbing.registry import FEATURES
     from flowdistill.runs.evaluating import evaluate
-    from flowdistill.runs.run import Run
 
     features = options.features
     if options.weights is not None:
@@ -326,7 +349,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         metrics = evaluate(
-            Run(options.run, allow_imports=options.allow_imports),
+            _run(options),
             metrics=options.metrics,
             num_samples=options.num_samples,
             steps=options.steps,
@@ -351,7 +374,6 @@ def _search(options: argparse.Namespace) -> None:
     from flowdistill.plumbing import config
     from flowdistill.plumbing.gin_errors import errors_located
     from flowdistill.plumbing.registry import SEARCH_STRATEGIES, VERIFIERS
-    from flowdistill.runs.run import Run
     from flowdistill.searching import search
 
     with config.parsed([], options.bindings), errors_located():
@@ -359,7 +381,7 @@ def _search(options: argparse.Namespace) -> None:
         strategy = gin.get_configurable(SEARCH_STRATEGIES.get(options.strategy))()
         config.check_all_used()
     result = search(
-        Run(options.run, allow_imports=options.allow_imports),
+        _run(options),
         options.budget,
         teacher=options.teacher,
         verifier=verifier,
