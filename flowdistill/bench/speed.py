@@ -119,7 +119,7 @@ def speed(
         for group, name, files in rows:
             loop = _built(files, bindings, temporary, place)
             if name in ("freeflow", "freeflow/imagenet"):
-                costs += _measured(group, loop, _parts(loop), rounds)
+                costs += _measured(f"{group}, parts of a step", loop, _parts(loop), rounds)
             if name in ("meanflow_distillation", "meanflow/meanflow_distillation_imagenet"):
                 costs += _measured(group, loop, {f"{name}, by hand": _by_hand(loop)}, rounds)
             calls: dict[str, _Call] = {name: loop.train_step}
