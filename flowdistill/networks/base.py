@@ -96,6 +96,9 @@ class ForcedWeight(nn.Module, ABC):
     def replace_weight(self) -> None:
         """Replace the weights where that is due; a second call changes nothing."""
 
+    def freeze(self) -> None:
+        """Take it that the weights do not change any more; copies are as before. The default does nothing."""
+
 
 def widened(layer: nn.Linear, channels: int, kept: int, copies: int, extra: int) -> Linear:
     """A layer that repeats the outputs of another.

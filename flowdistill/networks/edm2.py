@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +92,7 @@ class MPConv(ForcedWeight):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
         self._normalized_version = -1
+        self._frozen: dict[tuple[torch.device, torch.dtype], Tensor] | None = None
 
     def replace_weight(self) -> None:
         """Store the scaled weights, in training mode and where they have changed."""
@@ -101,11 +103,30 @@ class MPConv(ForcedWeight):
             if not compiling:
                 self._normalized_version = self.weight._version
 
+    def freeze(self) -> None:
+        """Scale the weights once for all calls, each with the same gain."""
+        self._frozen = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The attributes of a copy, which may be trained."""
+        return {**self.__dict__, "_frozen": None}
+
+    def _scaled(self, dtype: torch.dtype, gain: Tensor | float) -> Tensor:
+        """The scaled weights times ``gain``, in a dtype."""
+        key = (self.weight.device, dtype)
+        if self._frozen is not None and key in self._frozen:
+            return self._frozen[key]
+        weight = (normalize(self.weight) * (gain / math.sqrt(self.weight[0].numel()))).to(dtype)
+        # What is made within a transformation or in inference mode is of no use outside.
+        passing = torch.is_inference_mode_enabled() or torch._C._are_functorch_transforms_active()
+        if self._frozen is not None and not (weight.requires_grad or passing or torch.compiler.is_compiling()):
+            self._frozen[key] = weight
+        return weight
+
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
         """The layer's output times ``gain``, in the dtype of x."""
         self.replace_weight()
-        weight = normalize(self.weight) * (gain / math.sqrt(self.weight[0].numel()))
-        weight = weight.to(x.dtype)
+        weight = self._scaled(x.dtype, gain)
         if weight.ndim == 2:
             return F.linear(x, weight)
         return F.conv2d(x, weight, padding=weight.shape[-1] // 2)

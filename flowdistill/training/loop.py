@@ -16,6 +16,7 @@ from flowdistill.differentiation import backward
 from flowdistill.ema import AveragedModel
 from flowdistill.flow_maps import build_flow_map
 from flowdistill.interfaces import Condition, Counted, FlowMap, ObjectiveOutput, States, StateSource, Step, Teacher
+from flowdistill.networks import ForcedWeight
 from flowdistill.plumbing.distributed import (
     add_up_gradients,
     by_first,
@@ -112,6 +113,9 @@ class Loop:
         training.check()
         if teacher is not None:
             teacher = placed(teacher, place).eval().requires_grad_(False)
+            for module in teacher.modules():
+                if isinstance(module, ForcedWeight):
+                    module.freeze()
         student = placed(build_flow_map(training.flow_map, teacher), place)
         check_kept(student)
         begun = files_unread() or checkpoint_paths(Path(workdir))

@@ -1,5 +1,6 @@
 """EDM2: published sizes and names, the change of variables to the linear path, and the weights in training."""
 
+import copy
 import math
 
 import pytest
@@ -9,9 +10,12 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowdistill import NULL_LABEL, ConfigError
-from flowdistill.networks import EDM2, SiT, add_lora
+from flowdistill.networks import EDM2, ForcedWeight, SiT, add_lora
 from flowdistill.networks.edm2 import SIZES, MPConv, mp_cat, mp_silu, mp_sum, normalize
+from flowdistill.plumbing import config
+from flowdistill.plumbing.flops import Flops
 from flowdistill.teachers.gaussian import GaussianTeacher
+from flowdistill.training.trainer import configured_loop
 
 TINY = {
     "img_resolution": 8,
@@ -316,3 +320,80 @@ def test_sums_of_mixed_precisions():
     a, b = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
     mixed = mp_sum(a, b.bfloat16(), 0.3)
     torch.testing.assert_close(mixed, mp_sum(a, b, 0.3), rtol=0, atol=0.02)
+
+
+def frozen(network):
+    """The network, of which the weights are scaled once."""
+    network.eval().requires_grad_(False)
+    for module in network.modules():
+        if isinstance(module, ForcedWeight):
+            module.freeze()
+    return network
+
+
+def test_frozen_weights_are_scaled_once():
+    network = tiny()
+    x, t, labels = torch.randn(2, 2, 8, 8), torch.tensor([0.3, 0.9]), torch.tensor([0, 2])
+    with torch.no_grad():
+        wanted = network.eval().velocity(x, t, labels)
+        frozen(network)
+        kernels = []
+        for _ in range(3):
+            with Flops() as counts:
+                assert torch.equal(network.velocity(x, t, labels), wanted)
+            kernels.append(counts.kernels)
+    layers = sum(isinstance(module, ForcedWeight) for module in network.modules())
+    assert kernels[1] == kernels[2] <= kernels[0] - 5 * layers
+    assert network.double().velocity(x.double(), t.double(), labels).dtype == torch.float64
+
+
+def test_copies_of_frozen_weights_are_trained():
+    network = frozen(tiny())
+    x, t, labels = torch.randn(2, 2, 8, 8), torch.tensor([0.3, 0.9]), torch.tensor([0, 2])
+    before = network.velocity(x, t, labels)
+    copied = copy.deepcopy(network).train().requires_grad_(True)
+    copied.velocity(x, t, labels).square().mean().backward()
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            if parameter.grad is not None:
+                parameter -= parameter.grad
+    average = copy.deepcopy(copied).eval().requires_grad_(False)  # as an average of the student
+    for other in (copied.eval(), average):
+        assert not torch.allclose(other.velocity(x, t, labels), before)
+    assert torch.equal(network.velocity(x, t, labels), before)
+
+
+def test_what_inference_mode_makes_is_not_kept():
+    network = frozen(tiny())
+    x, t = torch.randn(2, 2, 8, 8), torch.tensor([0.3, 0.9])
+    with torch.inference_mode():
+        network.velocity(x, t)
+    _, slope = torch.func.jvp(lambda x: network.velocity(x, t), (x,), (torch.ones_like(x),))
+    leaf = x.clone().requires_grad_()
+    network.velocity(leaf, t).sum().backward()
+    assert leaf.grad is not None
+    assert slope.abs().max() > 0
+
+
+def test_the_teacher_of_a_training_is_frozen_and_its_student_is_not(tmp_path):
+    short = ["train.steps = 2", "train.batch_size = 2", "train.states = @prior()", "train.precision = 'float32'"]
+    with config.parsed(config.composed("freeflow", "mnist_edm2"), short):
+        loop = configured_loop(tmp_path, "cpu")
+    before = {name: value.clone() for name, value in loop.student.state_dict().items()}
+    loop.train_step()
+    modules = {name: [m for m in part.modules() if isinstance(m, MPConv)] for name, part in parts_of(loop).items()}
+    assert all(module._frozen is not None for module in modules["teacher"])
+    assert any(module._frozen for module in modules["teacher"])
+    for name in ("student", "average", "online"):
+        assert modules[name]
+        assert all(module._frozen is None for module in modules[name])
+    assert any(not torch.equal(value, before[name]) for name, value in loop.student.state_dict().items())
+
+
+def parts_of(loop):
+    return {
+        "teacher": loop.teacher,
+        "student": loop.student,
+        "average": loop.average.module,
+        "online": loop.objective.modules()["online"],
+    }
