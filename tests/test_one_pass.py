@@ -175,7 +175,11 @@ def rotated(x):
 
 
 def broadcast_and_viewed(x):
-    return (x + torch.ones(1, 6, 1, 1, dtype=x.dtype) * x.mean()).view(len(x), -1).unflatten(1, x.shape[1:])
+    """A derivative that is the same for all channels takes no memory for each, and its views do not exist."""
+    y = torch.ones_like(x) + x.sin().mean(1, keepdim=True)
+    assert y.is_contiguous()
+    y = y.view(len(x), -1).unflatten(1, (48, 2))
+    return x * torch.view_as_real(torch.view_as_complex(y) * 2j).view_as(x)
 
 
 def checkpointed(x):
@@ -369,6 +373,19 @@ def written_out(x):
     return h + x
 
 
+def negated(x):
+    h = torch.empty_like(x)
+    with torch.no_grad():
+        torch.neg(x, out=h)
+    return h + x
+
+
+def counted_twice(x):
+    """Without a rule, it would take up a batch twice."""
+    mean, variance = torch.zeros(2, 6, dtype=x.dtype)
+    return torch.batch_norm(x, None, None, mean, variance, True, 0.1, 1e-5, False)
+
+
 def captured(x):
     one = torch.ones(1, dtype=x.dtype, requires_grad=True)
     return checkpoint(lambda y: y * x, one, use_reentrant=True)
@@ -378,6 +395,8 @@ REFUSED = {
     "function": (Sine.apply, r"cannot differentiate body\.1 \(Calls\)"),
     "captured": (captured, r"cannot differentiate body\.1 \(Calls\)"),
     "out": (written_out, r"cannot differentiate body\.1 \(Calls\)"),
+    "out, with a rule": (negated, r"cannot differentiate body\.1 \(Calls\)"),
+    "buffers": (counted_twice, r"cannot differentiate body\.1 \(Calls\)"),
     "numpy": (lambda x: x * float(x.detach().cpu().square().numpy().mean()), r"cannot differentiate body\.1 \(Calls\)"),
     "data": (lambda x: x * x.data, r"no derivative goes through Tensor\.data.*x\.detach\(\)"),
     "item": (lambda x: x * x.mean().item(), r"no derivative goes through Tensor\.item.*x\.detach\(\)"),
@@ -608,3 +627,14 @@ def test_a_compiler_sees_one_graph(network, tolerance):
     for got, expected in zip((average.detach(), slope, gradients(student, average)), wanted, strict=True):
         assert distance(got, expected) < tolerance
     assert not slope.requires_grad
+
+
+def test_a_compiler_loses_no_graph(rules):
+    """That of a function with a backward pass of its own, which a compiler cannot be kept from entering."""
+    register_rule(Sine)(lambda result, tangents, x: tangents[0] * x.cos())
+    student, jump, dx = brought(Calls(Sine.apply))
+    value_slope_gradients(student, jump, dx=dx)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda jump: jvp(student, jump, dx=dx), backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="records no graph"):
+        compiled(jump)
