@@ -171,6 +171,8 @@ CASES = {
         case(M, None, None, normal(5), normal(5), True),
     ],
     "instance_norm": [case(X), case(X, weight=V, bias=V + 1, eps=1e-3)],
+    "torch batch_norm": [case(X, V, V + 1, None, None, True, 0.1, 1e-3, False)],
+    "torch instance_norm": [case(X, V, V + 1, None, None, True, 0.1, 1e-3, False)],
     "group_norm": [case(X, 2, V, V + 1, 1e-3), case(LAST, 2), case(X.mT, 4), case(X[:, :, 0, 0], 2)],
     "rms_norm": [case(X, (6,), normal(6)), case(X, (6, 6), eps=1e-3), case(X.float(), (6,))],
     "layer_norm": [case(X, (6,), normal(6), normal(6), 1e-3), case(X, (6, 6)), case(X.transpose(1, 3), (4,))],
@@ -240,6 +242,7 @@ def kinds():
             continue
         name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
         name = re.sub("^(fft|linalg|special)_", "", name)
+        name = f"torch {name}" if func in (torch.batch_norm, torch.instance_norm) else name
         yield pytest.param(func, CASES.get(SAME.get(name, name), UNNAMED), id=name)
 
 

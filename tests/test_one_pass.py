@@ -283,17 +283,10 @@ def into_another(x):
     return h + x
 
 
-def with_statistics(x):
-    """By a function that has no rule."""
-    mean, variance = torch.zeros(2, 6, dtype=x.dtype)
-    return torch.batch_norm(x, None, None, mean, variance, True, 0.1, 1e-5, False)
-
-
 TWICE = {
     "changed through a view": (through_a_view, "changed in place and used by another name"),
     "used by a view": (by_its_view, "changed in place and used by another name"),
     "written into another": (into_another, "writes a moving tensor into another"),
-    "statistics": (with_statistics, "changes its arguments in place"),
     "vectorised": (torch.vmap(torch.sin), "passes the rules by"),
     "strided": (lambda x: x.contiguous().as_strided(x.shape, (96, 16, 1, 4)).sin(), "as_strided"),
     "derivative within": (lambda x: torch.func.jvp(torch.sin, (x,), (torch.ones_like(x),))[1], "forward"),
@@ -406,6 +399,8 @@ REFUSED = {
         lambda x: x * torch.special.bessel_j0(x),
         "no forward derivative of special_bessel_j0.*register_rule",
     ),
+    "operator in place": (lambda x: doubled(x), "no forward derivative of double.*register_rule"),
+    "operator in two passes": (lambda x: sine(through_a_view(x)), r"cannot differentiate body\.1 \(Calls\).*sine"),
     "operator": (lambda x: torch.ops.flowdistill_test.sine(x), "no forward derivative of sine.*register_rule"),
 }
 
@@ -413,6 +408,17 @@ REFUSED = {
 @torch.library.custom_op("flowdistill_test::sine", mutates_args=())
 def sine(x: torch.Tensor) -> torch.Tensor:
     return x.sin()
+
+
+@torch.library.custom_op("flowdistill_test::double", mutates_args=("x",))
+def double(x: torch.Tensor) -> None:
+    x.mul_(2)
+
+
+def doubled(x):
+    y = x.sin()
+    double(y)
+    return y
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
