@@ -385,7 +385,24 @@ def captured(x):
     return checkpoint(lambda y: y * x, one, use_reentrant=True)
 
 
+class Product(torch.autograd.Function):
+    """Of its argument, and of what it is not given."""
+
+    @staticmethod
+    def forward(ctx, x, other):
+        return x * other()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        return tangent
+
+
 REFUSED = {
+    "captured, and given": (lambda x: Product.apply(x, lambda: x), r"cannot differentiate body\.1 \(Calls\)"),
     "function": (Sine.apply, r"cannot differentiate body\.1 \(Calls\)"),
     "captured": (captured, r"cannot differentiate body\.1 \(Calls\)"),
     "out": (written_out, r"cannot differentiate body\.1 \(Calls\)"),

@@ -296,6 +296,8 @@ def follow(
     draws = Draws(values)
     plain_args, plain_kwargs = tree_unflatten(values, structure)
     result = func(*plain_args, **plain_kwargs)
+    if has_duals((result,)):
+        raise Refused(f"{_name(func)} takes tensors past its arguments")
     if [v._version for v in values if isinstance(v, Tensor)] != versions:
         if is_foreign(func):
             raise _no_derivative(func)
