@@ -483,3 +483,12 @@ def test_arithmetic_of_any_shapes_and_types(shapes, dtypes, moving, func):
     )
     tolerance = 0.05 if torch.bfloat16 in (*dtypes, value.dtype) else 1e-5
     assert float((slope.double() - wanted).abs().sum()) <= tolerance * (1 + float(wanted.abs().sum()))
+
+
+@pytest.mark.parametrize(
+    "view", [torch.view_as_complex, lambda z: z.unflatten(0, (3, 1)), lambda z: z.view(6), lambda z: z.view_as(z)]
+)
+def test_views_of_tangents_that_are_the_same_in_places(view):
+    value, tangent = normal(3, 2), normal(3, 1)
+    wanted = view(tangent.repeat(1, 2))
+    torch.testing.assert_close(parts(view(dual(value, tangent)))[1], wanted)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flowdistill import Condition, ConfigError, differentiation
 from flowdistill.differentiation import jvp
-from flowdistill.duals import dual, parts, register_rule
+from flowdistill.duals import Refused, dual, parts, register_rule
 from flowdistill.duals.engine import RULES
 from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.interfaces import Jump
@@ -385,24 +385,7 @@ def captured(x):
     return checkpoint(lambda y: y * x, one, use_reentrant=True)
 
 
-class Product(torch.autograd.Function):
-    """Of its argument, and of what it is not given."""
-
-    @staticmethod
-    def forward(ctx, x, other):
-        return x * other()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient, None
-
-    @staticmethod
-    def jvp(ctx, tangent, _):
-        return tangent
-
-
 REFUSED = {
-    "captured, and given": (lambda x: Product.apply(x, lambda: x), r"cannot differentiate body\.1 \(Calls\)"),
     "function": (Sine.apply, r"cannot differentiate body\.1 \(Calls\)"),
     "captured": (captured, r"cannot differentiate body\.1 \(Calls\)"),
     "out": (written_out, r"cannot differentiate body\.1 \(Calls\)"),
@@ -445,6 +428,30 @@ def test_no_derivative_is_wrong_in_silence(kind):
     student, jump, dx = brought(nn.Sequential(nn.Conv2d(6, 6, 1), Calls(function)))
     with pytest.raises(ConfigError, match=message):
         jvp(student, jump, dx=dx, dt=1.0)
+
+
+class Product(torch.autograd.Function):
+    """Of its argument, and of what it is not given."""
+
+    @staticmethod
+    def forward(ctx, x, other):
+        return x * other()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        return tangent
+
+
+def test_functions_that_take_more_than_their_arguments_are_refused():
+    x = dual(torch.tensor(2.0), torch.tensor(1.0))
+    with pytest.raises(Refused, match="takes tensors past its arguments"):
+        Product.apply(x, lambda: x)
+    with pytest.raises(Refused, match="Product takes tensors past its arguments"):
+        Product.apply(torch.ones(()), lambda: x)
 
 
 @pytest.fixture
