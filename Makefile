@@ -39,7 +39,7 @@ docs: $(VENV)/developer
 	$(RUN) mkdocs build --strict
 
 benchmarks: $(VENV)/installed
-	$(VENV)/bin/python benchmarks/step_cost.py
+	$(RUN) flowdistill bench speed --out benchmarks/results/speed
 	$(VENV)/bin/python benchmarks/teachers.py digits
 	$(VENV)/bin/python benchmarks/teachers.py mnist_sit
 	$(VENV)/bin/python benchmarks/teachers.py mnist_edm2

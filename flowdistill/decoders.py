@@ -6,7 +6,7 @@ import functools
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import attrs
 import torch
@@ -84,8 +84,11 @@ class Pixels(Decoder):
         return quantize(images, self.rounding)
 
 
-def _frozen(value: float | Sequence[float]) -> float | tuple[float, ...]:
-    return tuple(value) if isinstance(value, Sequence) else value
+Numbers: TypeAlias = "float | Sequence[Numbers]"
+
+
+def _frozen(value: Numbers) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, Sequence) else value
 
 
 def _pair(value: Sequence[float]) -> tuple[float, float]:
@@ -105,10 +108,11 @@ class StableDiffusionVae(Decoder):
     vae: str | None = attrs.field(default=None, converter=_text)
     """The autoencoder's folder or its HuggingFace repository, such as ``stabilityai/sd-vae-ft-ema``; None knows the
     latents' scale but decodes nothing."""
-    scale: float | Sequence[float] = attrs.field(default=0.18215, converter=_frozen)
-    """The scale of each channel (or one for all): samples are raw latents times scale plus bias."""
-    bias: float | Sequence[float] = attrs.field(default=0.0, converter=_frozen)
-    """The bias of each channel, or one for all."""
+    scale: Numbers = attrs.field(default=0.18215, converter=_frozen)
+    """The scale of each channel, of each position (C, H, W), or one for all: samples are raw latents times scale plus
+    bias."""
+    bias: Numbers = attrs.field(default=0.0, converter=_frozen)
+    """The bias, as the scale."""
     pixel_range: tuple[float, float] = attrs.field(default=(-1.0, 1.0), converter=_pair)
     """The values of black and white in the autoencoder's output: (-1, 1) as it was trained, or (0, 1) as EDM2 uses
     it."""
@@ -123,7 +127,8 @@ class StableDiffusionVae(Decoder):
     def latents(self, samples: Tensor) -> Tensor:
         """The raw latents that the autoencoder expects, (samples - bias) / scale."""
         scale, bias = (torch.as_tensor(v, dtype=samples.dtype, device=samples.device) for v in (self.scale, self.bias))
-        return (samples - bias.reshape(-1, 1, 1)) / scale.reshape(-1, 1, 1)
+        scale, bias = (v if v.ndim == 3 else v.reshape(-1, 1, 1) for v in (scale, bias))
+        return (samples - bias) / scale
 
     @torch.no_grad()
     def decode(self, samples: Tensor) -> Tensor:

@@ -11,20 +11,28 @@ from torch import Tensor, nn
 
 from flowdistill.interfaces import Condition, Decoder, FlowMap, Jumps, Teacher
 from flowdistill.networks import ScalarEmbedding, VelocityNetwork
+from flowdistill.paths import expand_time, shifted
 from flowdistill.plumbing.dry import placed
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.fields import short
 from flowdistill.plumbing.registry import register_flow_map
 
-Conditioning = Literal["two_time", "anchored", "to_data", "decoupled", "expanded", "instantaneous"]
+Conditioning = Literal["two_time", "end_time", "anchored", "to_data", "decoupled", "expanded", "instantaneous"]
+GuidanceInput = Literal["scale", "inverse", "one_minus_inverse", "null_label"]
 
 _JUMPS = {
     "two_time": Jumps.ANY,
+    "end_time": Jumps.ANY,
     "anchored": Jumps.FROM_NOISE,
     "to_data": Jumps.TO_DATA,
     "decoupled": Jumps.ANY,
     "expanded": Jumps.TO_DATA,
     "instantaneous": Jumps.NONE,
+}
+_NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "scale": lambda scale: scale,
+    "inverse": lambda scale: 1 / scale,
+    "one_minus_inverse": lambda scale: 1 - 1 / scale,
 }
 
 
@@ -45,16 +53,28 @@ class NetworkFlowMap(FlowMap):
     that the network sees tells them from the velocity: t for F(x, t, t), -t for F(x, t, 0), which meet at t = 0. The
     network must do no more with its time than to embed it.
 
+    A guidance scale is embedded, as a number that ``guidance_input`` names. "null_label" embeds nothing: it guides at
+    each evaluation by a second one without the label, which no training with scales needs,
+
+        F = F_null + gamma (F - F_null)   where t lies in the condition's interval, and F elsewhere.
+
     Args:
         network: the backbone.
-        conditioning: "two_time" for all s <= t; "anchored" for t = 1 alone, as FreeFlow trains it; "decoupled" for all
-            s <= t without new parameters; "to_data" for s = 0 (and s = t), as consistency models are trained;
-            "expanded" for these without new parameters; "instantaneous" for a plain velocity field, which ignores s.
+        conditioning: "two_time" for all s <= t; "end_time" for the same with an embedding of s in place of t - s;
+            "anchored" for t = 1 alone, as FreeFlow trains it; "decoupled" for all s <= t without new parameters;
+            "to_data" for s = 0 (and s = t), as consistency models are trained; "expanded" for these without new
+            parameters; "instantaneous" for a plain velocity field, which ignores s.
         guidance: makes the map take guidance scales, and is the scale of samples that name none; None is a map
             without guidance input.
         early_blocks: blocks that see t under "decoupled"; None is the network's own choice: two thirds of a
             transformer, the encoder of a U-Net.
         decoder: turns samples into images.
+        guidance_input: the number that is embedded: "scale" gamma, "inverse" 1/gamma, "one_minus_inverse"
+            1 - 1/gamma; or "null_label".
+        guidance_range: (low, high), from which the number is brought to (0, 1) before it is embedded.
+        guidance_output: multiply the network's output by gamma.
+        start: the first time of samples, where the state is taken to be noise alone.
+        shift: of the times of several steps, see `flowdistill.paths.shifted`.
     """
 
     def __init__(
@@ -64,10 +84,21 @@ class NetworkFlowMap(FlowMap):
         guidance: float | None = None,
         early_blocks: int | None = None,
         decoder: Decoder | None = None,
+        guidance_input: GuidanceInput = "scale",
+        guidance_range: tuple[float, float] = (0.0, 1.0),
+        guidance_output: bool = False,
+        start: float = 1.0,
+        shift: float = 1.0,
     ) -> None:
         super().__init__()
         if conditioning not in get_args(Conditioning):
             raise ConfigError(f"conditioning must be one of {get_args(Conditioning)}, not {conditioning!r}")
+        if guidance_input not in get_args(GuidanceInput):
+            raise ConfigError(f"guidance_input must be one of {get_args(GuidanceInput)}, not {guidance_input!r}")
+        if not (guidance_range[0] < guidance_range[1] and 0 < start <= 1 and shift > 0):
+            raise ConfigError("guidance_range is (low, high) with low < high, start in (0, 1], and shift positive")
+        if guidance is not None and guidance_input == "null_label" and not (network.num_classes and network.null_label):
+            raise ConfigError("guidance_input = 'null_label' needs a network of classes, with a null label")
         if early_blocks is not None and conditioning != "decoupled":
             raise ConfigError("early_blocks belongs to conditioning = 'decoupled'")
         if conditioning == "expanded" and not network.only_embeds_time:
@@ -81,23 +112,52 @@ class NetworkFlowMap(FlowMap):
         size = network.embedding_size
         if early_blocks is not None:
             network.early_blocks = early_blocks
-        has_duration = conditioning in ("two_time", "anchored", "to_data")
-        self.duration_embedding = ScalarEmbedding(size, zero_init=True) if has_duration else None
-        self.guidance_embedding = None if guidance is None else ScalarEmbedding(size, zero_init=True)
+        has_second = conditioning in ("two_time", "end_time", "anchored", "to_data")
+        self.duration_embedding = ScalarEmbedding(size, zero_init=True) if has_second else None
+        embeds_guidance = guidance is not None and guidance_input != "null_label"
+        self.guidance_embedding = ScalarEmbedding(size, zero_init=True) if embeds_guidance else None
+        self.guidance_input, self.guidance_range = guidance_input, guidance_range
+        self.guidance_output = guidance_output
+        self.start, self.shift = start, shift
 
     def average_velocity(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None) -> Tensor:
         """F(x, t, s)."""
+        condition = Condition() if condition is None else condition
+        if self.guidance is None:
+            return self._conditioned(x, t, s, condition.labels, None)
+        scale = condition.scale
+        scale = torch.full_like(t, self.guidance) if scale is None else scale
+        if self.guidance_input != "null_label":
+            output = self._conditioned(x, t, s, condition.labels, scale)
+            return expand_time(scale, x) * output if self.guidance_output else output
+        if condition.labels is None or (self.guidance == 1.0 and condition.scale is None):
+            return self._conditioned(x, t, s, condition.labels, None)
+        self._evaluations += len(x)  # beside those that are counted
+        both = torch.cat([condition.labels, condition.unlabelled().labels])  # type: ignore[list-item]
+        twice = [torch.cat([value, value]) for value in (x, t, s)]
+        strong, weak = self._conditioned(twice[0], twice[1], twice[2], both, None).chunk(2)
+        low, high = (condition.guidance and condition.guidance.interval) or (0.0, 1.0)
+        excess = torch.where((t >= low) & (t <= high), scale.to(t.dtype) - 1, torch.zeros_like(t))
+        guided: Tensor = strong + expand_time(excess, x) * (strong - weak)
+        return guided
+
+    def _conditioned(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None, scale: Tensor | None) -> Tensor:
+        """The network's output, with embeddings of what it is to know beside the time and the label."""
         embedding: Tensor | None = None
         if self.duration_embedding is not None:
-            embedding = self.duration_embedding(t - s)
-        if self.guidance_embedding is not None:
-            scale = None if condition is None else condition.scale
-            scale = torch.full_like(t, self.guidance) if scale is None else scale  # type: ignore[arg-type]
-            guided = self.guidance_embedding(scale)
+            end = self.conditioning == "end_time"
+            duration = t - s if self.network.time_factor == 1.0 else self.network.time_factor * (t - s)
+            embedding = self.duration_embedding(self.network.own_time(s) if end else duration)
+        if self.guidance_embedding is not None and scale is not None:
+            low, high = self.guidance_range
+            guided = self.guidance_embedding((_NUMBERS[self.guidance_input](scale) - low) / (high - low))
             embedding = guided if embedding is None else embedding + guided
-        labels = None if condition is None else condition.labels
         time = torch.where(s < t, -t, t) if self.conditioning == "expanded" else t
         return self.network.velocity(x, time, labels, embedding, s if self.conditioning == "decoupled" else None)
+
+    def grid(self, steps: int) -> Tensor:
+        """Times from ``start`` to 0, evenly spaced before their shift."""
+        return shifted(self.start * super().grid(steps), self.shift)
 
     @property
     def backbone(self) -> nn.Module | None:

@@ -22,6 +22,11 @@ def expand_time(t: Tensor, x: Tensor) -> Tensor:
     return t.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """The time m t/(1 + (m - 1) t), by which m > 1 gives more of the steps to high noise; 1/m inverts it."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
 def interpolate(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """The state x_t = (1 - t) x_0 + t n of the linear path at times t (B,)."""
     t = expand_time(t, clean)

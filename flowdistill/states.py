@@ -167,6 +167,10 @@ class NoisedData(_Guided):
         if ours is not None and theirs is not None and theirs > ours:
             raise ConfigError(f"the data have {theirs} classes, and the student knows {ours}")
 
+    def prefetch(self, batch_size: int, generator: torch.Generator) -> None:
+        """Begin to read the data."""
+        self.dataset.prefetch(batch_size, generator)
+
     def sample(self, batch_size: int, pairs: Pairs, generator: torch.Generator) -> States:
         """Draw data, times and noise."""
         clean, labels = self.dataset.sample(batch_size, generator)

@@ -246,8 +246,11 @@ class _OfFlowMap:
         _same(average, torch.cat(rows), f"{self._name}.average_velocity of a row depends on the other rows", 1e-8)
 
     def one_step_is_the_jump_to_data(self) -> None:
-        sample = self._map.sample(self._whole.x, 1, self._whole.condition)
-        _same(sample, self._map(*self._whole), f"{self._name}.sample of one step is not X(x, 1, 0)", 1e-10)
+        x, t, s, condition = self._whole
+        start = self._map.grid(1).to(t)[0]
+        jump = self._map(x, start * t, s, condition)
+        what = f"{self._name}.sample of one step is not X(x, t, 0) with t the start of its grid"
+        _same(self._map.sample(x, 1, condition), jump, what, 1e-10)
 
     def several_steps_are_as_declared(self) -> None:
         x, condition = self._whole.x, self._whole.condition

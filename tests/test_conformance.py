@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import student_files
 import torch
 from edm2_files import released
 from packaged import packaged
@@ -113,12 +114,19 @@ FLOW_MAP_BUILDERS = {
 }
 
 
+STUDENTS = {"sit_student": "dmf", "piflow_student": "piflow_repa", "imf_student": "imf"}
+
+
 @pytest.mark.parametrize("name", packaged(FLOW_MAPS))
-def test_flow_maps(name):
-    check_flow_map(FLOW_MAP_BUILDERS[name]())
+def test_flow_maps(name, tmp_path):
+    if name in STUDENTS:
+        student = STUDENTS[name]
+        check_flow_map(student_files.load(student_files.written(student, tmp_path), **student_files.ARGUMENTS[student]))
+    else:
+        check_flow_map(FLOW_MAP_BUILDERS[name]())
 
 
-@pytest.mark.parametrize("conditioning", ["two_time", "anchored", "to_data", "instantaneous"])
+@pytest.mark.parametrize("conditioning", ["two_time", "end_time", "anchored", "to_data", "instantaneous"])
 def test_conditionings(conditioning):
     check_flow_map(student_of(classes(), conditioning))
 

@@ -10,6 +10,7 @@ from torch import nn
 
 import flowdistill
 from flowdistill import ConfigError, plan
+from flowdistill.cli import main
 from flowdistill.networks import MLP
 from flowdistill.plumbing import config
 from flowdistill.plumbing.dry import weights, without_files
@@ -17,7 +18,7 @@ from flowdistill.plumbing.dry import weights, without_files
 
 @pytest.mark.parametrize(
     ("recipe", "setting"),
-    [("meanflow/imagenet.gin", None), ("freeflow/imagenet.gin", None), ("freeflow", "mnist_edm2")],
+    [("freeflow/imagenet.gin", None), ("freeflow", "mnist_edm2")],
 )
 def test_recipes_at_scale_are_planned(recipe, setting):
     """In little memory, though the weights alone would take gigabytes."""
@@ -39,6 +40,28 @@ def test_every_method_is_planned_on_digits(method):
 @pytest.mark.parametrize("recipe", config.recipes())
 def test_every_recipe_is_planned(recipe):
     assert plan(recipe).flops > 0
+
+
+def test_the_batch_that_fits_into_a_memory(capsys):
+    """The activations of the plan of that batch are those that were foreseen, and the states of a step the same."""
+    bindings = ["train.batch_size = 24", "train.accumulation = 2"]
+    whole = plan("meanflow", on="digits", gin_bindings=bindings)
+    assert whole.fitting(sum(whole.memory.values())) == (24, 2)
+    assert whole.fitting(10 * sum(whole.memory.values())) == (48, 1)
+    size = sum(whole.memory.values()) - whole.memory["activations"] * 11 / 24  # 13 states at a time, and 12 divide 48
+    batch, accumulation = whole.fitting(size)
+    assert (batch, accumulation) == (12, 4)
+    changed = [f"train.batch_size = {batch}", f"train.accumulation = {accumulation}"]
+    part = plan("meanflow", on="digits", gin_bindings=changed)
+    assert part.batch_size == whole.batch_size
+    assert part.memory["activations"] == pytest.approx(whole.memory["activations"] / 2, rel=0.02)
+    assert sum(part.memory.values()) <= size
+    with pytest.raises(ConfigError, match=r"a state at a time needs .* GiB, more than"):
+        whole.fitting(sum(whole.memory.values()) - whole.memory["activations"])
+    arguments = ["--on", "digits", *(f"--gin.{binding.replace(' ', '')}" for binding in bindings)]
+    with pytest.raises(SystemExit):
+        main(["plan", "meanflow", *arguments, "--memory", str(size / 2**30)])
+    assert "hold 12 states at a time: --gin.train.batch_size=12 --gin.train.accumulation=4" in capsys.readouterr().out
 
 
 def test_a_plan_says_what_training_does(tmp_path):

@@ -3,6 +3,7 @@
 from flowdistill.algorithms.piflow.flow_map import PolicyFlowMap, policy
 from flowdistill.algorithms.piflow.objective import PiFlow
 from flowdistill.algorithms.piflow.policies import DXHead, DXPolicy, GMFlowHead, GMFlowPolicy, Policy, PolicyHead
+from flowdistill.algorithms.piflow.released import PiFlowStudent
 
 __all__ = [
     "DXHead",
@@ -10,6 +11,7 @@ __all__ = [
     "GMFlowHead",
     "GMFlowPolicy",
     "PiFlow",
+    "PiFlowStudent",
     "Policy",
     "PolicyFlowMap",
     "PolicyHead",

@@ -9,10 +9,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from flowdistill.algorithms.piflow.policies import GMFlowHead, Policy, PolicyHead, shifted
+from flowdistill.algorithms.piflow.policies import GMFlowHead, Policy, PolicyHead
 from flowdistill.flow_maps import NetworkFlowMap, from_teacher
 from flowdistill.interfaces import Condition, FlowMap, Jumps, Teacher
-from flowdistill.paths import expand_time
+from flowdistill.paths import expand_time, shifted
 from flowdistill.plumbing.dry import placed
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.registry import register_flow_map
@@ -98,18 +98,9 @@ class PolicyFlowMap(FlowMap):
         """F(x, t, s) along the policy of (x, t)."""
         return self.average(self.policy(x, t, condition), x, t, s)
 
-    def sample(
-        self,
-        noise: Tensor,
-        steps: int = 1,
-        condition: Condition | None = None,
-        times: Tensor | None = None,
-        renoise: Tensor | None = None,
-    ) -> Tensor:
-        """See `FlowMap.sample`; the jumps are equal before the shift of the times."""
-        if times is None and steps > 0:
-            times = shifted(torch.linspace(1.0, 0.0, steps + 1), self.shift)
-        return super().sample(noise, steps, condition, times, renoise)
+    def grid(self, steps: int) -> Tensor:
+        """Jumps that are equal before the shift of the times."""
+        return shifted(super().grid(steps), self.shift)
 
 
 @register_flow_map("policy")

@@ -19,13 +19,8 @@ from typing_extensions import Self
 
 from flowdistill.interfaces import Condition
 from flowdistill.networks import LabelEmbedding, ScalarEmbedding
-from flowdistill.paths import expand_time, velocity_to_denoised
+from flowdistill.paths import expand_time, shifted, velocity_to_denoised
 from flowdistill.plumbing.errors import ConfigError
-
-
-def shifted(t: Tensor, shift: float) -> Tensor:
-    """The time m t/(1 + (m - 1) t), by which m > 1 gives more of the steps to high noise; 1/m inverts it."""
-    return shift * t / (1 + (shift - 1) * t)
 
 
 class Policy(ABC):
@@ -182,11 +177,12 @@ class GMFlowHead(PolicyHead):
         self.velocities = self.extra = components
         channels, *positions = sample_shape
         self.offset = nn.Parameter(0.05 * torch.randn(components, channels, *[1] * len(positions)))
-        self.time_embedding = ScalarEmbedding(64)
+        self.time_embedding, self.time_factor = ScalarEmbedding(64), 1.0
         self.label_embedding = None if num_classes is None else LabelEmbedding(num_classes, 64)
-        self.log_std = nn.Linear(64, 1)
-        nn.init.zeros_(self.log_std.weight)
-        nn.init.constant_(self.log_std.bias, math.log(0.05))
+        last = nn.Linear(64, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.constant_(last.bias, math.log(0.05))
+        self.log_std: nn.Module = last
 
     def forward(
         self, outputs: Tensor, x: Tensor, t: Tensor, end: Tensor, condition: Condition | None, shift: float
@@ -194,7 +190,7 @@ class GMFlowHead(PolicyHead):
         """See `PolicyHead.forward`."""
         count = self.velocities * x.shape[1]
         velocities = outputs[:, :count].reshape(len(x), self.velocities, *x.shape[1:]) + self.offset.to(x.dtype)
-        hidden = self.time_embedding(t)
+        hidden = self.time_embedding(self.time_factor * t)
         if self.label_embedding is not None:
             labels = None if condition is None else condition.labels
             if labels is None:

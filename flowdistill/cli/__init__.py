@@ -10,10 +10,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from flowdistill.cli.listing import cite_command, list_command, show_command
 from flowdistill.plumbing.errors import ConfigError, FlowDistillError, TrainingInterrupted
+
+if TYPE_CHECKING:
+    from flowdistill.runs.run import Run
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -129,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
             "--gin_file", action="append", default=[], help="a gin file, read after the others; repeatable"
         )
         command.add_argument("--flops", type=float, default=4e14, help="FLOP/s at which a plan states hours")
+        command.add_argument("--memory", type=float, metavar="GIB", help="of a device: a plan says which batch fits")
         command.epilog = "--gin.NAME=VALUE sets a binding, as in --gin.train.steps=100; repeatable"
     plan.set_defaults(command=_plan)
 
@@ -137,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         "help": "jump to data and noise again at each step; by default as the student needs it",
     }
     sample = commands.add_parser("sample", help="draw samples of a run's student")
-    sample.add_argument("run", help="a run directory, or a checkpoint in it")
+    sample.add_argument("run", help="a run directory, a checkpoint in it, or a released student's file")
     sample.add_argument("--num_samples", type=int, default=64)
     sample.add_argument("--steps", type=int, default=1)
     sample.add_argument("--renoise", **renoise)
@@ -155,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.set_defaults(command=_sample)
 
     evaluate = commands.add_parser("evaluate", help="measure a run's student")
-    evaluate.add_argument("run", help="a run directory, or a checkpoint in it")
+    evaluate.add_argument("run", help="a run directory, a checkpoint in it, or a released student's file")
     evaluate.add_argument("--metrics", nargs="+", default=["fid"])
     evaluate.add_argument("--num_samples", type=int, default=10_000)
     evaluate.add_argument("--steps", type=int, default=1)
@@ -171,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(command=_evaluate)
 
     search = commands.add_parser("search", help="search for noises that a verifier likes, and give them to the teacher")
-    search.add_argument("run", help="a run directory, or a checkpoint in it")
+    search.add_argument("run", help="a run directory, a checkpoint in it, or a released student's file")
     search.add_argument("--budget", type=float, required=True, help="for a sample, in evaluations of the teacher")
     search.add_argument("--teacher", help="a teacher's name or path; by default the one of the run")
     search.add_argument("--verifier", default="feature_distance", help="as flowdistill list verifiers shows")
@@ -191,13 +195,17 @@ def _parser() -> argparse.ArgumentParser:
     search.set_defaults(command=_search)
 
     bench = commands.add_parser("bench", help="train and measure the methods of a suite, and write their tables")
-    bench.add_argument("suite", help="toy, digits, mnist, ..., or a gin file")
+    bench.add_argument("suite", help="toy, digits, mnist, ..., a gin file, or speed: what a step of each method costs")
     bench.add_argument("--quick", action="store_true", help="the quick version of the suite")
     bench.add_argument("--only", nargs="+", default=[], help="parts of the names of rows; others are left out")
     bench.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     bench.add_argument("--runs", default="runs/bench", help="where the trainings lie")
     bench.add_argument("--out", help="where the tables go; by default beside the trainings")
     bench.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
+    bench.add_argument(
+        "--peer", nargs=2, action="append", default=[], metavar=("ADAPTER", "CHECKOUT"),
+        help="of speed: another implementation, as in benchmarks/peers, which is imported",
+    )  # fmt: skip
     bench.epilog = "--gin.bench.NAME=VALUE changes the suite, any other --gin.NAME=VALUE all trainings"
     bench.set_defaults(command=_bench)
 
@@ -225,6 +233,12 @@ def _parser() -> argparse.ArgumentParser:
     cite.add_argument("source", metavar="RUN|GIN_FILE")
     cite.set_defaults(command=cite_command)
 
+    for command in (sample, evaluate, search):
+        released = command.add_argument_group("of a student that others have released, whose file stands for the run")
+        released.add_argument("--student", help="what the file is, such as dmf-xl/2-256; by default what it says")
+        released.add_argument("--vae", help="the autoencoder, such as stabilityai/sd-vae-ft-ema")
+        for name in _OPEN:
+            released.add_argument(f"--{name}", type=int, help="where the file does not tell it, see sit_student")
     for command in (sample, evaluate, search, convert, cite):
         command.add_argument(
             "--allow_imports", action="store_true", help="import the modules that the run's configuration imports"
@@ -255,7 +269,14 @@ def _train(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     from flowdistill.training.planning import plan
 
-    print(plan(**_recipe(options), flops_per_second=options.flops))
+    planned = plan(**_recipe(options), flops_per_second=options.flops)
+    print(planned)
+    if options.memory is not None:
+        batch_size, accumulation = planned.fitting(options.memory * 2**30)
+        print(
+            f"{options.memory:g} GiB hold {batch_size} states at a time: "
+            f"--gin.train.batch_size={batch_size} --gin.train.accumulation={accumulation}"
+        )
 
 
 def _recipe(options: argparse.Namespace) -> dict[str, Any]:
@@ -270,9 +291,24 @@ def _recipe(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+_OPEN = ("num_classes", "num_heads", "early_blocks")
+
+
+def _run(options: argparse.Namespace) -> Run:
+    """The run that the options name, or what stands for it where they name the file of a released student."""
+    from flowdistill.runs.loading import is_released, load_flow_map
+    from flowdistill.runs.run import Run
+
+    told = {name: getattr(options, name) for name in ("vae", *_OPEN) if getattr(options, name) is not None}
+    if options.student is not None:
+        return Run.of(load_flow_map(options.student, checkpoint=options.run, **told))
+    if told or is_released(options.run):
+        return Run.of(load_flow_map(options.run, **told))
+    return Run(options.run, allow_imports=options.allow_imports)
+
+
 def _sample(options: argparse.Namespace) -> None:
     from flowdistill.evaluation.pictures import images_of, save_picture
-    from flowdistill.runs.run import Run
     from flowdistill.runs.sampling import sample
     from flowdistill.runs.writing import write_samples
 
@@ -282,7 +318,7 @@ def _sample(options: argparse.Namespace) -> None:
         raise ConfigError(f"--out must end in .png or .npz, or name a folder by a / at its end, not {options.out!r}")
     if picture and options.raw:
         raise ConfigError("--raw writes numbers, and a .png file is a picture: write them to a .npz file")
-    run = Run(options.run, allow_imports=options.allow_imports)
+    run = _run(options)
     settings: dict[str, Any] = {
         "steps": options.steps,
         "labels": _labels(options),
@@ -304,7 +340,6 @@ def _sample(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from flowdistill.plumbing.registry import FEATURES
     from flowdistill.runs.evaluating import evaluate
-    from flowdistill.runs.run import Run
 
     features = options.features
     if options.weights is not None:
@@ -314,7 +349,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         metrics = evaluate(
-            Run(options.run, allow_imports=options.allow_imports),
+            _run(options),
             metrics=options.metrics,
             num_samples=options.num_samples,
             steps=options.steps,
@@ -339,7 +374,6 @@ def _search(options: argparse.Namespace) -> None:
     from flowdistill.plumbing import config
     from flowdistill.plumbing.gin_errors import errors_located
     from flowdistill.plumbing.registry import SEARCH_STRATEGIES, VERIFIERS
-    from flowdistill.runs.run import Run
     from flowdistill.searching import search
 
     with config.parsed([], options.bindings), errors_located():
@@ -347,7 +381,7 @@ def _search(options: argparse.Namespace) -> None:
         strategy = gin.get_configurable(SEARCH_STRATEGIES.get(options.strategy))()
         config.check_all_used()
     result = search(
-        Run(options.run, allow_imports=options.allow_imports),
+        _run(options),
         options.budget,
         teacher=options.teacher,
         verifier=verifier,
@@ -374,8 +408,15 @@ def _labels(options: argparse.Namespace) -> Any:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from flowdistill.bench import bench
+    from flowdistill.bench import bench, speed
 
+    if options.suite == "speed":
+        rounds = {"rounds": 3} if options.quick else {}
+        out = options.out or Path(options.runs) / "speed"
+        peers, only = [tuple(peer) for peer in options.peer], options.only
+        found = speed(out=out, bindings=options.bindings, only=only, peers=peers, device=options.device, **rounds)
+        print((found / "table.md").read_text(encoding="utf-8"))
+        return
     results = bench(
         options.suite,
         out=options.out,

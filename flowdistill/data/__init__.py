@@ -1,12 +1,13 @@
 """Data sets. Only data-based objectives ever build one."""
 
 from flowdistill.data.augmentations import RandomAffine
-from flowdistill.data.datasets import Dataset, Digits, ExactSamples, ImageDataset
+from flowdistill.data.datasets import Blank, Dataset, Digits, ExactSamples, ImageDataset
 from flowdistill.data.image_folder import ImageFolder
 from flowdistill.data.latents import Latents
 from flowdistill.data.mnist import FashionMnist, IdxImages, Mnist
 
 __all__ = [
+    "Blank",
     "Dataset",
     "Digits",
     "ExactSamples",

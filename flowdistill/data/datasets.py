@@ -25,6 +25,9 @@ class Dataset(ABC):
     def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """Draw independent samples ``(B, *sample_shape)`` and labels (B,) or None, on the generator's device."""
 
+    def prefetch(self, batch_size: int, generator: torch.Generator) -> None:
+        """Begin to read what `sample` will return for a generator in this state; the default does nothing."""
+
 
 class ImageDataset(Dataset):
     """Images, and their classes where there are any, held in memory.
@@ -130,3 +133,20 @@ class ExactSamples(Dataset):
         self._teacher.to(generator.device)
         data: Tensor = self._teacher.sample_data(batch_size, generator, Condition(labels))
         return data, labels
+
+
+class Blank(Dataset):
+    """Zeros in place of a data set, with its shape and its classes, for what needs no values.
+
+    Args:
+        dataset: the data set.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.sample_shape, self.num_classes = dataset.sample_shape, dataset.num_classes
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """Zeros, of class 0 where there are classes."""
+        device = generator.device
+        labels = None if self.num_classes is None else torch.zeros(batch_size, dtype=torch.long, device=device)
+        return torch.zeros(batch_size, *self.sample_shape, device=device), labels

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from flowdistill.data.datasets import Dataset
 from flowdistill.plumbing.errors import DataError, in_one_line
+from flowdistill.plumbing.randomness import on_host
 from flowdistill.plumbing.registry import register_dataset
 
 _HINT = (
@@ -51,6 +54,7 @@ class Latents(Dataset):
         self._shards: list[dict[str, Any]] = []
         self._ends = torch.zeros(0, dtype=torch.long)
         self._labels = torch.zeros(0, dtype=torch.long)
+        self._ahead: dict[bytes, Future[tuple[Tensor, Tensor | None]]] = {}
 
     def _open(self) -> None:
         folder = self.folder
@@ -63,8 +67,8 @@ class Latents(Dataset):
             try:
                 shard = _arrays(path)
                 parts = ["latents"] if "latents" in shard else ["mean", "std"]
-                shapes = [_shape(shard[name]) for name in parts]
-                named = _rows(shard["labels"], 0, None)
+                shapes = [tuple(shard[name].shape) for name in parts]
+                named = _rows(shard["labels"], slice(None))
             except Exception as error:  # of damaged files, many
                 lacks = "it lacks " if isinstance(error, KeyError) else ""
                 raise DataError(f"{path} is not a shard of latents ({lacks}{in_one_line(error)}): {_HINT}") from None
@@ -84,36 +88,68 @@ class Latents(Dataset):
 
     def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw latents and labels with replacement."""
+        state, rows = self._draw(batch_size, generator)
+        read = self._ahead.pop(state, None)
+        self._ahead.clear()
+        mean, std = self._read(rows) if read is None else read.result()
+        device = generator.device
+        drawn = _moved(mean, device)
+        if std is not None:
+            noise = torch.randn(drawn.shape, generator=generator, device=device)
+            drawn = drawn + _moved(std, device) * noise
+        return drawn, _moved(self._labels[rows], device)
+
+    def prefetch(self, batch_size: int, generator: torch.Generator) -> None:
+        """Read in another thread what `sample` will return for this generator."""
+        state, rows = self._draw(batch_size, generator)
+        ahead = self._ahead[state] = Future()
+
+        def read() -> None:
+            try:
+                ahead.set_result(self._read(rows))
+            except BaseException as error:
+                ahead.set_exception(error)
+
+        Thread(target=read, daemon=True).start()
+
+    def _draw(self, batch_size: int, generator: torch.Generator) -> tuple[bytes, Tensor]:
+        """The state of a generator with the size of the batch, and the rows that are drawn from it."""
         if not len(self._labels):
             self._open()
-        device = generator.device
-        rows = torch.randint(len(self._labels), (batch_size,), generator=generator, device=device).cpu()
-        noise = torch.randn((batch_size, *self.sample_shape), generator=generator, device=device)
-        means, stds = zip(*(self._row(int(row)) for row in rows), strict=True)
-        drawn = torch.stack(means).to(device)
-        if any(std is not None for std in stds):
-            zero = torch.zeros(self.sample_shape)
-            drawn = drawn + torch.stack([zero if std is None else std for std in stds]).to(device) * noise
-        return drawn, self._labels[rows].to(device)
+        state = generator.get_state().numpy().tobytes() + batch_size.to_bytes(8, "big")
+        return state, torch.randint(len(self._labels), (batch_size,), generator=on_host(generator))
 
-    def _row(self, row: int) -> tuple[Tensor, Tensor | None]:
-        """The latent of a row, or the mean and the standard deviation of its posterior."""
-        number = int(torch.searchsorted(self._ends, row, right=True))
-        shard, place = self._shards[number], row - (int(self._ends[number - 1]) if number else 0)
+    def _read(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The latents of some rows, or the means and the standard deviations of their posteriors."""
+        order = rows.argsort()
+        shards = torch.searchsorted(self._ends, rows[order], right=True)
+        mean, std = torch.zeros(len(rows), *self.sample_shape), None
+        for number, places in zip(*_runs(shards, order), strict=True):
+            shard, start = self._shards[number], int(self._ends[number - 1]) if number else 0
+            ours = rows[places] - start
+            mean[places] = _rows(shard["latents" if "latents" in shard else "mean"], ours).float()
+            if "latents" not in shard:
+                std = torch.zeros_like(mean) if std is None else std
+                std[places] = _rows(shard["std"], ours).float()
+        return mean, std
 
-        def read(name: str) -> Tensor:
-            return _rows(shard[name], place, place + 1)[0].float()
 
-        if "latents" in shard:
-            return read("latents"), None
-        return read("mean"), read("std")
+def _runs(shards: Tensor, order: Tensor) -> tuple[list[int], tuple[Tensor, ...]]:
+    """The numbers of shards, and the places of the batch that each of them fills."""
+    numbers, counts = torch.unique_consecutive(shards, return_counts=True)
+    return numbers.tolist(), torch.split(order, counts.tolist())
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device, to which it goes while the host goes on."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _arrays(path: Path) -> dict[str, Any]:
     """The arrays of a shard, by name, of which rows can be read."""
     if path.suffix == ".safetensors":
         shard: Any = safetensors.safe_open(path, framework="pt")
-        return {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118, no mapping
+        return {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118, no mapping; nothing is read yet
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as arrays:
             return {_NAMES.get(name, name): arrays[name] for name in arrays}
@@ -127,15 +163,10 @@ def _beside(path: Path) -> Iterator[tuple[str, Any]]:
         yield name, np.load(path.with_name(path.name.replace(first, name, 1)), mmap_mode="r", allow_pickle=False)
 
 
-def _shape(array: Any) -> tuple[int, ...]:
-    return tuple(array.shape if isinstance(array, np.ndarray) else array.get_shape())
-
-
-def _rows(array: Any, start: int, stop: int | None) -> Tensor:
+def _rows(array: Any, rows: Tensor | slice) -> Tensor:
     """Some rows of an array, as a tensor of its own."""
-    if not isinstance(array, np.ndarray):
-        rows: Tensor = array[start:stop]
-        return rows
+    if isinstance(array, Tensor):
+        return array[rows]
     if array.dtype.kind not in "fiu":
         raise ValueError(f"it has an array of {array.dtype}, not of numbers")
-    return torch.from_numpy(array[start:stop].astype(np.float64))
+    return torch.from_numpy(array[rows if isinstance(rows, slice) else rows.numpy()].astype(np.float64))

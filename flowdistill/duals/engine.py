@@ -90,6 +90,8 @@ def dual(value: Tensor, tangent: Tensor | None) -> Dual:
             Opaque, value.shape, strides=value.stride(), dtype=value.dtype, device=value.device
         )
         result.version = value._version
+        if not _FOLLOWED:
+            _follow_functions()
     result.value, result.tangent = value, tangent
     return result
 
@@ -418,4 +420,10 @@ def _applied(cls: Any, *args: Any, **kwargs: Any) -> Any:
     return result
 
 
-_SingleLevelFunction.apply = classmethod(_applied)  # type: ignore[attr-defined]
+def _follow_functions() -> None:
+    """From the first dual on, look at what functions with a backward pass of their own are applied to."""
+    _FOLLOWED.append(True)
+    _SingleLevelFunction.apply = classmethod(_applied)  # type: ignore[attr-defined]
+
+
+_FOLLOWED: list[bool] = []

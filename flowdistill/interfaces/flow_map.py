@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,13 @@ class FlowMap(nn.Module, Counted, ABC):
     """The jumps that are meaningful."""
     guidance: float | None = None
     """The guidance scale of samples that name none; None for a map that takes no scales."""
+    suffixes: ClassVar[tuple[str, ...]] = ()
+    """The suffixes of other people's files that a flow map reads from its argument ``checkpoint``."""
+
+    @classmethod
+    def recognises(cls, path: Path) -> bool:
+        """Whether a file with such a suffix is one that it reads, where other flow maps read such suffixes too."""
+        return True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -80,6 +88,10 @@ class FlowMap(nn.Module, Counted, ABC):
         """The network that is the velocity F(x, t, t) as it stands, and may be copied; None if there is none."""
         return None
 
+    def grid(self, steps: int) -> Tensor:
+        """The times (steps + 1,) between which samples jump: evenly spaced from 1 to 0."""
+        return torch.linspace(1.0, 0.0, steps + 1)
+
     @torch.no_grad()
     def sample(
         self,
@@ -93,9 +105,9 @@ class FlowMap(nn.Module, Counted, ABC):
 
         Args:
             noise: draws of the prior.
-            steps: number of equal jumps from t = 1 to t = 0; ignored when ``times`` is given.
+            steps: number of jumps, see `grid`; ignored when ``times`` is given.
             condition: labels and guidance of the batch.
-            times: a decreasing grid from 1 to 0 of any length, in place of equal steps.
+            times: a decreasing grid from 1 to 0 of any length, in place of `grid`.
             renoise: fresh noise ``(steps - 1, B, *sample_shape)`` that makes every jump go to t = 0, whose result is
                 then noised to the next time: the sampler of consistency models. None is jumps from time to time.
 
@@ -105,7 +117,7 @@ class FlowMap(nn.Module, Counted, ABC):
         """
         if steps < 1:
             raise ConfigError(f"steps must be at least 1, not {steps}")
-        grid = torch.linspace(1.0, 0.0, steps + 1) if times is None else times.detach().cpu()
+        grid = self.grid(steps) if times is None else times.detach().cpu()
         if grid.ndim != 1 or len(grid) < 2 or bool((grid.diff() >= 0).any()):
             raise ConfigError("times must be a decreasing one-dimensional grid of at least two entries")
         if not self.has_velocity and len(grid) > 2:

@@ -26,3 +26,6 @@ class StateSource(Part, ABC):
 
         All randomness comes from ``generator``, on whose device the states lie.
         """
+
+    def prefetch(self, batch_size: int, generator: torch.Generator) -> None:
+        """Begin to read what `sample` will need for a generator in this state; the default does nothing."""

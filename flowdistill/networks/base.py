@@ -30,6 +30,8 @@ class VelocityNetwork(nn.Module, ABC):
     """How many of the blocks see t when ``late_time`` is given."""
     only_embeds_time: bool = True
     """Whether the time conditions blocks alone, and scales neither inputs nor outputs."""
+    time_factor: float = 1.0
+    """The factor of times and durations before they are embedded."""
     arguments: dict[str, Any]
     """The arguments with which the network was built, defaults included; they build it again."""
 
@@ -67,6 +69,10 @@ class VelocityNetwork(nn.Module, ABC):
                 durations and guidance scales.
             late_time: times (B,) that the blocks after the first ``early_blocks`` see in place of t; None is t.
         """
+
+    def own_time(self, t: Tensor) -> Tensor:
+        """What the network embeds of a time (B,): a network of others may count from the data, or in thousandths."""
+        return t if self.time_factor == 1.0 else self.time_factor * t
 
     def widen_output(self, velocities: int, extra: int = 0) -> None:
         """Replace the output layer, such that `velocity` gives several velocities and further channels.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from flowdistill.networks.attention import attention
 from flowdistill.networks.base import VelocityNetwork, check_sizes, widened
 from flowdistill.networks.embeddings import LabelEmbedding, ScalarEmbedding, position_table
 from flowdistill.networks.linear import Linear
+from flowdistill.paths import expand_time, state_std
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.registry import register_network
 
@@ -29,13 +31,41 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
+QkNorm = Literal["rms"] | bool
+
+
+class _RmsNorm(nn.Module):
+    """Features over their root mean square, times a learned scale if there is one."""
+
+    def __init__(self, size: int, learned: bool = True) -> None:
+        super().__init__()
+        self.size, self.scale = size, nn.Parameter(torch.ones(size)) if learned else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (..., n size), each ``size`` of whose features are normalised for themselves."""
+        groups = x.reshape(*x.shape[:-1], -1, self.size)
+        unit = groups * (groups.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        return (unit if self.scale is None else unit * self.scale).reshape(x.shape)
+
+
+def _norm(size: int, rms: bool) -> nn.Module:
+    return _RmsNorm(size, learned=False) if rms else nn.LayerNorm(size, eps=1e-6, elementwise_affine=False)
+
+
+def _modulation(size: int, parts: int, rms: bool) -> nn.Sequential:
+    """The layer that makes shifts, scales and gates of the conditioning vector."""
+    return nn.Sequential(nn.SiLU(), Linear(size, parts * size), *([_RmsNorm(size, learned=False)] if rms else []))
+
+
+_NORMS: dict[QkNorm, Callable[[int], nn.Module]] = {False: nn.Identity, True: nn.LayerNorm, "rms": _RmsNorm}
+
+
 class _Attention(nn.Module):
-    def __init__(self, size: int, heads: int, qk_norm: bool) -> None:
+    def __init__(self, size: int, heads: int, qk_norm: QkNorm) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = Linear(size, 3 * size)
-        self.q_norm = nn.LayerNorm(size // heads) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(size // heads) if qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = (_NORMS[qk_norm](size // heads) for _ in range(2))
         self.proj = Linear(size, size)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,13 +90,12 @@ class _Mlp(nn.Module):
 class _Block(nn.Module):
     """Attention and perceptron, each modulated and gated by the conditioning vector (adaLN-Zero)."""
 
-    def __init__(self, size: int, heads: int, mlp_ratio: float, qk_norm: bool) -> None:
+    def __init__(self, size: int, heads: int, mlp_ratio: float, qk_norm: QkNorm, rms_norm: bool) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(size, eps=1e-6, elementwise_affine=False)
-        self.norm2 = nn.LayerNorm(size, eps=1e-6, elementwise_affine=False)
+        self.norm1, self.norm2 = _norm(size, rms_norm), _norm(size, rms_norm)
         self.attn = _Attention(size, heads, qk_norm)
         self.mlp = _Mlp(size, int(size * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(size, 6 * size))
+        self.adaLN_modulation = _modulation(size, 6, rms_norm)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
@@ -76,11 +105,11 @@ class _Block(nn.Module):
 
 
 class _FinalLayer(nn.Module):
-    def __init__(self, size: int, out: int) -> None:
+    def __init__(self, size: int, out: int, rms_norm: bool) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(size, eps=1e-6, elementwise_affine=False)
+        self.norm_final = _norm(size, rms_norm)
         self.linear = Linear(size, out)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(size, 2 * size))
+        self.adaLN_modulation = _modulation(size, 2, rms_norm)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
@@ -116,8 +145,12 @@ class SiT(VelocityNetwork):
         mlp_ratio: hidden size of the perceptrons over ``hidden_size``.
         num_classes: number of classes.
         learn_sigma: output twice the channels, of which the second half is dropped, as in the published weights.
-        qk_norm: normalise queries and keys of each head.
+        qk_norm: normalise queries and keys of each head, by a layer norm, or by the root mean square ("rms").
         noise_time: the time of the noise in `forward`, 0 (SiT) or 1 (REPA).
+        time_factor: of times and durations before they are embedded.
+        rms_norm: normalise by the root mean square in place of the mean and the deviation, and each shift, scale and
+            gate too.
+        unit_input: divide x by sqrt((1 - t)^2 + t^2), the deviation of a state whose data have unit variance.
         null_label: whether the table of labels has a row for no class; without one there is no classifier-free
             guidance.
 
@@ -141,9 +174,12 @@ class SiT(VelocityNetwork):
         mlp_ratio: float = 4.0,
         num_classes: int = 1000,
         learn_sigma: bool = True,
-        qk_norm: bool = False,
+        qk_norm: QkNorm = False,
         noise_time: Literal[0, 1] = 0,
         null_label: bool = True,
+        time_factor: float = 1.0,
+        unit_input: bool = False,
+        rms_norm: bool = False,
     ) -> None:
         super().__init__()
         check_sizes(
@@ -163,15 +199,16 @@ class SiT(VelocityNetwork):
         self.num_classes, self.null_label = num_classes, null_label
         self.embedding_size = hidden_size
         self.patch_size, self.learn_sigma, self.noise_time = patch_size, learn_sigma, noise_time
+        self.time_factor, self.unit_input, self.only_embeds_time = time_factor, unit_input, not unit_input
         self.early_blocks = round(depth * 2 / 3)
         self.x_embedder = _PatchEmbedding(patch_size, in_channels, hidden_size)
         self.t_embedder = ScalarEmbedding(hidden_size)
         self.y_embedder = LabelEmbedding(num_classes, hidden_size, null_label)
         table = position_table(input_size // patch_size, hidden_size)
         self.pos_embed = nn.Parameter(table, requires_grad=False)
-        self.blocks = nn.ModuleList(_Block(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(depth))
+        self.blocks = nn.ModuleList(_Block(hidden_size, num_heads, mlp_ratio, qk_norm, rms_norm) for _ in range(depth))
         out_channels = 2 * in_channels if learn_sigma else in_channels
-        self.final_layer = _FinalLayer(hidden_size, patch_size**2 * out_channels)
+        self.final_layer = _FinalLayer(hidden_size, patch_size**2 * out_channels, rms_norm)
         self._initialize()
 
     def _initialize(self) -> None:
@@ -236,9 +273,15 @@ class SiT(VelocityNetwork):
         """
         if labels is None:
             labels = torch.full((len(x),), self.num_classes or 0, device=x.device)
-        if self.noise_time == 1:
-            return self._output(x, t, labels, embedding, late_time)
-        return -self._output(x, 1 - t, labels, embedding, None if late_time is None else 1 - late_time)
+        if self.unit_input:
+            x = x / expand_time(state_std(t, 1.0), x)
+        late = None if late_time is None else self.own_time(late_time)
+        output = self._output(x, self.own_time(t), labels, embedding, late)
+        return output if self.noise_time == 1 else -output
+
+    def own_time(self, t: Tensor) -> Tensor:
+        """See `VelocityNetwork.own_time`."""
+        return super().own_time(t if self.noise_time == 1 else 1 - t)
 
     def widen_output(self, velocities: int, extra: int = 0) -> None:
         """See `VelocityNetwork.widen_output`; the half that ``learn_sigma`` drops is not kept."""

@@ -1,7 +1,7 @@
-"""Building models without their files and without memory, as for a plan.
+"""Building models without their files, as for a plan.
 
-Inside `without_files` networks are made of fake tensors, which have shapes but no values, and neither weights nor data
-are read.
+Inside `without_files` neither weights nor data are read, and networks are made of fake tensors, which have shapes but
+neither values nor memory, or keep the fresh weights that they are made with.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-_MODE: ContextVar[FakeTensorMode | None] = ContextVar("mode", default=None)
+_MODE: ContextVar[contextlib.AbstractContextManager[Any] | None] = ContextVar("mode", default=None)
 _M = TypeVar("_M", bound=nn.Module)
 
 
@@ -27,11 +27,15 @@ def files_unread() -> bool:
 
 
 @contextlib.contextmanager
-def without_files() -> Iterator[None]:
-    """Inside, no weights and no data are read; what the models are given may have values, what they give has none."""
-    token = _MODE.set(FakeTensorMode(allow_non_fake_inputs=True))
+def without_files(values: bool = False) -> Iterator[None]:
+    """Inside, no weights and no data are read; what the models are given may have values, what they give has none.
+
+    Args:
+        values: whether the networks keep their fresh weights, so that what they give has values too.
+    """
+    token = _MODE.set(contextlib.nullcontext() if values else FakeTensorMode(allow_non_fake_inputs=True))
     try:
-        with _Cloned():
+        with contextlib.nullcontext() if values else _Cloned():
             yield
     finally:
         _MODE.reset(token)

@@ -24,6 +24,18 @@ def step_generator(seed: int, step: int, stream: str, device: torch.device | str
     return torch.Generator(device).manual_seed(stream_seed(seed, step, stream))
 
 
+def on_host(generator: torch.Generator) -> torch.Generator:
+    """A generator whose draws the host can use without waiting for a device: the same one on a CPU.
+
+    On a device it is a new one, which depends on the state of the given one, and the given one moves on.
+    """
+    if generator.device.type == "cpu":
+        return generator
+    digest = hashlib.blake2b(generator.get_state().numpy().tobytes(), digest_size=8).digest()
+    torch.rand((), generator=generator, device=generator.device)
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
 ONE_AT_A_TIME = threading.RLock()
 """Held by the thread that uses what a process has once: gin's configuration, and torch's own random generator."""
 

@@ -36,6 +36,7 @@ _PARTS = (
     "flowdistill.runs.loading",
     "flowdistill.solvers",
     "flowdistill.states",
+    "flowdistill.students",
     "flowdistill.times",
     "flowdistill.velocities",
     "flowdistill.algorithms",

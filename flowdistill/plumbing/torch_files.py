@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowdistill.plumbing.pickles import Function, Object, PickleReader, checked
+from flowdistill.plumbing.pickles import Function, Object, OpenReader
 
 _DTYPES = {
     "Half": torch.float16,
@@ -38,9 +38,6 @@ _DENSE = "torch._utils._rebuild_tensor_v2"
 _TENSORS = ("torch._utils._rebuild_", "torch._tensor._rebuild_")
 _WRAPPED = {"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"}
 _PLAIN_CLASSES = {"torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
-_DICTS = {"collections.OrderedDict", "collections.defaultdict"}
-_MODULES_OF_COMMANDS = {"os", "posix", "nt", "subprocess", "pty", "runpy", "importlib", "shutil", "socket", "sys"}
-_COMMANDS = {f"{m}.{f}" for m in ("builtins", "__builtin__") for f in ("eval", "exec", "compile", "open", "__import__")}
 _ZIP_HEADER = b"PK\3\4"
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _NAME_LENGTH = 500
@@ -62,45 +59,11 @@ class _Storage:
         return _KINDS[self.kind]
 
 
-class _TorchReader(PickleReader):
-    """Reads the pickles of `torch.save`, where anything may stand beside the weights.
-
-    What the pickle would import is in no list, since no name is ever looked up. Names that run commands are refused all
-    the same: whoever has such a file should hear of it.
-    """
+class _TorchReader(OpenReader):
+    """Reads the pickles of `torch.save`."""
 
     def __init__(self) -> None:
         self.storages: dict[str, _Storage] = {}
-
-    def key(self, key: Any) -> Any:
-        """Nothing whose hash looks deep into it."""
-        for part in key if type(key) is tuple else (key,):
-            if not isinstance(part, (str, int, float, range, Function, Object, type(None))):
-                raise ValueError(f"it has a {type(part).__name__} in the key of a dictionary")
-        return key
-
-    def append(self, target: Any, items: Any) -> None:
-        if not isinstance(target, Object):  # a list of a class of its own, left as it is
-            super().append(target, items)
-
-    def set_items(self, target: Any, items: dict[Any, Any]) -> None:
-        if isinstance(target, Object):  # a dictionary of a class of its own
-            target.items.update(items)
-        else:
-            super().set_items(target, items)
-
-    def imported(self, name: str) -> Function:
-        if name.split(".")[0] in _MODULES_OF_COMMANDS or name in _COMMANDS:
-            raise ValueError(f"it wants to run {name}, as no checkpoint does")
-        return super().imported(name)
-
-    def called(self, function: Any, arguments: tuple[Any, ...]) -> Any:
-        name = function.name if isinstance(function, Object) else checked(function, Function).name
-        return {} if name in _DICTS else Object(name, arguments)
-
-    def set_state(self, target: Any, state: Any) -> None:
-        if isinstance(target, Object):  # and no dictionary, whose attributes nobody needs
-            target.state = state
 
     def persistent(self, reference: Any) -> _Storage:
         match reference:

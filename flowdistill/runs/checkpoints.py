@@ -134,10 +134,16 @@ def save_checkpoint(
     verify_checkpoint(final)
     for old in checkpoint_paths(workdir)[:-keep]:
         discard(old)
-    for left in final.parent.iterdir():  # by a process that was killed
+    remove_left(workdir)
+    return final
+
+
+def remove_left(workdir: Path) -> None:
+    """Remove what a process left among the checkpoints that was killed while it wrote or deleted one."""
+    folder = workdir / "checkpoints"
+    for left in folder.iterdir() if folder.is_dir() else ():
         if _LEFT.fullmatch(left.name):
             shutil.rmtree(left, ignore_errors=True)
-    return final
 
 
 def check_kept(module: nn.Module) -> None:

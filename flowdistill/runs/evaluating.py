@@ -13,7 +13,7 @@ from flowdistill.evaluation.features import FeatureExtractor, load_features
 from flowdistill.evaluation.metrics import measure, spread
 from flowdistill.evaluation.references import Reference, reference_set, split
 from flowdistill.evaluation.samples import SampleSet, sample_set
-from flowdistill.interfaces import Jumps
+from flowdistill.interfaces import FlowMap, Jumps
 from flowdistill.plumbing.distributed import find_device, rank_and_world
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.progress import progress
@@ -24,7 +24,7 @@ from flowdistill.runs.sampling import check_counts, default_batch_size, draw, ma
 
 
 def evaluate(
-    run: Run | str | Path,
+    run: Run | FlowMap | str | Path,
     *,
     metrics: Sequence[str] = ("fid",),
     num_samples: int = 10_000,
@@ -46,7 +46,7 @@ def evaluate(
     with what is there. Under torchrun the ranks share the blocks out; rank 0 measures, and the others return nothing.
 
     Args:
-        run: a run directory, a checkpoint in it, or a `Run`.
+        run: a run directory, a checkpoint in it, or a `Run`; or a student, as `load_flow_map` gives it.
         metrics: names that ``flowdistill list metrics`` shows.
         num_samples: samples of the student, exactly.
         steps: see `sample`.

@@ -10,22 +10,65 @@ import gin
 
 from flowdistill.interfaces import FlowMap, Teacher
 from flowdistill.plumbing.errors import CheckpointError, ConfigError
-from flowdistill.plumbing.registry import NETWORKS, TEACHERS, unknown_name
-from flowdistill.runs.pretrained import is_model, load_file, load_model, locate, save_model
+from flowdistill.plumbing.registry import FLOW_MAPS, NETWORKS, TEACHERS, unknown_name
+from flowdistill.runs.pretrained import is_model, load_file, load_model, locate, readers_of, save_model
 from flowdistill.runs.run import Run
 from flowdistill.wrapped_teachers import FlowMapTeacher
 
 
-def load_flow_map(run: Run | str | Path) -> FlowMap:
-    """The trained student of a run, with averaged weights where an average was kept, on the CPU.
+def load_flow_map(name_or_path: str | Path | Run, **kwargs: Any) -> FlowMap:
+    """A trained student, frozen, on the CPU: of a run, or one that others have released, from its authors' file.
+
+    In a gin file ``train.flow_map = @sit_student()`` starts from a released one, which is trained further.
 
     Args:
-        run: a run directory, or a checkpoint in it; or a `Run`, whose own student it is.
+        name_or_path: a run directory, or a checkpoint in it, whose averaged weights are taken where an average was
+            kept; a `Run`, whose own student it is; a released family or architecture, such as ``dmf`` or
+            ``dmf-xl/2-256``, whose weights are the argument ``checkpoint``, a file of its authors, here or on
+            HuggingFace; such a file alone; or ``hf://owner/repository/file``.
+        **kwargs: arguments of the class that reads the file, such as ``vae`` of its decoder, see
+            ``flowdistill show flow_maps sit_student``.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        ConfigError: neither a name (the nearest are listed) nor a path.
+        CheckpointError: there is no student, or it is damaged, hostile, or of another architecture.
+
+    Examples:
+        >>> student = load_flow_map("dmf-xl/2-256", checkpoint="dmf_xl_2_256.pt")  # doctest: +SKIP
+        >>> flowdistill.sample(student, 4, labels=[207, 360, 387, 974]).shape  # doctest: +SKIP
+        torch.Size([4, 4, 32, 32])
     """
-    return Run.of(run).student
+    name, path = str(name_or_path), Path(str(name_or_path))
+    if isinstance(name_or_path, Run):
+        return _student(name_or_path, kwargs)
+    released = released_students()
+    if name in released:
+        student: FlowMap = FLOW_MAPS.build(name, **kwargs)
+    elif is_released(name):
+        student = load_file(locate(name_or_path), FLOW_MAPS, **kwargs)
+    elif not path.exists() and "checkpoint" in kwargs:
+        raise unknown_name("student", name, released)
+    else:
+        return _student(Run(path), kwargs)
+    return student.eval().requires_grad_(False)
+
+
+def is_released(source: str) -> bool:
+    """Whether a source can be of a released student, here or on HuggingFace: a file, or a folder as of diffusers."""
+    path = Path(source)
+    folder = (path / "config.json").is_file() and not is_model(path)
+    return folder or path.is_file() or source.startswith("hf://")
+
+
+def released_students() -> list[str]:
+    """The names of students that are read from files of others: of the classes, their families and architectures."""
+    return [name for reader in readers_of(FLOW_MAPS) for name in (reader, *FLOW_MAPS.variants(reader))]
+
+
+def _student(run: Run, arguments: Mapping[str, Any]) -> FlowMap:
+    if arguments:
+        raise ConfigError(f"{run.workdir} takes no arguments, not {', '.join(arguments)}")
+    return run.student
 
 
 def load_teacher(name_or_path: str | Path | Run, **kwargs: Any) -> Teacher:
@@ -76,9 +119,7 @@ def load_teacher(name_or_path: str | Path | Run, **kwargs: Any) -> Teacher:
 
 
 def _of_run(run: Run, arguments: Mapping[str, Any]) -> Teacher:
-    if arguments:
-        raise ConfigError(f"{run.workdir} takes no arguments, not {', '.join(arguments)}")
-    return FlowMapTeacher(run.student)
+    return FlowMapTeacher(_student(run, arguments))
 
 
 gin.register("load_teacher", module="teachers")(load_teacher)

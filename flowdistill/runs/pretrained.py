@@ -28,7 +28,7 @@ from flowdistill.plumbing.files import (
     write_json,
     write_tensors,
 )
-from flowdistill.plumbing.registry import DECODERS, NETWORKS, TEACHERS
+from flowdistill.plumbing.registry import DECODERS, NETWORKS, TEACHERS, Registry
 from flowdistill.wrapped_teachers import NetworkTeacher
 
 _FORMAT = 1
@@ -162,18 +162,23 @@ def locate(checkpoint: str | Path) -> Path:
         raise CheckpointError(f"there is no file {checkpoint}, and the hub does not give it: {reason}") from None
 
 
-def load_file(path: str | Path, **kwargs: Any) -> Teacher:
-    """The teacher of somebody else's checkpoint file, by the registered class that reads files with such a suffix.
+def load_file(path: str | Path, registry: Registry = TEACHERS, **kwargs: Any) -> Any:
+    """The model of somebody else's checkpoint file, by the registered class that reads files with such a suffix.
 
     Raises:
-        ConfigError: no registered teacher reads such files.
+        ConfigError: no registered class reads such files.
     """
-    suffix = Path(path).suffix
-    kinds = {name: TEACHERS.get(name) for name in TEACHERS.names()}
-    suffixes = {n: kind.suffixes for n, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Teacher)}
-    for name, read in suffixes.items():
-        if suffix in read:
-            teacher: Teacher = TEACHERS.build(name, checkpoint=path, **kwargs)
-            return teacher
-    known = sorted({suffix for read in suffixes.values() for suffix in read})
+    suffix, readers = Path(path).suffix, readers_of(registry)
+    found = [name for name, read in readers.items() if suffix in read]
+    for name in found:
+        recognises = getattr(registry.get(name), "recognises", None)
+        if len(found) == 1 or recognises is None or recognises(Path(path)):
+            return registry.build(name, checkpoint=path, **kwargs)
+    known = sorted({suffix for read in readers.values() for suffix in read})
     raise ConfigError(f"{path} has no suffix of a known checkpoint ({', '.join(known)})")
+
+
+def readers_of(registry: Registry) -> dict[str, tuple[str, ...]]:
+    """The names of the registered classes that read files of others, with the suffixes of these."""
+    suffixes = {name: getattr(registry.get(name), "suffixes", ()) for name in registry.names()}
+    return {name: read for name, read in suffixes.items() if read}

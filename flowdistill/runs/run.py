@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from functools import cached_property
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 
 from flowdistill.flow_maps import build_flow_map
 from flowdistill.interfaces import FlowMap, Objective, Teacher
+from flowdistill.plumbing.caches import cached
 from flowdistill.plumbing.config import Configuration
 from flowdistill.plumbing.errors import CheckpointError, ConfigError
-from flowdistill.plumbing.files import file_fingerprint, fill_module, json_fingerprint, load_tensors
+from flowdistill.plumbing.files import file_fingerprint, fill_module, json_fingerprint, load_tensors, module_fingerprint
 from flowdistill.plumbing.randomness import ONE_AT_A_TIME
 from flowdistill.runs.checkpoints import (
     Meta,
@@ -70,8 +72,10 @@ class Run:
         return f"Run({str(self._path)!r})"
 
     @classmethod
-    def of(cls, run: Run | str | Path) -> Run:
-        """The run itself, or the run of a path."""
+    def of(cls, run: Run | FlowMap | str | Path) -> Run:
+        """The run itself, the run of a path, or what stands for the run of a student that has none."""
+        if isinstance(run, FlowMap):
+            return _StudentAlone(run)
         return run if isinstance(run, Run) else cls(run)
 
     @cached_property
@@ -183,6 +187,40 @@ class Run:
             **settings: whatever the results depend on beside the run's `identity`, as JSON can say it.
         """
         return self.workdir / kind / json_fingerprint({**self.identity, **settings})[:16]
+
+
+class _StudentAlone(Run):
+    """A student without a run, such as a released one: nothing is known of its training."""
+
+    def __init__(self, student: FlowMap) -> None:
+        self.student = student
+        self.teacher = self.objective = self.evaluation = None
+        self.workdir = Path()
+
+    def __repr__(self) -> str:
+        return f"Run.of({type(self.student).__name__})"
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """The hashes of the weights, and of all numbers and words that modules have beside them."""
+        settings = {
+            f"{name}.{key}": repr(value)
+            for name, module in self.student.named_modules()
+            for key, value in vars(module).items()
+            if not key.startswith("_") and key != "training" and isinstance(value, _SETTINGS)
+        }
+        return {
+            "weights": module_fingerprint(self.student),
+            "settings": settings,
+            "decoder": repr(self.student.decoder),
+        }
+
+    def folder(self, kind: str, **settings: Any) -> Path:
+        """The folder for what a job stores, in the cache of the library."""
+        return cached(f"students/{kind}/{json_fingerprint({**self.identity, **settings})[:16]}/blocks").parent
+
+
+_SETTINGS = (bool, int, float, str, tuple, list, NoneType)
 
 
 def on_device(model: _M, device: torch.device) -> _M:

@@ -19,7 +19,7 @@ from flowdistill.runs.run import Run, on_device
 
 
 def sample(
-    run: Run | str | Path,
+    run: Run | FlowMap | str | Path,
     num_samples: int = 64,
     *,
     steps: int = 1,
@@ -35,7 +35,7 @@ def sample(
     They are the first of those that `flowdistill.evaluate` measures with the same seed.
 
     Args:
-        run: a run directory, a checkpoint in it, or a `Run`.
+        run: a run directory, a checkpoint in it, or a `Run`; or a student, as `load_flow_map` gives it.
         num_samples: how many.
         steps: jumps from noise to data; an anchored student, as FreeFlow trains it, takes 1.
         labels: class of all samples or of each; None takes all classes in turn.

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from flowdistill.decoders import as_bytes
-from flowdistill.interfaces import Decoder
+from flowdistill.interfaces import Decoder, FlowMap
 from flowdistill.plumbing.distributed import find_device
 from flowdistill.plumbing.errors import ConfigError, NonFiniteError
 from flowdistill.plumbing.files import replaced, replaced_folder
@@ -22,7 +22,7 @@ from flowdistill.runs.sampling import batches, check_counts, make_condition
 
 
 def write_samples(
-    run: Run | str | Path,
+    run: Run | FlowMap | str | Path,
     out: str | Path,
     num_samples: int = 64,
     *,
@@ -43,7 +43,7 @@ def write_samples(
     drawn and written batch by batch.
 
     Args:
-        run: a run directory, a checkpoint in it, or a `Run`.
+        run: a run directory, a checkpoint in it, or a `Run`; or a student, as `load_flow_map` gives it.
         out: a file that ends in ``.npz``, which is replaced; any other name is that of a new or an empty folder.
         num_samples: how many.
         raw: write the samples as the model makes them, such as latents, to ``samples`` and ``labels``.
@@ -87,7 +87,8 @@ def _converter(decoder: Decoder | None) -> Callable[[Tensor], Tensor]:
     """Samples to bytes if they are images, else to floats."""
     if decoder is not None and not decoder.ready:
         raise ConfigError(
-            "the samples are latents, and the run knows no autoencoder: bind its teacher's vae, or write them raw"
+            "the samples are latents, and the run knows no autoencoder: bind its teacher's vae (of a released student, "
+            "give its vae), or write them raw"
         )
 
     def convert(samples: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowdistill.evaluation.pictures import images_of
 from flowdistill.guidance import GuidedTeacher
-from flowdistill.interfaces import Teacher, Verifier
+from flowdistill.interfaces import FlowMap, Teacher, Verifier
 from flowdistill.plumbing.caches import refusal
 from flowdistill.plumbing.distributed import find_device
 from flowdistill.plumbing.errors import ConfigError
@@ -34,7 +34,7 @@ _PICTURE = 100  # samples in the picture
 
 
 def search(
-    run: Run | str | Path,
+    run: Run | FlowMap | str | Path,
     budget: float,
     *,
     teacher: str | Path | None = None,
@@ -65,7 +65,7 @@ def search(
     search continues, and one for more samples begins with what is there. Under torchrun the ranks share the blocks out.
 
     Args:
-        run: a run directory, a checkpoint in it, or a `Run`.
+        run: a run directory, a checkpoint in it, or a `Run`; or a student, as `load_flow_map` gives it.
         budget: for each sample.
         teacher: see `load_teacher`; None is the one that the student was trained on, as it was guided there.
         verifier: a name that ``flowdistill list verifiers`` shows, a verifier, or a function of images and their

@@ -146,6 +146,13 @@ class Loop:
         """A batch of states at times of the objective's law."""
         return self.source.sample(self.training.batch_size, self.objective.law(self.progress), generator)
 
+    def _prefetch(self, micro: int) -> None:
+        """Begin to read the data of the backward pass after this one, which may be of the next step."""
+        if self.source.needs_data:
+            later = micro + self._micros.step
+            following = later if later in self._micros else self.training.accumulation + self._micros.start
+            self.source.prefetch(self.training.batch_size, self._random("states", following))
+
     def loss(self, states: States, generator: torch.Generator) -> ObjectiveOutput:
         """The student's loss."""
         with self.autocast():
@@ -201,6 +208,7 @@ class Loop:
         for micro in self._micros:
             states = self.draw(self._random("states", micro))
             batches.append(states)
+            self._prefetch(micro)
             self._seed_global("global", micro)
             self._backward(self.loss(states, self._random("loss", micro)))
         if self.step == self._recorded and (new := self.student.state_dict().keys() - self._names):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from flowdistill.data import Dataset
+from flowdistill.data import Blank
 from flowdistill.differentiation import backward
 from flowdistill.interfaces import ObjectiveOutput
 from flowdistill.plumbing import config
@@ -33,6 +34,8 @@ class Plan:
     """The training steps."""
     batch_size: int
     """The states of a step, accumulated ones included."""
+    accumulation: int
+    """The backward passes of a step."""
     parameters: Mapping[str, int]
     """The parameters of student, teacher and the objective's own modules, by name."""
     evaluations: Mapping[str, float]
@@ -44,6 +47,22 @@ class Plan:
     """The bytes by part. "activations" is what autograd keeps of one backward pass, without recomputation."""
     flops_per_second: float
     """The speed at which ``hours`` are stated, an assumption."""
+
+    def fitting(self, size: float) -> tuple[int, int]:
+        """The largest ``train.batch_size``, and its ``train.accumulation``, whose steps fit into some bytes.
+
+        The states of a step stay the same, and the activations are in proportion to those of a backward pass.
+
+        Raises:
+            ConfigError: not even one state at a time fits.
+        """
+        fixed = sum(part for name, part in self.memory.items() if name != "activations")
+        each = self.memory["activations"] * self.accumulation / self.batch_size
+        most = math.floor((size - fixed) / max(each, 1))
+        if most < 1:
+            raise ConfigError(f"a state at a time needs {(fixed + each) / 2**30:.3g} GiB, more than {size / 2**30:.3g}")
+        batch = max(n for n in range(1, min(most, self.batch_size) + 1) if self.batch_size % n == 0)
+        return batch, self.batch_size // batch
 
     @property
     def hours(self) -> float:
@@ -99,8 +118,11 @@ def plan(
     with ONE_AT_A_TIME, torch.random.fork_rng(), config.parsed(files, gin_bindings), without_files():
         loop = configured_loop("plan", "cpu")
         if isinstance(loop.source, NoisedData):
-            loop.source.dataset = _Blank(loop.source.dataset)
-        flops, activations = Flops(), _Activations()  # type: ignore[no-untyped-call]
+            loop.source.dataset = Blank(loop.source.dataset)
+        models: dict[str, nn.Module] = {"student": loop.student}
+        models |= {} if loop.teacher is None else {"teacher": loop.teacher}
+        models |= loop.objective.modules()
+        flops, activations = Flops(), _Activations(models.values())  # type: ignore[no-untyped-call]
         try:
             with flops:
                 _step(loop, activations)
@@ -110,12 +132,10 @@ def plan(
                 "see what it costs"
             ) from error
     training = loop.training
-    models: dict[str, nn.Module] = {"student": loop.student}
-    models |= {} if loop.teacher is None else {"teacher": loop.teacher}
-    models |= loop.objective.modules()
     return Plan(
         steps=training.steps,
         batch_size=training.batch_size * training.accumulation,
+        accumulation=training.accumulation,
         parameters={name: sum(p.numel() for p in model.parameters()) for name, model in models.items()},
         evaluations={
             name.removesuffix("_evaluations"): count / training.batch_size for name, count in loop.counters.items()
@@ -126,27 +146,17 @@ def plan(
     )
 
 
-class _Blank(Dataset):
-    """Data without values."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self.sample_shape, self.num_classes = dataset.sample_shape, dataset.num_classes
-
-    def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        labels = None if self.num_classes is None else torch.zeros(batch_size, dtype=torch.long)
-        return torch.zeros(batch_size, *self.sample_shape), labels
-
-
 class _Activations:
-    """The most bytes that autograd keeps for a backward pass, parameters left out."""
+    """The most bytes that autograd keeps for a backward pass, parameters and their views left out."""
 
-    def __init__(self) -> None:
+    def __init__(self, models: Iterable[nn.Module]) -> None:
         self.most = 0
+        self._weights = {v.untyped_storage()._cdata for m in models for v in (*m.parameters(), *m.buffers())}
         self._kept: dict[int, Any] = {}
 
     def keep(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if not isinstance(tensor, nn.Parameter):
+        if storage._cdata not in self._weights:
             self._kept[storage._cdata] = storage
         return tensor
 

@@ -23,7 +23,7 @@ from flowdistill.plumbing.files import locked, write_text
 from flowdistill.plumbing.gin_errors import errors_located
 from flowdistill.plumbing.progress import progress
 from flowdistill.plumbing.randomness import random_state_kept
-from flowdistill.runs.checkpoints import checkpoint_paths, newest_whole, read_meta
+from flowdistill.runs.checkpoints import checkpoint_paths, newest_whole, read_meta, remove_left
 from flowdistill.training.loop import Loop
 from flowdistill.training.run_log import RunLog
 from flowdistill.training.settings import Training
@@ -246,6 +246,7 @@ def _claim(loop: Loop, resume: str, operative: str) -> Path | None:
             raise ConfigError(
                 f"{workdir} holds a run of another configuration (one has {differing[0]!r}): choose another workdir"
             )
+    remove_left(workdir)
     saved = newest_whole(workdir)
     if saved is not None and (done := read_meta(saved).step) > steps:
         raise ConfigError(f"{workdir} holds a run of {done} steps: train.steps = {steps} is less")

@@ -23,7 +23,7 @@ def test_the_ring_is_learnt_from_noise_alone(tmp_path):
 @pytest.mark.slow
 def test_a_few_hundred_steps_teach_the_digits(tmp_path):
     """A third of the recipe: half way from the teacher's four Euler steps to its 64, with labels and variety."""
-    bindings = ["train.steps = 400", "freeflow.correction_start = 300", "freeflow.online_warmup = 100"]
+    bindings = ["train.steps = 400", "freeflow.correction_start = 0.75", "freeflow.online_warmup = 0.25"]
     result = flowdistill.train(gin_file="freeflow/digits.gin", gin_bindings=bindings, workdir=tmp_path / "run")
     assert result.metrics["accuracy"] >= 0.95
     assert result.metrics["recall"] >= 0.6

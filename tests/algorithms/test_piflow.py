@@ -18,12 +18,12 @@ from flowdistill.algorithms.piflow import (
     PolicyFlowMap,
 )
 from flowdistill.algorithms.piflow import objective as module
-from flowdistill.algorithms.piflow.policies import shifted
 from flowdistill.data import ExactSamples
 from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.interfaces import OneStep
 from flowdistill.networks import MLP
 from flowdistill.pairs import ToData
+from flowdistill.paths import shifted
 from flowdistill.states import NoisedData, Prior
 from flowdistill.teachers.gaussian import GaussianTeacher
 from flowdistill.testing import check_objective

@@ -19,10 +19,9 @@ from flowdistill.algorithms.piflow import (
     PolicyFlowMap,
 )
 from flowdistill.algorithms.piflow import policy as build
-from flowdistill.algorithms.piflow.policies import shifted
 from flowdistill.flow_maps import NetworkFlowMap, from_teacher
 from flowdistill.networks import EDM2, MLP, SiT, VelocityNetwork
-from flowdistill.paths import expand_time
+from flowdistill.paths import expand_time, shifted
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianMixtureTeacher, GaussianTeacher
 from flowdistill.testing import check_flow_map
 from flowdistill.wrapped_teachers import NetworkTeacher

@@ -209,6 +209,7 @@ def test_budgets_have_a_table_each_and_a_plot(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_a_sweep_has_a_table_for_each_metric(tmp_path):
     (tmp_path / "tiny.gin").write_text(
         SUITE.replace("(1, 2)\nbench.metrics", "(1,)\nbench.sweep = ('freeflow.alpha', (0.0, 3.0))\nbench.metrics")
@@ -231,6 +232,7 @@ def test_a_sweep_has_a_table_for_each_metric(tmp_path):
     assert (out / "quality.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_distances_from_trajectories(tmp_path):
     (tmp_path / "tiny.gin").write_text(
         SUITE.replace("(1, 2)\nbench.metrics", "(1,)\nbench.deltas = (0.5, 1.0)\nbench.metrics").replace(
@@ -259,6 +261,7 @@ def test_the_distance_to_the_teacher_is_that_of_a_report(folder, tmp_path):
     assert len(list((folder / "runs" / "bench" / "teacher_samples").glob("*.safetensors"))) == 4  # seeds, 50 and 60
 
 
+@pytest.mark.slow
 def test_the_samples_of_a_teacher_are_those_of_its_weights(tmp_path):
     """A teacher whose weights have changed in its file is not compared by what it drew before."""
     (tmp_path / "mine.py").write_text(
@@ -287,7 +290,7 @@ def test_the_samples_of_a_teacher_are_those_of_its_weights(tmp_path):
     assert distances[1] > distances[0] + 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGINT])
 def test_workers_end_with_a_killed_suite(tmp_path, number):
     """SIGKILL comes to the suite alone, SIGINT, from Ctrl-C, to its processes as well."""
     (tmp_path / "tiny.gin").write_text(SUITE.replace("train.steps = 3", "train.steps = 1_000_000"))

@@ -32,10 +32,3 @@ def test_every_student_of_a_search_is_a_training(suite, tmp_path, monkeypatch):
         gin_file.write_text(job.gin)
         with config.parsed([gin_file], []):
             configured_loop(tmp_path, "cpu")
-
-
-def test_recipes_of_the_step_on_imagenet(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPTS)
-    for recipe, changes in runpy.run_path(str(SCRIPTS / "imagenet_step.py"))["ROWS"].values():
-        with config.parsed([recipe], changes):
-            assert config.value("train.steps")

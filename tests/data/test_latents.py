@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import flowdistill
 from flowdistill import DataError
 from flowdistill.data import Latents
 
@@ -158,3 +159,51 @@ def test_wrong_shards_are_named(tmp_path):
         Latents(tmp_path, SHAPE, num_classes=4).sample(2, generator())
     with pytest.raises(DataError, match=r"sample_shape"):
         Latents(tmp_path, (4, 8, 8)).sample(2, generator())
+
+
+def drawn(data, seeds, ahead=()):
+    """What is drawn by some seeds, each after the data of another were asked for ahead."""
+    results = []
+    for i, seed in enumerate(seeds):
+        if i < len(ahead):
+            data.prefetch(9, generator(ahead[i]))
+        results.append(data.sample(9, generator(seed)))
+    return results
+
+
+@pytest.mark.parametrize("ahead", [(1, 2, 3), (2, 2, 9)])
+@pytest.mark.parametrize("posterior", [False, True])
+def test_what_is_read_ahead_changes_nothing(posterior, ahead, tmp_path):
+    plain = drawn(shards(tmp_path, posterior), (1, 2, 3))
+    early = drawn(Latents(tmp_path, SHAPE, 8), (1, 2, 3), ahead)
+    for (x, y), (other, others) in zip(plain, early, strict=True):
+        assert torch.equal(x, other)
+        assert torch.equal(y, others)
+
+
+def test_what_is_read_ahead_is_read_once(tmp_path, monkeypatch):
+    data, read = shards(tmp_path), []
+    once = data._read
+    monkeypatch.setattr(data, "_read", lambda rows: read.append(len(rows)) or once(rows))
+    drawn(data, (1, 2), ahead=(1, 2))
+    assert read == [9, 9]
+
+
+def test_training_reads_the_next_batch_ahead(tmp_path, monkeypatch):
+    shards(tmp_path)
+    asked, drawn = [], []
+    prefetch, sample = Latents.prefetch, Latents.sample
+    note = lambda place: lambda data, n, g: place.append(g.initial_seed())  # noqa: E731
+    monkeypatch.setattr(Latents, "prefetch", lambda *a: (note(asked)(*a), prefetch(*a))[1])
+    monkeypatch.setattr(Latents, "sample", lambda *a: (note(drawn)(*a), sample(*a))[1])
+    bindings = [
+        "train.teacher = None", "train.flow_map = @network()", "network.network = @sit()",
+        "sit.input_size = 3", "sit.patch_size = 3", "sit.in_channels = 2", "sit.hidden_size = 8", "sit.depth = 1",
+        "sit.num_heads = 1", "sit.num_classes = 8", "sit.learn_sigma = False", "train.optimizer = @AdamW",
+        "train.objective = @meanflow()", "train.states = @noised_data()", "noised_data.dataset = @latents()",
+        f"latents.folder = {str(tmp_path)!r}", f"latents.sample_shape = {SHAPE}", "latents.num_classes = 8",
+        "train.steps = 3", "train.batch_size = 2", "train.accumulation = 2", "train.sample_every = 0",
+    ]  # fmt: skip
+    flowdistill.train(gin_bindings=bindings, workdir=tmp_path / "run", device="cpu")
+    assert len(drawn) == 6
+    assert asked[:-1] == drawn[1:]

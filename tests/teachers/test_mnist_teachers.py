@@ -28,7 +28,7 @@ def test_guided_samples_obey_their_labels(name, n):
     assert measure(["accuracy"], drawn, drawn)["accuracy"] >= 0.9
 
 
-@pytest.mark.parametrize("name", ["mnist_sit", "fashion_sit"])
+@pytest.mark.parametrize("name", ["mnist_sit", pytest.param("fashion_sit", marks=pytest.mark.slow)])
 def test_several_steps_cover_the_real_images_and_one_does_not(name):
     reference = SampleSet(flowdistill.evaluation.load_reference(FEATURES[name])[:1000])
     one, eight = (measure(["fid", "recall"], images(name, 300, steps), reference) for steps in (1, 8))

@@ -371,8 +371,13 @@ def relatives():
     )
     yield (
         "qk-norm by another name",
+        changed("nothing", **{"attn.q_norm.gain": torch.ones(4)}),
+        ["blocks.0.attn.q_norm.gain: (4,) in the file, absent in the model"],
+    )
+    yield (
+        "qk-norm of queries alone",
         changed("nothing", **{"attn.q_norm.scale": torch.ones(4)}),
-        ["blocks.0.attn.q_norm.scale: (4,) in the file, absent in the model"],
+        ["blocks.0.attn.k_norm.scale: absent in the file, (4,) in the model"],
     )
     yield (
         "SwiGLU",

@@ -29,19 +29,19 @@ from run_trials import damage, full_disk, kill, kill_at_a_change, stop, stray, t
 
 Trial = Callable[[random.Random, Path, Corpus], str]
 TRIALS: dict[str, tuple[int, Trial]] = {
-    "kills at random moments": (200, kill),
-    "kills before a change of files": (200, kill_at_a_change),
-    "full disks": (200, full_disk),
-    "signals": (100, stop),
-    "second writers": (50, two_writers),
-    "damaged files of runs": (1000, damage),
-    "stray files among checkpoints": (200, stray),
-    "mutated configurations": (4000, configuration),
-    "values of other types and ranges": (3000, value),
-    "mutated logs, configurations and JSON of runs": (1000, meta),
-    "mutated weights, images and runs": (2000, file),
-    "hostile files": (500, hostile),
-    "environments and names of directories": (60, environment),
+    "kills at random moments": (100, kill),
+    "kills before a change of files": (100, kill_at_a_change),
+    "full disks": (50, full_disk),
+    "signals": (30, stop),
+    "second writers": (15, two_writers),
+    "damaged files of runs": (500, damage),
+    "stray files among checkpoints": (50, stray),
+    "mutated configurations": (1500, configuration),
+    "values of other types and ranges": (5500, value),
+    "mutated logs, configurations and JSON of runs": (1500, meta),
+    "mutated weights, images and runs": (1000, file),
+    "hostile files": (150, hostile),
+    "environments and names of directories": (25, environment),
 }
 FAULTS = ("lost", "executed", "hung", "crashed")
 WELL = ("worked", "continued", "refused")
@@ -74,7 +74,7 @@ def main() -> None:
     options = parser.parse_args()
     began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="torture"))
     torch.set_num_threads(1)
-    corpus = Corpus.make(folder)
+    corpus = Corpus.make(folder, options.jobs)
     rows = [["trial", "tried", "went on", "refused", *FAULTS]]
     faults = 0
     for name, (count, _) in TRIALS.items():

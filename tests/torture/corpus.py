@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 from pathlib import Path
 
 import attrs
@@ -40,18 +41,25 @@ class Corpus:
     """Inputs of each kind."""
 
     @classmethod
-    def make(cls, folder: Path) -> Corpus:
-        """Make everything in a folder."""
+    def make(cls, folder: Path, jobs: int) -> Corpus:
+        """Make everything in a folder, by some processes."""
         ring = write(folder / "ring.gin")
         run = folder / "run"
         assert attempt(cli("train", ring, "--workdir", run), folder).worked
         assert attempt(cli("sample", run, "--num_samples", 8, "--out", folder / "samples.npz"), folder).worked
-        configurations = []
-        for method in methods():
-            place = folder / "methods" / method
-            if attempt(cli("train", method, "--on", "plane", *SHORT, "--workdir", place), folder).worked:
-                configurations.append((place / "config.gin").read_bytes())
+        places = [(folder / "methods" / method, method) for method in methods()]
+        with multiprocessing.get_context("fork").Pool(jobs) as pool:
+            pool.starmap(_trained, places, chunksize=1)
+        configurations = [(place / "config.gin").read_bytes() for place, _ in places]
         return cls(folder, ring, run, samples_in(folder / "samples.npz"), configurations, _inputs(folder))
+
+
+def _trained(place: Path, method: str) -> None:
+    """Train a method for two steps in the plane."""
+    torch.set_num_threads(1)
+    place.mkdir(parents=True)
+    ended = attempt(cli("train", method, "--on", "plane", *SHORT, "--workdir", place), place)
+    assert ended.worked, f"{method}: {ended.printed}"
 
 
 def samples_in(path: Path) -> bytes:

@@ -76,7 +76,9 @@ def _at_change(number: int, folder: Path, do: Callable[[], None]) -> None:
 
     def changes(event: str, arguments: tuple[object, ...]) -> None:
         nonlocal seen
-        if event not in _CHANGES or not str(arguments[0]).startswith((place, "run")):
+        if event not in _CHANGES or not isinstance(arguments[0], (str, Path)):
+            return
+        if os.path.isabs(arguments[0]) and not str(arguments[0]).startswith(place):
             return
         if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & _WRITING):
             return

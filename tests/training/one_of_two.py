@@ -29,7 +29,8 @@ class Odd(flowdistill.Objective):
             if DEED == "fails":
                 raise flowdistill.DataError("a file is damaged")
         if DEED == "has_other_weights" and step.number == 0:
-            print(sum(float(p.detach().double().sum()) for p in self.student.parameters()))
+            total = sum(float(p.detach().double().sum()) for p in self.student.parameters())
+            os.write(1, f"{total}\n".encode())  # at once, since both write into one pipe
         loss = (self.student.average_velocity(*states.to(0.0)) - states.x).square().mean()
         if SECOND and DEED == "has_a_part":
             loss = next(self.student.parameters()).square().sum()

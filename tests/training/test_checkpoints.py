@@ -190,6 +190,16 @@ def test_checkpoints_are_ordered_by_their_steps(tmp_path):
     assert names == ["step_00000007", "step_99999999", "step_100000000"]
 
 
+def test_what_a_killed_save_has_left_goes_although_nothing_more_is_saved(run):
+    folder = run / "checkpoints"
+    left = shutil.copytree(folder / "step_00000008", folder / ".step_00000004.discarded")
+    other = folder / ".step_notes.discarded"  # not ours
+    other.mkdir()
+    flowdistill.train(gin_file=run / "config.gin", workdir=run)
+    assert not left.exists()
+    assert other.exists()
+
+
 def test_a_copy_under_the_name_of_another_step_is_not_that_step(run):
     shutil.copytree(run / "checkpoints" / "step_00000008", run / "checkpoints" / "step_00000099")
     with pytest.raises(CheckpointError, match=r"holds step 8; name .*step_00000012, which is whole"):

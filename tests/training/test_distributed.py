@@ -218,6 +218,7 @@ def test_processes_learn_what_one_of_them_does(odd, deed, message):
     assert "flowdistill/plumbing" not in err  # as a traceback has
 
 
+@pytest.mark.slow
 def test_the_first_process_may_take_longer_than_the_time_out(odd, tmp_path):
     finish(odd("saves_slowly", "--timeout", "3"))
     assert [p.name for p in checkpoint_paths(tmp_path / "run")] == ["step_00000004", "step_00000008"]

@@ -1,0 +1,6 @@
+"""Students that others have released, read from their authors' files; importing this package registers them all."""
+
+from flowdistill.students.imf import IMFStudent
+from flowdistill.students.sit import FAMILIES, SiTStudent
+
+__all__ = ["FAMILIES", "IMFStudent", "SiTStudent"]
