@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointError
 
-from flowdistill.duals import Dual, dual, parts
+from flowdistill.duals import Dual, dual, is_foreign, parts
 from flowdistill.interfaces import Counted, FlowMap, Jump
 from flowdistill.interfaces._counting import count
 from flowdistill.networks import ForcedWeight
@@ -70,46 +71,46 @@ def jvp(
     Raises:
         ConfigError: PyTorch has no forward derivative of a module of the student; names it.
     """
-    if torch.compiler.is_compiling() and not graph:
-        return _one_pass(student, jump, dx, dt, ds)
+    direction = dx, dt, ds
     if graph:
         for module in student.modules():
             if isinstance(module, ForcedWeight):
                 module.replace_weight()
-        return _product(student, jump, dx, dt, ds, graph=True)
+        return _product(student, jump, *direction, graph=True)
+    if torch.compiler.is_compiling():
+        return _one_pass(student, jump, *direction)
+    # Inference tensors, which have no versions, cannot be followed; that says nothing of the student.
+    if torch.is_inference_mode_enabled() or _KEPT.get(student, ()) is None:
+        return _two_passes(student, jump, *direction)
+
     undecided = student not in _KEPT
     masks = _Masks(student, jump.x.device)
     buffers = [(buffer, buffer.clone()) for buffer in student.buffers()] if undecided else []
-    reason = None
-    # Inference tensors, which have no versions, cannot be followed; that says nothing of the student.
-    if not torch.is_inference_mode_enabled() and (undecided or _KEPT[student] is not None):
-        try:
-            result = _one_pass(student, jump, dx, dt, ds)
-            if undecided:
-                _KEPT[student] = _places_of_duals(student)
-            for place, name in _KEPT[student] or ():
-                place[name] = parts(place[name])[0]
-            return result
-        except (FlowDistillError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            reason = _first_line(error)
-        # What a first try has drawn and changed must not be seen in a second.
-        masks.again()
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-    average = evaluate(student, jump)
+    try:
+        result = _one_pass(student, jump, *direction)
+        if undecided:
+            _KEPT[student] = _places_of_duals(student)
+        for place, name in _KEPT[student] or ():
+            place[name] = parts(place[name])[0]
+        return result
+    except (FlowDistillError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = _first_line(error)
+
+    # What the first try has drawn and changed must not be seen in the second.
     masks.again()
-    _, slope = _product(student, jump, dx, dt, ds, graph=False)
-    if reason is not None:
-        _KEPT[student] = None
-        warnings.warn(
-            f"values and derivatives of {type(student).__name__} take two passes, which cost more: {reason}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return average, slope
+    with torch.no_grad():
+        for buffer, value in buffers:
+            buffer.copy_(value)
+    result = _two_passes(student, jump, *direction)
+    _KEPT[student] = None
+    warnings.warn(
+        f"values and derivatives of {type(student).__name__} take two passes, which cost more: {reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return result
 
 
 # Where students keep tensors of a pass, such as statistics; None for students that need two passes.
@@ -135,16 +136,24 @@ def _one_pass(student: FlowMap, jump: Jump, dx: Tensor | None, dt: float, ds: fl
     return average, torch.zeros_like(average) if slope is None else slope
 
 
+def _two_passes(student: FlowMap, jump: Jump, dx: Tensor | None, dt: float, ds: float) -> tuple[Tensor, Tensor]:
+    masks = _Masks(student, jump.x.device)
+    average = evaluate(student, jump)
+    masks.again()
+    _, slope = _product(student, jump, dx, dt, ds, graph=False)
+    return average, slope
+
+
 def _product(
     student: FlowMap, jump: Jump, dx: Tensor | None, dt: float, ds: float, graph: bool
 ) -> tuple[Tensor, Tensor]:
     """F and its derivative by `torch.func.jvp`."""
     x, t, s, condition = jump
-    direction = (torch.zeros_like(x) if dx is None else dx, torch.full_like(t, dt), torch.full_like(s, ds))
+    tangents = torch.zeros_like(x) if dx is None else dx, torch.full_like(t, dt), torch.full_like(s, ds)
     try:
         with torch.set_grad_enabled(graph), sdpa_kernel(SDPBackend.MATH), _Rules(graph):
             average, slope = torch.func.jvp(  # type: ignore[misc]
-                lambda x, t, s: student.average_velocity(x, t, s, condition), (x, t, s), direction
+                lambda x, t, s: student.average_velocity(x, t, s, condition), (x, t, s), tangents
             )
     except (FlowDistillError, torch.OutOfMemoryError):
         raise
@@ -225,6 +234,8 @@ class _Rules(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if is_foreign(func) and any(map(torch._C._functorch.is_functorch_wrapped_tensor, tree_leaves((args, kwargs)))):
+            raise NotImplementedError(f"{func} has no forward derivative")  # PyTorch would take it to be 0
         if func is F.group_norm:
             func = _group_norm
         elif func is F.dropout and not self._graph:

@@ -171,6 +171,8 @@ CASES = {
         case(M, None, None, normal(5), normal(5), True),
     ],
     "instance_norm": [case(X), case(X, weight=V, bias=V + 1, eps=1e-3)],
+    "torch batch_norm": [case(X, V, V + 1, None, None, True, 0.1, 1e-3, False)],
+    "torch instance_norm": [case(X, V, V + 1, None, None, True, 0.1, 1e-3, False)],
     "group_norm": [case(X, 2, V, V + 1, 1e-3), case(LAST, 2), case(X.mT, 4), case(X[:, :, 0, 0], 2)],
     "rms_norm": [case(X, (6,), normal(6)), case(X, (6, 6), eps=1e-3), case(X.float(), (6,))],
     "layer_norm": [case(X, (6,), normal(6), normal(6), 1e-3), case(X, (6, 6)), case(X.transpose(1, 3), (4,))],
@@ -240,6 +242,7 @@ def kinds():
             continue
         name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
         name = re.sub("^(fft|linalg|special)_", "", name)
+        name = f"torch {name}" if func in (torch.batch_norm, torch.instance_norm) else name
         yield pytest.param(func, CASES.get(SAME.get(name, name), UNNAMED), id=name)
 
 
@@ -480,3 +483,12 @@ def test_arithmetic_of_any_shapes_and_types(shapes, dtypes, moving, func):
     )
     tolerance = 0.05 if torch.bfloat16 in (*dtypes, value.dtype) else 1e-5
     assert float((slope.double() - wanted).abs().sum()) <= tolerance * (1 + float(wanted.abs().sum()))
+
+
+@pytest.mark.parametrize(
+    "view", [torch.view_as_complex, lambda z: z.unflatten(0, (3, 1)), lambda z: z.view(6), lambda z: z.view_as(z)]
+)
+def test_views_of_tangents_that_are_the_same_in_places(view):
+    value, tangent = normal(3, 2), normal(3, 1)
+    wanted = view(tangent.repeat(1, 2))
+    torch.testing.assert_close(parts(view(dual(value, tangent)))[1], wanted)

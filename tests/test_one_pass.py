@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flowdistill import Condition, ConfigError, differentiation
 from flowdistill.differentiation import jvp
-from flowdistill.duals import dual, parts, register_rule
+from flowdistill.duals import Refused, dual, parts, register_rule
 from flowdistill.duals.engine import RULES
 from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.interfaces import Jump
@@ -175,7 +175,11 @@ def rotated(x):
 
 
 def broadcast_and_viewed(x):
-    return (x + torch.ones(1, 6, 1, 1, dtype=x.dtype) * x.mean()).view(len(x), -1).unflatten(1, x.shape[1:])
+    """A derivative that is the same for all channels takes no memory for each, and its views do not exist."""
+    y = torch.ones_like(x) + x.sin().mean(1, keepdim=True)
+    assert y.is_contiguous()
+    y = y.view(len(x), -1).unflatten(1, (48, 2))
+    return x * torch.view_as_real(torch.view_as_complex(y) * 2j).view_as(x)
 
 
 def checkpointed(x):
@@ -369,6 +373,13 @@ def written_out(x):
     return h + x
 
 
+def negated(x):
+    h = torch.empty_like(x)
+    with torch.no_grad():
+        torch.neg(x, out=h)
+    return h + x
+
+
 def captured(x):
     one = torch.ones(1, dtype=x.dtype, requires_grad=True)
     return checkpoint(lambda y: y * x, one, use_reentrant=True)
@@ -378,6 +389,7 @@ REFUSED = {
     "function": (Sine.apply, r"cannot differentiate body\.1 \(Calls\)"),
     "captured": (captured, r"cannot differentiate body\.1 \(Calls\)"),
     "out": (written_out, r"cannot differentiate body\.1 \(Calls\)"),
+    "out, with a rule": (negated, r"cannot differentiate body\.1 \(Calls\)"),
     "numpy": (lambda x: x * float(x.detach().cpu().square().numpy().mean()), r"cannot differentiate body\.1 \(Calls\)"),
     "data": (lambda x: x * x.data, r"no derivative goes through Tensor\.data.*x\.detach\(\)"),
     "item": (lambda x: x * x.mean().item(), r"no derivative goes through Tensor\.item.*x\.detach\(\)"),
@@ -387,6 +399,8 @@ REFUSED = {
         lambda x: x * torch.special.bessel_j0(x),
         "no forward derivative of special_bessel_j0.*register_rule",
     ),
+    "operator in place": (lambda x: doubled(x), "no forward derivative of double.*register_rule"),
+    "operator in two passes": (lambda x: sine(through_a_view(x)), r"cannot differentiate body\.1 \(Calls\).*sine"),
     "operator": (lambda x: torch.ops.flowdistill_test.sine(x), "no forward derivative of sine.*register_rule"),
 }
 
@@ -396,6 +410,17 @@ def sine(x: torch.Tensor) -> torch.Tensor:
     return x.sin()
 
 
+@torch.library.custom_op("flowdistill_test::double", mutates_args=("x",))
+def double(x: torch.Tensor) -> None:
+    x.mul_(2)
+
+
+def doubled(x):
+    y = x.sin()
+    double(y)
+    return y
+
+
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("kind", REFUSED)
 def test_no_derivative_is_wrong_in_silence(kind):
@@ -403,6 +428,30 @@ def test_no_derivative_is_wrong_in_silence(kind):
     student, jump, dx = brought(nn.Sequential(nn.Conv2d(6, 6, 1), Calls(function)))
     with pytest.raises(ConfigError, match=message):
         jvp(student, jump, dx=dx, dt=1.0)
+
+
+class Product(torch.autograd.Function):
+    """Of its argument, and of what it is not given."""
+
+    @staticmethod
+    def forward(ctx, x, other):
+        return x * other()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        return tangent
+
+
+def test_functions_that_take_more_than_their_arguments_are_refused():
+    x = dual(torch.tensor(2.0), torch.tensor(1.0))
+    with pytest.raises(Refused, match="takes tensors past its arguments"):
+        Product.apply(x, lambda: x)
+    with pytest.raises(Refused, match="Product takes tensors past its arguments"):
+        Product.apply(torch.ones(()), lambda: x)
 
 
 @pytest.fixture
@@ -608,3 +657,14 @@ def test_a_compiler_sees_one_graph(network, tolerance):
     for got, expected in zip((average.detach(), slope, gradients(student, average)), wanted, strict=True):
         assert distance(got, expected) < tolerance
     assert not slope.requires_grad
+
+
+def test_a_compiler_loses_no_graph(rules):
+    """That of a function with a backward pass of its own, which a compiler cannot be kept from entering."""
+    register_rule(Sine)(lambda result, tangents, x: tangents[0] * x.cos())
+    student, jump, dx = brought(Calls(Sine.apply))
+    value_slope_gradients(student, jump, dx=dx)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda jump: jvp(student, jump, dx=dx), backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="records no graph"):
+        compiled(jump)

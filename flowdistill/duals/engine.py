@@ -298,7 +298,11 @@ def follow(
     draws = Draws(values)
     plain_args, plain_kwargs = tree_unflatten(values, structure)
     result = func(*plain_args, **plain_kwargs)
+    if has_duals((result,)):
+        raise Refused(f"{_name(func)} takes tensors past its arguments")
     if [v._version for v in values if isinstance(v, Tensor)] != versions:
+        if is_foreign(func):
+            raise _no_derivative(func)
         raise Refused(f"{_name(func)} changes its arguments in place")
     if all(tangent is None for tangent in tangents) or not any(map(_is_real, tree_leaves(result))):
         return joined(result, None)
@@ -319,11 +323,22 @@ def _by_pytorch(func: Any, values: Sequence[Any], structure: Any, tangents: Sequ
     # What PyTorch cannot differentiate raises an error, or has just no tangent.
     still = all(t is None for t in tree_leaves(tangent)) and any(_is_real(v) and v.numel() for v in tree_leaves(result))
     if still and not isinstance(getattr(func, "__self__", None), FunctionMeta):
-        raise ConfigError(
-            f"PyTorch has no forward derivative of {_name(func)}: give it one by flowdistill.duals.register_rule, or "
-            "bind the objective's estimator = @finite_difference()"
-        )
+        raise _no_derivative(func)
     return tangent
+
+
+def is_foreign(func: Any) -> bool:
+    """Whether a function is an operator of others, to whose derivative PyTorch may be blind."""
+    name = getattr(func, "_qualified_op_name", "") or getattr(func, "_name", "")
+    foreign = isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
+    return foreign and not name.startswith(("aten::", "prims::"))
+
+
+def _no_derivative(func: Any) -> ConfigError:
+    return ConfigError(
+        f"PyTorch has no forward derivative of {_name(func)}: give it one by flowdistill.duals.register_rule, or bind "
+        "the objective's estimator = @finite_difference()"
+    )
 
 
 class Draws:

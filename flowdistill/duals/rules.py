@@ -376,6 +376,23 @@ def _batch_norm(
     return d * (_channels((running_var + eps).rsqrt(), x) * _channels(weight, x))
 
 
+@_unary(torch.batch_norm)
+def _torch_batch_norm(
+    y: Tensor,
+    d: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Any:
+    return _batch_norm(y, d, x, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
 @_unary(F.instance_norm)
 def _instance_norm(
     y: Tensor,
@@ -393,6 +410,23 @@ def _instance_norm(
         return _normalized(d, x, list(range(2, x.ndim)), eps) * _channels(weight, x)
     assert running_var is not None
     return d * (_channels((running_var + eps).rsqrt(), x) * _channels(weight, x))
+
+
+@_unary(torch.instance_norm)
+def _torch_instance_norm(
+    y: Tensor,
+    d: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Any:
+    return _instance_norm(y, d, x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
 
 
 @_unary(F.group_norm)
