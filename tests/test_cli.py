@@ -93,6 +93,7 @@ def test_list_show_cite(folder, capsys, monkeypatch):
     assert "freeflow/freeflow.gin" in shown
     assert "2511.19428" in shown
     assert "The fraction of the batch for the correction" in shown
+    assert "\n_" not in said("show", "flow_maps", "sit_student")  # what PyTorch's modules keep for themselves
     assert "from data" in said("show", "methods", "meanflow")
     assert "@freeflow_prediction()" in said("show", "recipes", "freeflow/ring.gin")
     for source in ("run", "freeflow/ring.gin"):

@@ -86,4 +86,4 @@ def field_docs(cls: type) -> dict[str, str]:
                 if isinstance(text, str):
                     found[statement.target.id] = inspect.cleandoc(text)
     fields = [field.name for field in attrs.fields(cls)] if attrs.has(cls) else list(found)
-    return {name: found[name] for name in fields if name in found}
+    return {name: found[name] for name in fields if name in found and not name.startswith("_")}
