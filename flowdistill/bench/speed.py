@@ -103,7 +103,7 @@ def speed(
         ConfigError: no method has such a name, or a binding is wrong.
 
     Examples:
-        >>> folder = speed(only=["meanflow_distillation"], bindings=["train.batch_size = 4"], rounds=2)
+        >>> folder = speed(only=["stee"], bindings=["train.batch_size = 2"], rounds=2)
         >>> (folder / "table.md").is_file()
         True
     """

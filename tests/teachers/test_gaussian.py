@@ -211,6 +211,7 @@ def test_mixture_samples_follow_the_weights(generator):
     assert data[data > 2].var() == pytest.approx(0.01, rel=0.1)
 
 
+@settings(max_examples=8)
 @given(pairs())
 def test_product_map_is_the_ode_solution(times):
     t, s = times

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -22,7 +23,9 @@ class Odd(flowdistill.Objective):
 
     def loss(self, states, step):
         if SECOND and step.number == 5:
-            if DEED == "stops":
+            if DEED == "stops":  # until the others have given up; torchrun alone would wait for half a minute
+                killer = ["sh", "-c", f"sleep 10; kill -9 {os.getpid()}"]
+                subprocess.Popen(killer, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
                 signal.raise_signal(signal.SIGSTOP)
             if DEED == "dies":
                 os._exit(3)
