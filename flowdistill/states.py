@@ -10,7 +10,7 @@ import torch
 from attrs.validators import ge, instance_of, is_callable, le, optional
 from torch import Tensor
 
-from flowdistill.data import Dataset
+from flowdistill.data import Blank, Dataset
 from flowdistill.interfaces import Condition, FlowMap, Jumps, Pairs, States, StateSource, Teacher
 from flowdistill.interfaces.jump import ratio
 from flowdistill.paths import interpolate
@@ -170,6 +170,10 @@ class NoisedData(_Guided):
     def prefetch(self, batch_size: int, generator: torch.Generator) -> None:
         """Begin to read the data."""
         self.dataset.prefetch(batch_size, generator)
+
+    def leave_out_data(self) -> None:
+        """Take zeros in place of the data set."""
+        self.dataset = Blank(self.dataset)
 
     def sample(self, batch_size: int, pairs: Pairs, generator: torch.Generator) -> States:
         """Draw data, times and noise."""

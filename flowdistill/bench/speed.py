@@ -14,7 +14,6 @@ import torch
 
 from flowdistill import differentiation
 from flowdistill.bench.tables import Cells, markdown_table
-from flowdistill.data import Blank
 from flowdistill.interfaces import Step
 from flowdistill.plumbing import config
 from flowdistill.plumbing.distributed import find_device
@@ -25,7 +24,6 @@ from flowdistill.plumbing.flops import Allocations, Flops
 from flowdistill.plumbing.machine import machine
 from flowdistill.plumbing.progress import progress
 from flowdistill.plumbing.randomness import ONE_AT_A_TIME, step_generator
-from flowdistill.states import NoisedData
 from flowdistill.training.loop import Loop
 from flowdistill.training.trainer import configured_loop
 
@@ -153,8 +151,7 @@ def _built(files: Sequence[str | Path], bindings: Sequence[str], folder: str, de
     short = ["train.batch_size = 16", "train.accumulation = 1", "train.evaluation = None", "train.sample_every = 0"]
     with ONE_AT_A_TIME, torch.random.fork_rng(), config.parsed(files, [*short, *bindings]), without_files(values=True):
         loop = configured_loop(folder, device)
-    if isinstance(loop.source, NoisedData):
-        loop.source.dataset = Blank(loop.source.dataset)
+    loop.source.leave_out_data()
     return loop
 
 

@@ -29,3 +29,6 @@ class StateSource(Part, ABC):
 
     def prefetch(self, batch_size: int, generator: torch.Generator) -> None:
         """Begin to read what `sample` will need for a generator in this state; the default does nothing."""
+
+    def leave_out_data(self) -> None:
+        """Take zeros in place of a data set, where only costs are of interest; the default has none."""

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from flowdistill.data import Blank
 from flowdistill.differentiation import backward
 from flowdistill.interfaces import ObjectiveOutput
 from flowdistill.plumbing import config
@@ -20,7 +19,6 @@ from flowdistill.plumbing.dry import without_files
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.flops import Flops
 from flowdistill.plumbing.randomness import ONE_AT_A_TIME
-from flowdistill.states import NoisedData
 from flowdistill.training.loop import Loop
 from flowdistill.training.settings import OptimizerBuilder
 from flowdistill.training.trainer import configured_loop
@@ -117,8 +115,7 @@ def plan(
     files = config.chosen(recipe, on, gin_file, gin_files)
     with ONE_AT_A_TIME, torch.random.fork_rng(), config.parsed(files, gin_bindings), without_files():
         loop = configured_loop("plan", "cpu")
-        if isinstance(loop.source, NoisedData):
-            loop.source.dataset = Blank(loop.source.dataset)
+        loop.source.leave_out_data()
         models: dict[str, nn.Module] = {"student": loop.student}
         models |= {} if loop.teacher is None else {"teacher": loop.teacher}
         models |= loop.objective.modules()
