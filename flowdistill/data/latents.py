@@ -90,7 +90,6 @@ class Latents(Dataset):
         """Draw latents and labels with replacement."""
         state, rows = self._draw(batch_size, generator)
         read = self._ahead.pop(state, None)
-        self._ahead.clear()
         mean, std = self._read(rows) if read is None else read.result()
         device = generator.device
         drawn = _moved(mean, device)
@@ -102,6 +101,8 @@ class Latents(Dataset):
     def prefetch(self, batch_size: int, generator: torch.Generator) -> None:
         """Read in another thread what `sample` will return for this generator."""
         state, rows = self._draw(batch_size, generator)
+        for stale in list(self._ahead)[:-1]:  # of a training that went another way
+            del self._ahead[stale]
         ahead = self._ahead[state] = Future()
 
         def read() -> None:

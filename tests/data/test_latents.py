@@ -186,7 +186,17 @@ def test_what_is_read_ahead_is_read_once(tmp_path, monkeypatch):
     once = data._read
     monkeypatch.setattr(data, "_read", lambda rows: read.append(len(rows)) or once(rows))
     drawn(data, (1, 2), ahead=(1, 2))
-    assert read == [9, 9]
+    data.prefetch(9, generator(3))
+    data.sample(7, generator(4))  # as for a further update of the same step
+    data.sample(9, generator(3))
+    assert sorted(read) == [7, 9, 9, 9]
+
+
+def test_little_is_kept_of_what_was_read_in_vain(tmp_path):
+    data = shards(tmp_path)
+    for seed in range(5):
+        data.prefetch(9, generator(seed))
+    assert len(data._ahead) == 2
 
 
 def test_training_reads_the_next_batch_ahead(tmp_path, monkeypatch):
