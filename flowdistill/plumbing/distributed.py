@@ -199,8 +199,11 @@ class _Failure:
     rank: int
 
     def throw(self) -> NoReturn:
-        if self.rank != rank_and_world()[0] and isinstance(self.error, FlowDistillError):
-            self.error.told = True
+        if self.rank == rank_and_world()[0]:
+            raise self.error
+        if not isinstance(self.error, FlowDistillError):
+            raise DistributedError(f"process {self.rank} failed: {self.error}", told=True)
+        self.error.told = True
         raise self.error
 
 
@@ -213,6 +216,8 @@ def _tried(do: Callable[[], T]) -> T | _Failure:
 
 def by_first(do: Callable[[], T]) -> T:
     """What the first process has done, for all: its result, or its error in all of them.
+
+    In the others an error of the operating system is a `DistributedError`.
 
     The others wait however long it takes, as long as the first one gives signs of life.
     """

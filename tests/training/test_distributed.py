@@ -14,7 +14,8 @@ from runs import write
 from safetensors.torch import load_file
 
 import flowdistill
-from flowdistill import ConfigError
+from flowdistill import ConfigError, FlowDistillError
+from flowdistill.plumbing import distributed
 from flowdistill.plumbing.files import locked
 from flowdistill.runs.checkpoints import checkpoint_paths
 
@@ -234,6 +235,19 @@ def test_a_gradient_and_a_metric_may_exist_in_one_process_alone(odd, tmp_path):
     finish(odd("has_a_part"))
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["extra"] == 1.0
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ConfigError("wrong")])
+def test_one_process_alone_tells_an_error(error, monkeypatch):
+    failure = distributed._Failure(error, rank=0)
+    with pytest.raises(type(error)) as raised:
+        failure.throw()
+    assert raised.value is error
+    assert not isinstance(error, FlowDistillError) or not error.told
+    monkeypatch.setattr(distributed, "rank_and_world", lambda: (1, 2))
+    with pytest.raises(FlowDistillError, match=f"{error.args[-1]}$") as raised:
+        failure.throw()
+    assert raised.value.told
 
 
 @pytest.mark.slow
