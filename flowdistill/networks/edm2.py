@@ -117,9 +117,10 @@ class MPConv(ForcedWeight):
         if self._frozen is not None and key in self._frozen:
             return self._frozen[key]
         weight = (normalize(self.weight) * (gain / math.sqrt(self.weight[0].numel()))).to(dtype)
+        if self._frozen is None or weight.requires_grad or torch.compiler.is_compiling():
+            return weight
         # What is made within a transformation or in inference mode is of no use outside.
-        passing = torch.is_inference_mode_enabled() or torch._C._are_functorch_transforms_active()
-        if self._frozen is not None and not (weight.requires_grad or passing or torch.compiler.is_compiling()):
+        if not (torch.is_inference_mode_enabled() or torch._C._are_functorch_transforms_active()):
             self._frozen[key] = weight
         return weight
 
