@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from edm2_files import Layer, writing
 from golden_files import golden
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import flowdistill
@@ -198,3 +199,19 @@ def drawn(flow_map, condition=None):
     x = torch.randn(3, *flow_map.sample_shape, generator=torch.Generator().manual_seed(0))
     t, s = torch.tensor([1.0, 0.8, 0.5]), torch.tensor([0.0, 0.3, 0.2])
     return flow_map(x, t, s, Condition(torch.tensor([1, 5, 9])) if condition is None else condition)
+
+
+def altered(data, tensors):
+    """Take tensors away, or change their names, shapes or kinds, as hypothesis chooses."""
+    for _ in range(data.draw(st.integers(1, 3))):
+        name = data.draw(st.sampled_from(sorted(tensors)))
+        value = tensors.pop(name)
+        change = data.draw(st.sampled_from(["none", "shape", "empty", "scalar", "int", "rename", "half"]))
+        if change != "none":
+            tensors[name + ("x" if change == "rename" else "")] = {
+                "shape": value.flatten()[:7].clone(),
+                "empty": value.flatten()[:0].clone(),
+                "scalar": torch.tensor(1.0),
+                "int": value.int(),
+                "half": value.half(),
+            }.get(change, value)
