@@ -185,7 +185,8 @@ class _ResidualNetwork(VelocityNetwork):
         embedding: Tensor | None = None,
         late_time: Tensor | None = None,
     ) -> Tensor:
-        base = self.teacher.velocity(x, t.abs(), Condition(labels))  # expanded conditioning gives -t for t
+        condition = None if labels is None else Condition(labels)
+        base = self.teacher.velocity(x, t.abs(), condition)  # expanded conditioning gives -t for t
         return base + self.network.velocity(x, t, labels, embedding, late_time)
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowdistill.networks.compilation import Compilable, compilable
 from flowdistill.networks.linear import Linear
 from flowdistill.plumbing.dry import weights
 from flowdistill.plumbing.errors import ConfigError
 
 
-class VelocityNetwork(nn.Module, ABC):
+class VelocityNetwork(nn.Module, Compilable, ABC):
     """A network that predicts velocities in this library's convention: t = 1 noise, u = dx/dt."""
 
     sample_shape: tuple[int, ...]
@@ -49,6 +50,8 @@ class VelocityNetwork(nn.Module, ABC):
                 self.arguments = dict(list(bound.arguments.items())[1:])
 
         cls.__init__ = recording  # type: ignore[method-assign, assignment]
+        if "velocity" in cls.__dict__:
+            cls.velocity = compilable(cls.velocity)  # type: ignore[method-assign]
 
     @abstractmethod
     def velocity(
@@ -84,20 +87,6 @@ class VelocityNetwork(nn.Module, ABC):
             ConfigError: the network has no output layer of its own.
         """
         raise ConfigError(f"{type(self).__name__} has no output layer that could be widened")
-
-
-class ForcedWeight(nn.Module, ABC):
-    """A layer that in training mode replaces its weights by others, before it uses them.
-
-    A Jacobian-vector product cannot replace weights on the way, so `flowdistill.differentiation` asks for it before.
-    """
-
-    @abstractmethod
-    def replace_weight(self) -> None:
-        """Replace the weights where that is due; a second call changes nothing."""
-
-    def freeze(self) -> None:
-        """Take it that the weights do not change any more; copies are as before. The default does nothing."""
 
 
 def widened(layer: nn.Linear, channels: int, kept: int, copies: int, extra: int) -> Linear:

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowdistill.networks.attention import attention
-from flowdistill.networks.base import ForcedWeight, VelocityNetwork, check_sizes
+from flowdistill.networks.base import VelocityNetwork, check_sizes
+from flowdistill.networks.forced_weight import ForcedWeight
 from flowdistill.paths import expand_time
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.registry import register_network
@@ -97,7 +98,9 @@ class MPConv(ForcedWeight):
     def replace_weight(self) -> None:
         """Store the scaled weights, in training mode and where they have changed."""
         compiling = torch.compiler.is_compiling()  # a compiler cannot tell, and scales them each time
-        if self.training and (compiling or self.weight._version != self._normalized_version):
+        if not self.training or (compiling and self.replaced_before):
+            return
+        if compiling or self.weight._version != self._normalized_version:
             with torch.no_grad():
                 self.weight.copy_(normalize(self.weight))
             if not compiling:

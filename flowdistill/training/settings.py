@@ -15,6 +15,7 @@ from torch import nn
 from flowdistill.ema import Averaging, Ema
 from flowdistill.evaluation.comparison import Evaluation
 from flowdistill.interfaces import FlowMap, Objective, StateSource, Teacher
+from flowdistill.networks.compilation import check_backend
 from flowdistill.plumbing import config
 from flowdistill.plumbing.distributed import rank_and_world
 from flowdistill.plumbing.errors import ConfigError
@@ -87,6 +88,8 @@ class Training:
     """The largest norm of a gradient; None is no limit."""
     precision: Literal["float32", "bf16"] = attrs.field(default="float32", validator=in_(("float32", "bf16")))
     """"bf16" evaluates losses under autocast, with weights and times in float32."""
+    compile: str | None = attrs.field(default=None, validator=of_type(str, NoneType))
+    """Compile the networks by this backend of ``torch.compile``, such as "inductor"; None compiles nothing."""
     ema: Averaging | None = attrs.field(factory=Ema, validator=of_type(Averaging, NoneType))
     """The average of the student's weights that the run results in; None keeps none."""
     seed: int = attrs.field(default=0, validator=of_type(int))
@@ -110,6 +113,8 @@ class Training:
                 f"train.accumulation = {self.accumulation} backward passes cannot be shared out evenly over {world} "
                 f"processes: set it to a multiple of {world}"
             )
+        if self.compile is not None:
+            check_backend(self.compile)
         if self.evaluation is not None:
             self.evaluation.check(self.teacher)
         if objective.needs_teacher and self.teacher is None:
