@@ -87,8 +87,9 @@ if TYPE_CHECKING:
     from flowdistill.runs.evaluating import evaluate
     from flowdistill.searching import SearchResult, SearchStrategy, search
     from flowdistill.solvers import Solver
-    from flowdistill.training import Training, TrainResult, train
+    from flowdistill.training import Training
     from flowdistill.training.planning import Plan, plan
+    from flowdistill.training.trainer import TrainResult, train
 
 __version__ = "0.1.0"
 
@@ -101,13 +102,13 @@ _HOMES = {
     "SearchResult": "flowdistill.searching",
     "SearchStrategy": "flowdistill.searching",
     "Solver": "flowdistill.solvers",
-    "TrainResult": "flowdistill.training",
+    "TrainResult": "flowdistill.training.trainer",
     "Training": "flowdistill.training",
     "VelocityNetwork": "flowdistill.networks",
     "evaluate": "flowdistill.runs.evaluating",
     "plan": "flowdistill.training.planning",
     "search": "flowdistill.searching",
-    "train": "flowdistill.training",
+    "train": "flowdistill.training.trainer",
 }
 
 __all__ = [

@@ -9,11 +9,12 @@ numbers for the whole batch:
 
 Both functions return F with a graph and, unless asked otherwise, the derivative without: almost no published loss lets
 gradients flow through it.
-Whatever wraps a student (data parallelism, compilation, a fused kernel) is to be dealt with here and nowhere else.
+Whatever wraps a student, such as data parallelism or a fused kernel, is to be dealt with here and nowhere else.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import traceback
 import warnings
@@ -36,6 +37,7 @@ from flowdistill.networks import ForcedWeight
 from flowdistill.networks.attention import plain_attention
 from flowdistill.paths import expand_time
 from flowdistill.plumbing.errors import ConfigError, FlowDistillError
+from flowdistill.plumbing.precision import tf32
 
 _ADVICE = "bind the objective's estimator = @finite_difference() in place of the exact derivative"
 _NO_GRADIENT = re.compile("derivative for .* is not implemented")
@@ -348,8 +350,9 @@ def finite_difference(
     ``backward`` steps to shorter durations only, which the student has learnt earlier, and reuses F: one more
     evaluation, an error of O(h). ``central`` steps both ways: two more evaluations, an error of O(h^2), or O(h) where
     a step is cut. Steps are cut where they would leave 0 <= s <= t <= 1; at t = s, where every identity multiplies the
-    derivative by t - s = 0, it is 0. The direction must change the duration (dt != ds). Evaluations are in full
-    precision even under autocast, because a difference divides rounding errors by h, and share their dropout masks.
+    derivative by t - s = 0, it is 0. The direction must change the duration (dt != ds). Evaluations share their dropout
+    masks. They are in float32 even under autocast, because a difference divides rounding errors by h, and on a GPU
+    without TF32 for h < 0.03, where its rounding would exceed the difference's own bias.
     """
     x, t, s, condition = jump
     rate = dt - ds  # change of the duration per unit along the direction
@@ -358,7 +361,7 @@ def finite_difference(
         moved = x if dx is None else x + expand_time(amount, x) * dx
         return moved, t + dt * amount, s + ds * amount
 
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), tf32(False) if h < 0.03 else contextlib.nullcontext():
         masks = _Masks(student, x.device)
         average = evaluate(student, jump)
         masks.again()

@@ -13,7 +13,7 @@ from flowdistill import ConfigError
 from flowdistill.differentiation import finite_difference, jvp
 from flowdistill.networks.compilation import compile_networks
 from flowdistill.plumbing import config
-from flowdistill.training.trainer import configured_loop
+from flowdistill.training.loop import configured_loop
 
 
 @pytest.fixture(autouse=True)

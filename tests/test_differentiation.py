@@ -16,6 +16,7 @@ from flowdistill.differentiation import backward, finite_difference, jvp
 from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.interfaces import FlowMap, Jump
 from flowdistill.networks import MLP, SiT, attention
+from flowdistill.plumbing.precision import tf32
 from flowdistill.teachers.gaussian import GaussianFlowMap, GaussianTeacher
 from flowdistill.velocities import FiniteDifference, Jvp
 
@@ -156,6 +157,26 @@ def test_differences_are_in_full_precision_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, autocast = finite_difference(student, Jump(x, t, s), ds=1.0, h=0.01)
     assert torch.equal(plain, autocast)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_differences_of_small_steps_are_made_without_tf32(allowed):
+    """As flags of PyTorch, which mean nothing on a CPU."""
+    flags = lambda: (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)  # noqa: E731
+
+    class Flags(FlowMap):
+        def average_velocity(self, x, t, s, condition=None):
+            seen.append(flags())
+            return x
+
+    before = flags()
+    with tf32(allowed):
+        for h, expected in ((0.03, allowed), (0.029, False)):
+            seen: list[tuple[bool, bool]] = []
+            finite_difference(Flags(), Jump(torch.ones(2, 3), torch.ones(2), torch.zeros(2)), ds=1.0, h=h)
+            assert seen == 2 * [(expected, expected)]
+        assert flags() == (allowed, allowed)
+    assert flags() == before
 
 
 def test_step_size_anneals_geometrically():

@@ -2,6 +2,7 @@
 
 import copy
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from flowdistill.cli import main
 from flowdistill.networks import MLP
 from flowdistill.plumbing import config
 from flowdistill.plumbing.dry import weights, without_files
+from flowdistill.training.planning import SPEEDS
 
 
 @pytest.mark.parametrize(
@@ -104,6 +106,21 @@ def test_hours_are_stated_at_a_speed():
     assert slow.hours == pytest.approx(2 * fast.hours)
     with pytest.raises(ConfigError, match="positive"):
         plan("meanflow", on="plane", flops_per_second=0)
+    measured = plan("meanflow", on="plane", gpu="H200")
+    assert measured.flops_per_second == SPEEDS["h200"]
+    assert str(measured).endswith("at 1.5e+14 FLOP/s, as measured on one H200")
+    assert str(slow).endswith("at 1e+12 FLOP/s")
+    with pytest.raises(ConfigError, match=r"speed of b300 has not been measured, only that of h200.*--flops"):
+        plan("meanflow", on="plane", gpu="b300")
+
+
+def test_the_measured_speed_is_that_of_the_table():
+    """FreeFlow with exact derivatives, TFLOP/s to two digits."""
+    table = Path(__file__).parents[1] / "benchmarks" / "results" / "imagenet_step.md"
+    header, _, row, *_ = (line.split("|") for line in table.read_text().splitlines() if line.startswith("|"))
+    measured = float(row[[name.strip() for name in header].index("TFLOP/s")])
+    assert row[1].strip() == "FreeFlow, exact derivatives"
+    assert SPEEDS["h200"] == pytest.approx(1e12 * measured, rel=0.02)
 
 
 def test_no_file_is_read(monkeypatch):

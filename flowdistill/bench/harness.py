@@ -28,7 +28,7 @@ from flowdistill.plumbing.gin_errors import errors_located
 from flowdistill.plumbing.progress import bars, progress
 from flowdistill.runs.records import read_records
 from flowdistill.runs.run import Run
-from flowdistill.training import train
+from flowdistill.training.trainer import train
 
 
 def bench(

@@ -24,8 +24,7 @@ from flowdistill.plumbing.flops import Allocations, Flops
 from flowdistill.plumbing.machine import machine
 from flowdistill.plumbing.progress import progress
 from flowdistill.plumbing.randomness import ONE_AT_A_TIME, step_generator
-from flowdistill.training.loop import Loop
-from flowdistill.training.trainer import configured_loop
+from flowdistill.training.loop import Loop, configured_loop
 
 _SETTINGS = ("mnist_sit", "mnist_edm2")
 _HEAD = ["", "counted", "measured", "measured / counted", "kernels", "memory", "states a second", "GFLOP/s"]

@@ -18,7 +18,7 @@ from flowdistill.plumbing.files import fingerprint
 from flowdistill.plumbing.gin_errors import errors_located
 from flowdistill.plumbing.randomness import ONE_AT_A_TIME
 from flowdistill.plumbing.statements import Statement, parts_of
-from flowdistill.training.trainer import configured_loop
+from flowdistill.training.loop import configured_loop
 
 
 @attrs.frozen(kw_only=True)

@@ -131,7 +131,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--gin_file", action="append", default=[], help="a gin file, read after the others; repeatable"
         )
-        command.add_argument("--flops", type=float, default=4e14, help="FLOP/s at which a plan states hours")
+        command.add_argument(
+            "--gpu", default="h200", help="the GPU at whose measured speed a plan states hours (default: h200)"
+        )
+        command.add_argument("--flops", type=float, help="FLOP/s at which a plan states hours, in place of --gpu")
         command.add_argument("--memory", type=float, metavar="GIB", help="of a device: a plan says which batch fits")
         command.epilog = "--gin.NAME=VALUE sets a binding, as in --gin.train.steps=100; repeatable"
     plan.set_defaults(command=_plan)
@@ -248,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace) -> None:
     from flowdistill.plumbing.distributed import rank_and_world
-    from flowdistill.training import train
+    from flowdistill.training.trainer import train
 
     if options.dry_run:
         _plan(options)
@@ -269,7 +272,7 @@ def _train(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     from flowdistill.training.planning import plan
 
-    planned = plan(**_recipe(options), flops_per_second=options.flops)
+    planned = plan(**_recipe(options), gpu=options.gpu, flops_per_second=options.flops)
     print(planned)
     if options.memory is not None:
         batch_size, accumulation = planned.fitting(options.memory * 2**30)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from flowdistill.plumbing.errors import CheckpointError
 from flowdistill.plumbing.fields import short
 
+_OF_THE_DEVICE = {"foreach", "fused"}  # how an optimiser computes, and not what
+
 
 def pack(value: Any, tensors: MutableMapping[str, Tensor]) -> Any:
     """What JSON can say of a value; its tensors are added to ``tensors``, under the names that stand in their places.
@@ -89,7 +91,10 @@ def restore(
         _check_saved(saved, own, parameters, builder)
     except ValueError as error:
         raise CheckpointError(f"{source} holds another optimiser than that of the training: {error}") from None
-    groups = [{**ours, **theirs} for ours, theirs in zip(own["param_groups"], saved["param_groups"], strict=True)]
+    groups = [
+        {**ours, **theirs, **{key: ours[key] for key in _OF_THE_DEVICE & ours.keys()}}
+        for ours, theirs in zip(own["param_groups"], saved["param_groups"], strict=True)
+    ]
     optimizer.load_state_dict({**saved, "param_groups": groups})
     for number, state in saved["state"].items():
         if number in parameters:

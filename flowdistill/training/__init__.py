@@ -3,6 +3,5 @@
 from flowdistill.training.loop import Loop
 from flowdistill.training.optimization import Schedule
 from flowdistill.training.settings import Training
-from flowdistill.training.trainer import TrainResult, train
 
-__all__ = ["Loop", "Schedule", "TrainResult", "Training", "train"]
+__all__ = ["Loop", "Schedule", "Training"]

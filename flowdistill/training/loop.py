@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import gin
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from flowdistill.flow_maps import build_flow_map
 from flowdistill.interfaces import Condition, Counted, FlowMap, ObjectiveOutput, States, StateSource, Step, Teacher
 from flowdistill.networks import ForcedWeight
 from flowdistill.networks.compilation import compile_networks
+from flowdistill.plumbing import config
 from flowdistill.plumbing.distributed import (
     add_up_gradients,
     by_first,
@@ -29,6 +31,8 @@ from flowdistill.plumbing.distributed import (
 from flowdistill.plumbing.dry import files_unread, placed
 from flowdistill.plumbing.errors import CheckpointError, ConfigError, NonFiniteError
 from flowdistill.plumbing.files import fill_module, load_module
+from flowdistill.plumbing.gin_errors import errors_located
+from flowdistill.plumbing.precision import tf32
 from flowdistill.plumbing.randomness import ONE_AT_A_TIME, step_generator, stream_seed
 from flowdistill.runs.checkpoints import (
     check_kept,
@@ -39,6 +43,7 @@ from flowdistill.runs.checkpoints import (
 )
 from flowdistill.runs.optimizer_states import restore
 from flowdistill.runs.run import Run
+from flowdistill.training.optimization import fuse, laid_out
 from flowdistill.training.settings import OptimizerBuilder, Training
 
 
@@ -49,6 +54,7 @@ class _Trained:
         self.module = module.train()
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.builder, self.optimizer = builder, builder(self.parameters)
+        fuse(self.optimizer)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def update(self, factor: float, clip: float | None) -> Tensor:
@@ -57,6 +63,7 @@ class _Trained:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, float("inf") if clip is None else clip)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
+        laid_out(self.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -207,7 +214,9 @@ class Loop:
 
     def train_step(self) -> None:
         """One update of the student, then those of the auxiliary networks, the first of them on the same states."""
-        with ONE_AT_A_TIME:  # of the threads of a process, since dropout draws from torch's own generator
+        low = self.training.precision == "bf16"
+        # One of the threads of a process, since dropout draws from torch's own generator.
+        with ONE_AT_A_TIME, tf32(True) if low else contextlib.nullcontext():
             self._train_step()
 
     def _train_step(self) -> None:
@@ -402,3 +411,14 @@ class Loop:
                 module.load_state_dict(tensors)
                 taken.append(name)
         self.origin = f"started from {run.checkpoint}: {', '.join(taken)}"
+
+
+def configured_loop(workdir: str | Path, device: str | torch.device | None) -> Loop:
+    """The loop of the configuration that gin holds; ConfigError if a binding in it is used by nothing."""
+    with errors_located():
+        seed = config.value("train.seed", 0)
+        torch.manual_seed(seed if isinstance(seed, int) else 0)  # networks are built as gin builds the training
+        training: Training = gin.get_configurable(Training)()
+        loop = Loop.build(training, workdir, device)
+        config.check_all_used(without=("evaluation", "features") if training.evaluation is None else ())
+    return loop

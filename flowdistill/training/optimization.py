@@ -43,3 +43,28 @@ class Schedule:
         if self.decay == "inverse_sqrt":
             return math.sqrt(max(warmup, 1) / max(step, warmup, 1))
         return 1.0
+
+
+def fuse(optimizer: torch.optim.Optimizer, device: str = "cuda") -> None:
+    """Let an optimiser update all parameters on a device by one kernel, where it can and nobody chose otherwise.
+
+    Such a kernel asks that gradients lie in memory as their parameters do, see `laid_out`.
+    """
+    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)):
+        return
+    for group in optimizer.param_groups:
+        free = group["fused"] is None and group["foreach"] is None and not group["differentiable"]
+        if free and all(parameter.device.type == device for parameter in group["params"]):
+            group["fused"] = True
+
+
+def laid_out(optimizer: torch.optim.Optimizer) -> None:
+    """Give gradients the strides of their parameters, where a fused kernel reads them.
+
+    Those of a convolution in channels-last memory may have others.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("fused") else ():
+            gradient = parameter.grad
+            if gradient is not None and gradient.stride() != parameter.stride():
+                parameter.grad = torch.empty_like(parameter).copy_(gradient)

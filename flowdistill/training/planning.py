@@ -19,9 +19,11 @@ from flowdistill.plumbing.dry import without_files
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.flops import Flops
 from flowdistill.plumbing.randomness import ONE_AT_A_TIME
-from flowdistill.training.loop import Loop
+from flowdistill.training.loop import Loop, configured_loop
 from flowdistill.training.settings import OptimizerBuilder
-from flowdistill.training.trainer import configured_loop
+
+SPEEDS = {"h200": 1.5e14}
+"""FLOP/s of FreeFlow's step on SiT-XL/2 in bfloat16, with exact derivatives: benchmarks/results/imagenet_step.md."""
 
 
 @attrs.frozen(kw_only=True)
@@ -44,7 +46,9 @@ class Plan:
     memory: Mapping[str, int]
     """The bytes by part. "activations" is what autograd keeps of one backward pass, without recomputation."""
     flops_per_second: float
-    """The speed at which ``hours`` are stated, an assumption."""
+    """The speed at which ``hours`` are stated."""
+    measured: str = ""
+    """The GPU on which a step had that speed; empty for a speed that was given."""
 
     def fitting(self, size: float) -> tuple[int, int]:
         """The largest ``train.batch_size``, and its ``train.accumulation``, whose steps fit into some bytes.
@@ -76,7 +80,10 @@ class Plan:
         lines += ["", f"{'memory':12}{'GiB':>14}"]
         lines += [f"{name:12}{size / 2**30:14.3f}" for name, size in self.memory.items()]
         lines += [f"{'all':12}{sum(self.memory.values()) / 2**30:14.3f}", ""]
-        lines.append(f"{self.flops:.4g} FLOP a step; {self.hours:.3g} hours at {self.flops_per_second:.3g} FLOP/s")
+        speed = f"{self.flops_per_second:.3g} FLOP/s" + (
+            f", as measured on one {self.measured}" if self.measured else ""
+        )
+        lines.append(f"{self.flops:.4g} FLOP a step; {self.hours:.3g} hours at {speed}")
         return "\n".join(lines)
 
 
@@ -87,7 +94,8 @@ def plan(
     gin_file: str | Path | None = None,
     gin_files: Sequence[str | Path] = (),
     gin_bindings: Sequence[str] = (),
-    flops_per_second: float = 4e14,
+    gpu: str = "h200",
+    flops_per_second: float | None = None,
 ) -> Plan:
     """Build a recipe and take its last step, without its files, its data, a GPU, or memory for its weights.
 
@@ -100,17 +108,23 @@ def plan(
         gin_file: see `train`.
         gin_files: see `train`.
         gin_bindings: see `train`.
-        flops_per_second: the speed at which hours are stated.
+        gpu: at whose measured speed hours are stated, that of FreeFlow's step on SiT-XL/2 in bfloat16: "h200".
+        flops_per_second: the speed in place of it.
 
     Raises:
-        ConfigError: the configuration cannot work.
+        ConfigError: the configuration cannot work, or nobody has measured the GPU.
 
     Examples:
         >>> result = plan("freeflow/ring.gin")
         >>> result.evaluations["teacher"], result.memory["teacher"] < 1e4
         (1.0, True)
     """
-    if flops_per_second <= 0:
+    if flops_per_second is None and gpu.lower() not in SPEEDS:
+        raise ConfigError(
+            f"the speed of {gpu} has not been measured, only that of {', '.join(SPEEDS)}: measure it by "
+            "flowdistill bench speed, and give it as --flops"
+        )
+    if flops_per_second is not None and not flops_per_second > 0:
         raise ConfigError(f"FLOP/s must be positive, not {flops_per_second}")
     files = config.chosen(recipe, on, gin_file, gin_files)
     with ONE_AT_A_TIME, torch.random.fork_rng(), config.parsed(files, gin_bindings), without_files():
@@ -139,7 +153,8 @@ def plan(
         },
         flops=flops.total * training.accumulation,
         memory=_memory(loop, models, activations.most),
-        flops_per_second=flops_per_second,
+        flops_per_second=SPEEDS[gpu.lower()] if flops_per_second is None else flops_per_second,
+        measured=gpu.upper() if flops_per_second is None else "",
     )
 
 

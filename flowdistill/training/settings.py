@@ -87,7 +87,8 @@ class Training:
     gradient_clip: float | None = attrs.field(default=1.0, validator=_clip)
     """The largest norm of a gradient; None is no limit."""
     precision: Literal["float32", "bf16"] = attrs.field(default="float32", validator=in_(("float32", "bf16")))
-    """"bf16" evaluates losses under autocast, with weights and times in float32."""
+    """"bf16" evaluates losses under autocast, with weights and times in float32; what stays in float32 is multiplied in
+    TF32 on a GPU."""
     compile: str | None = attrs.field(default=None, validator=of_type(str, NoneType))
     """Compile the networks by this backend of ``torch.compile``, such as "inductor"; None compiles nothing."""
     ema: Averaging | None = attrs.field(factory=Ema, validator=of_type(Averaging, NoneType))

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 import attrs
-import gin
 import torch
 
 from flowdistill.evaluation.pictures import save_samples
@@ -20,13 +19,11 @@ from flowdistill.plumbing import config
 from flowdistill.plumbing.distributed import by_each, by_first, find_device, gathered, process_group, rank_and_world
 from flowdistill.plumbing.errors import ConfigError, NonFiniteError, TrainingInterrupted
 from flowdistill.plumbing.files import locked, write_text
-from flowdistill.plumbing.gin_errors import errors_located
 from flowdistill.plumbing.progress import progress
 from flowdistill.plumbing.randomness import random_state_kept
 from flowdistill.runs.checkpoints import checkpoint_paths, newest_whole, read_meta, remove_left
-from flowdistill.training.loop import Loop
+from flowdistill.training.loop import Loop, configured_loop
 from flowdistill.training.run_log import RunLog
-from flowdistill.training.settings import Training
 from flowdistill.training.stopping import StopSignals
 
 
@@ -139,17 +136,6 @@ def _name(recipe: str | Path | None, on: str | Path | None, files: Sequence[str 
     if recipe is not None and on is not None:
         return f"{Path(recipe).stem}-{Path(on).stem}"
     return "-".join(Path(files[-1]).with_suffix("").parts[-2:]) if files else "train"
-
-
-def configured_loop(workdir: str | Path, device: str | torch.device | None) -> Loop:
-    """The loop of the configuration that gin holds; ConfigError if a binding in it is used by nothing."""
-    with errors_located():
-        seed = config.value("train.seed", 0)
-        torch.manual_seed(seed if isinstance(seed, int) else 0)  # networks are built as gin builds the training
-        training: Training = gin.get_configurable(Training)()
-        loop = Loop.build(training, workdir, device)
-        config.check_all_used(without=("evaluation", "features") if training.evaluation is None else ())
-    return loop
 
 
 def _check_agreement(operative: str) -> None:

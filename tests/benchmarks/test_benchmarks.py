@@ -7,7 +7,7 @@ import pytest
 
 from flowdistill.bench import load_suite
 from flowdistill.plumbing import config
-from flowdistill.training.trainer import configured_loop
+from flowdistill.training.loop import configured_loop
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "benchmarks"

@@ -15,7 +15,7 @@ from flowdistill.networks.edm2 import SIZES, MPConv, mp_cat, mp_silu, mp_sum, no
 from flowdistill.plumbing import config
 from flowdistill.plumbing.flops import Flops
 from flowdistill.teachers.gaussian import GaussianTeacher
-from flowdistill.training.trainer import configured_loop
+from flowdistill.training.loop import configured_loop
 
 TINY = {
     "img_resolution": 8,

@@ -12,6 +12,7 @@ from torch import nn
 from flowdistill import CheckpointError, CheckpointWriteError
 from flowdistill.runs.checkpoints import load_optimizers, save_checkpoint
 from flowdistill.runs.optimizer_states import pack, restore, unpack
+from flowdistill.training.optimization import fuse, laid_out
 
 
 class Odd(torch.optim.Optimizer):
@@ -163,3 +164,59 @@ def test_the_state_of_another_optimiser_is_refused(tmp_path, name):
     other = BUILDERS[name](list(network().parameters()))
     with pytest.raises(CheckpointError, match="another optimiser"):
         restore(other, saved(tmp_path, optimizer), BUILDERS[name], tmp_path)
+
+
+# ---- one kernel for all parameters
+
+
+def convolution():
+    torch.manual_seed(0)
+    return torch.nn.Conv2d(3, 4, 3).double()
+
+
+def updated(optimizer, module, steps=3):
+    """With gradients in the order of memory that convolutions give them."""
+    for number in range(steps):
+        for parameter in module.parameters():
+            gradient = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)).double()
+            layout = torch.channels_last if parameter.ndim == 4 else torch.contiguous_format
+            parameter.grad = gradient.contiguous(memory_format=layout)
+        laid_out(optimizer)
+        optimizer.step()
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])
+def test_a_fused_update_is_the_same_update(name):
+    plain, fused = (convolution() for _ in range(2))
+    one, other = (getattr(torch.optim, name)(module.parameters(), lr=0.1) for module in (plain, fused))
+    fuse(other, "cpu")
+    assert other.param_groups[0]["fused"] is True
+    for ours, theirs in zip(updated(other, fused), updated(one, plain), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_what_is_chosen_or_cannot_be_is_not_fused():
+    module = convolution()
+    fuse(optimizer := torch.optim.AdamW(module.parameters()))  # on another device
+    assert optimizer.param_groups[0]["fused"] is None
+    for optimizer in (
+        torch.optim.AdamW(module.parameters(), fused=False),
+        torch.optim.AdamW(module.parameters(), foreach=True),
+        torch.optim.SGD(module.parameters(), differentiable=True),
+        torch.optim.Adagrad(module.parameters()),
+        torch.optim.RMSprop(module.parameters()),
+    ):
+        fuse(optimizer, "cpu")
+        assert not optimizer.param_groups[0].get("fused")
+
+
+def test_a_state_leaves_its_device_without_the_kernels_of_it(tmp_path):
+    module = convolution()
+    optimizer = torch.optim.AdamW(module.parameters())
+    fuse(optimizer, "cpu")
+    updated(optimizer, module)
+    other = torch.optim.AdamW(convolution().parameters())
+    restore(other, saved(tmp_path, optimizer), torch.optim.AdamW, tmp_path)
+    assert other.param_groups[0]["fused"] is None
+    assert same(other.state_dict()["state"], optimizer.state_dict()["state"])

@@ -14,7 +14,7 @@ import flowdistill
 from flowdistill import CheckpointError, NonFiniteError
 from flowdistill.plumbing import config
 from flowdistill.runs.checkpoints import checkpoint_paths
-from flowdistill.training.trainer import configured_loop
+from flowdistill.training.loop import configured_loop
 
 PLAIN = "\n".join(line for line in RING.splitlines() if "freeflow" not in line and "online_network" not in line)
 SHORTCUT = """
