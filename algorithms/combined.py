@@ -111,8 +111,12 @@ class Combined(Objective):
         correction = self.correction.loss(for_correction, step)
         scale = self._scale(prediction, correction)
         renamed = {f"correction_{name}": value for name, value in correction.metrics.items()}
-        metrics = {**prediction.metrics, **renamed, "lambda": scale}
-        return attrs.evolve(prediction, loss=prediction.loss + scale * correction.loss, metrics=metrics)
+        return attrs.evolve(
+            prediction,
+            loss=prediction.loss + scale * correction.loss,
+            metrics={**prediction.metrics, **renamed, "lambda": scale},
+            samples=correction.samples,
+        )
 
     def _scale(self, prediction: ObjectiveOutput, correction: ObjectiveOutput) -> torch.Tensor:
         if self.balance == "fixed":

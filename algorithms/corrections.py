@@ -86,7 +86,9 @@ class CorrectionObjective(Objective):
 
     def loss(self, states: States, step: Step) -> ObjectiveOutput:
         """The squared difference of the velocities, from the noises of the states."""
-        return pull(self.residual(states.at_prior(), step))
+        start = states.at_prior().to(0.0)
+        residual = self.residual(start, step)
+        return attrs.evolve(pull(residual), samples=start.land(residual.average.detach()))
 
     def auxiliary_loss(self, name: str, states: States, step: Step) -> ObjectiveOutput | None:
         """The loss by which the noising velocity follows the student's samples."""

@@ -81,7 +81,9 @@ def test_this_test_sees_what_it_forbids(folder):
     assert {"flowdistill.evaluation", "flowdistill.training"} <= set(heavy(imported(code, folder)))
 
 
-@pytest.mark.parametrize("arguments", [["list", "methods"], ["show", "objectives", "freeflow"], ["plan", "freeflow/ring.gin"]])
+@pytest.mark.parametrize(
+    "arguments", [["list", "methods"], ["show", "objectives", "freeflow"], ["plan", "freeflow/ring.gin"]]
+)
 def test_commands_that_only_tell_import_no_trainer(tmp_path, arguments):
     code = f"from flowdistill.cli import main\ntry: main({arguments!r})\nexcept SystemExit as end: assert not end.code"
     modules = imported(code, tmp_path)

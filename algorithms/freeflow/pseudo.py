@@ -48,7 +48,7 @@ class FreeFlowPseudo(FreeFlow):
         if not self.warmed_up(step.progress):
             return output
         start = self.split(states)[1]
-        samples = one_step_samples(self.student, start)
+        samples = one_step_samples(self.student, start) if output.samples is None else output.samples
         r = self.tracking_times.sample(len(start), step.generator).to(start.t.dtype)
         again = noised(samples, r, start.condition, step.generator)
         assert again.noise is not None

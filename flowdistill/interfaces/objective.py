@@ -43,6 +43,8 @@ class ObjectiveOutput:
     balanced."""
     weighted_norm: Tensor | None = None
     """The same after the weight of each sample, which its gradient has."""
+    samples: Tensor | None = None
+    """The student's one-step samples, detached, of a loss that corrects their distribution."""
 
 
 class Objective(Part, ABC):

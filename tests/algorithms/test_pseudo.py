@@ -5,7 +5,8 @@ import pytest
 import torch
 from exact import STEPS, below, bound, gradient, loss_of, perturbed, prior_states
 
-from flowdistill import Condition, ConfigError, FlowMap, States
+from flowdistill import Condition, ConfigError, FlowMap, States, Step
+from flowdistill.algorithms.corrections import one_step_samples
 from flowdistill.algorithms.freeflow import FreeFlow, FreeFlowCorrection, FreeFlowPrediction, FreeFlowPseudo
 from flowdistill.flow_maps import from_teacher
 from flowdistill.networks import MLP
@@ -186,7 +187,7 @@ def test_tracking_starts_with_the_warm_up():
 
 
 def test_evaluations_per_sample():
-    """No further network. Prediction 2 each for 3/4 of the rows, correction 2 and tracking 2 each for 1/4."""
+    """No further network. Prediction 2 each for 3/4 of the rows, correction 2 and tracking, at its samples, 1 each for 1/4."""
     teacher = GaussianTeacher([1.0, 0.0], 0.5)
     student = from_teacher(teacher, "two_time", network=MLP(dim=2, hidden_size=8, depth=1))
     objective, source = FreeFlowPseudo(), Prior()
@@ -196,8 +197,19 @@ def test_evaluations_per_sample():
     states = source.sample(64, objective.law(1.0), generator())
     before = teacher.evaluations
     loss_at(objective, student, teacher, states)
-    assert student.evaluations == 64 * (0.75 * 2 + 0.25 * 2 + 0.25 * 2)
+    assert student.evaluations == 64 * (0.75 * 2 + 0.25 * 2 + 0.25 * 1)
     assert teacher.evaluations - before == 64
+
+
+def test_tracking_takes_the_samples_of_the_correction():
+    """Those of the student's own one-step samples, to the bit, so that sharing them changes nothing."""
+    teacher = GaussianTeacher([1.0, 0.0], 0.5)
+    student, states = perturbed(teacher), prior_states(teacher)
+    objective = objective_of(student, teacher)
+    rows = objective.split(states)[1]
+    output = objective.correction.loss(rows, Step(generator()))
+    assert torch.equal(output.samples, one_step_samples(student, rows))
+    assert not output.samples.requires_grad
 
 
 def test_an_anchored_student_has_no_diagonal():
