@@ -187,7 +187,7 @@ def test_tracking_starts_with_the_warm_up():
 
 
 def test_evaluations_per_sample():
-    """No further network. Prediction 2 each for 3/4 of the rows; for 1/4 correction 2, and tracking 1 at its samples."""
+    """No further network. Prediction 2 each for 3/4 of the rows; for 1/4 correction 2 and tracking 1."""
     teacher = GaussianTeacher([1.0, 0.0], 0.5)
     student = from_teacher(teacher, "two_time", network=MLP(dim=2, hidden_size=8, depth=1))
     objective, source = FreeFlowPseudo(), Prior()
