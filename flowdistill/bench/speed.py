@@ -81,7 +81,8 @@ def speed(
 
     Nothing is read: networks have fresh weights, and data are zeros. On a CPU the methods are those on the small SiT
     and EDM2 of MNIST, on a GPU the recipes for ImageNet at full size. Everything is timed in turns with the student's
-    forward pass, in one process: CPU time on a CPU, and on a GPU the time until it is done.
+    forward pass, in one process: CPU time on a CPU, and on a GPU the time until it is done. With ``train.compile`` both
+    are compiled, and operations, kernels and memory are those without a compiler.
 
     Args:
         out: where ``table.md`` and ``results.json`` go.
@@ -245,7 +246,9 @@ def _measured(group: str, loop: Loop, calls: Mapping[str, _Call], rounds: int) -
 
         late()  # makes the state of the optimisers, which stays
         whole, unit = _counted(late), _counted(forward)
+        loop.compile(loop.training.compile)  # counts see single operations alone
         seconds, units = _in_turns((late, forward), rounds, loop.device)
+        loop.compile(None)
         ratios = [one / other for one, other in zip(seconds, units, strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         yield Cost(

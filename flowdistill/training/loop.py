@@ -94,8 +94,6 @@ class Loop:
             if any(p.requires_grad for p in module.parameters())
         }
         self.average = None if training.ema is None else AveragedModel(student, training.ema)
-        if self.average is not None:  # it draws few samples, of any number
-            compile_networks(self.average.module, None)
         self._names = set(student.state_dict())
         self._sums: dict[str, Tensor] = {}
         self._counts: Counter[str] = Counter()
@@ -132,20 +130,23 @@ class Loop:
         start = None if training.start is None or begun else Run(training.start)
         if start is not None:  # before the objective copies the student
             fill_module(student, start.tensors("student"), start.checkpoint)
-        backend = None if files_unread() else training.compile  # a plan has no values to compile for
-        for model in filter(None, (student, teacher)):  # and the copies that objectives make
-            compile_networks(model, backend)
         source = training.source()
         source.setup(student, teacher)
         training.objective.setup(student, teacher)
         if source.knows_all_times:
             training.objective.check_jumps(student, training.objective.trains)
-        for module in training.objective.modules().values():
-            compile_networks(module, backend)
         loop = cls(training, student, teacher, source, Path(workdir))
         if start is not None:
             loop._take(start)
+        if not files_unread():  # a plan has no values to compile for
+            loop.compile(training.compile)
         return loop
+
+    def compile(self, backend: str | None) -> None:
+        """Compile the networks of a step, or end it with None; the average, whose samples are few, never is."""
+        for model in (self.student, self.teacher, *self._extra.values()):
+            if model is not None:
+                compile_networks(model, backend)
 
     @property
     def result(self) -> FlowMap:
