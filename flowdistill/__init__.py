@@ -85,6 +85,7 @@ if TYPE_CHECKING:
     from flowdistill.evaluation.features import FeatureExtractor
     from flowdistill.networks import VelocityNetwork
     from flowdistill.runs.evaluating import evaluate
+    from flowdistill.runs.exporting import export
     from flowdistill.searching import SearchResult, SearchStrategy, search
     from flowdistill.solvers import Solver
     from flowdistill.training import Training
@@ -106,6 +107,7 @@ _HOMES = {
     "Training": "flowdistill.training",
     "VelocityNetwork": "flowdistill.networks",
     "evaluate": "flowdistill.runs.evaluating",
+    "export": "flowdistill.runs.exporting",
     "plan": "flowdistill.training.planning",
     "search": "flowdistill.searching",
     "train": "flowdistill.training.trainer",
@@ -171,6 +173,7 @@ __all__ = [
     "Verifier",
     "convert",
     "evaluate",
+    "export",
     "load_flow_map",
     "load_teacher",
     "plan",

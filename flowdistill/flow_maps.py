@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -158,6 +158,21 @@ class NetworkFlowMap(FlowMap):
     def grid(self, steps: int) -> Tensor:
         """Times from ``start`` to 0, evenly spaced before their shift."""
         return shifted(self.start * super().grid(steps), self.shift)
+
+    def built_by(self) -> tuple[str, dict[str, Any]]:
+        """Its own arguments."""
+        return "network", {
+            "network": self.network,
+            "conditioning": self.conditioning,
+            "guidance": self.guidance,
+            "early_blocks": self.network.early_blocks if self.conditioning == "decoupled" else None,
+            "decoder": self.decoder,
+            "guidance_input": self.guidance_input,
+            "guidance_range": self.guidance_range,
+            "guidance_output": self.guidance_output,
+            "start": self.start,
+            "shift": self.shift,
+        }
 
     @property
     def backbone(self) -> nn.Module | None:

@@ -1,4 +1,4 @@
-"""The command line: ``flowdistill train | plan | sample | evaluate | search | bench | convert | list | show | ...``."""
+"""The command line: ``flowdistill train | plan | sample | evaluate | search | bench | export | list | ...``."""
 
 from __future__ import annotations
 
@@ -212,6 +212,12 @@ def _parser() -> argparse.ArgumentParser:
     bench.epilog = "--gin.bench.NAME=VALUE changes the suite, any other --gin.NAME=VALUE all trainings"
     bench.set_defaults(command=_bench)
 
+    export = commands.add_parser("export", help="write a student as a folder that loads without its run or teacher")
+    export.add_argument("run", metavar="SRC", help="a run directory, a checkpoint in it, or a released student's file")
+    export.add_argument("folder", metavar="DST", type=Path, help="for the weights, their description and a model card")
+    export.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="of the stored weights")
+    export.set_defaults(command=_export)
+
     convert = commands.add_parser("convert", help="write a checkpoint of others, or a run, as a model folder")
     convert.add_argument("source", metavar="SRC", help="a checkpoint file, or a run whose student is a velocity field")
     convert.add_argument("folder", metavar="DST", type=Path, help="for model.safetensors and config.json")
@@ -236,13 +242,13 @@ def _parser() -> argparse.ArgumentParser:
     cite.add_argument("source", metavar="RUN|GIN_FILE")
     cite.set_defaults(command=cite_command)
 
-    for command in (sample, evaluate, search):
+    for command in (sample, evaluate, search, export):
         released = command.add_argument_group("of a student that others have released, whose file stands for the run")
         released.add_argument("--student", help="what the file is, such as dmf-xl/2-256; by default what it says")
         released.add_argument("--vae", help="the autoencoder, such as stabilityai/sd-vae-ft-ema")
         for name in _OPEN:
             released.add_argument(f"--{name}", type=int, help="where the file does not tell it, see sit_student")
-    for command in (sample, evaluate, search, convert, cite):
+    for command in (sample, evaluate, search, export, convert, cite):
         command.add_argument(
             "--allow_imports", action="store_true", help="import the modules that the run's configuration imports"
         )
@@ -298,14 +304,15 @@ _OPEN = ("num_classes", "num_heads", "early_blocks")
 
 
 def _run(options: argparse.Namespace) -> Run:
-    """The run that the options name, or what stands for it where they name the file of a released student."""
+    """The run that the options name, or what stands for it where they name the file or folder of a student."""
     from flowdistill.runs.loading import is_released, load_flow_map
     from flowdistill.runs.run import Run
+    from flowdistill.runs.student_folders import is_student
 
     told = {name: getattr(options, name) for name in ("vae", *_OPEN) if getattr(options, name) is not None}
     if options.student is not None:
         return Run.of(load_flow_map(options.student, checkpoint=options.run, **told))
-    if told or is_released(options.run):
+    if told or is_released(options.run) or is_student(Path(options.run)):
         return Run.of(load_flow_map(options.run, **told))
     return Run(options.run, allow_imports=options.allow_imports)
 
@@ -431,6 +438,12 @@ def _bench(options: argparse.Namespace) -> None:
         device=options.device,
     )
     print(results / "table.md")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from flowdistill.runs.exporting import export
+
+    print(export(_run(options), options.folder, dtype=options.dtype))
 
 
 def _convert(options: argparse.Namespace) -> None:

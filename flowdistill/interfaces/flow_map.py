@@ -88,6 +88,16 @@ class FlowMap(nn.Module, Counted, ABC):
         """The network that is the velocity F(x, t, t) as it stands, and may be copied; None if there is none."""
         return None
 
+    def built_by(self) -> tuple[str, dict[str, Any]]:
+        """The registered flow map and its arguments that build one of this architecture, with other weights.
+
+        Arguments are numbers, words, networks, decoders, and lists of these; by them a student becomes a folder.
+
+        Raises:
+            ConfigError: there are none, which is the default.
+        """
+        raise ConfigError(f"a {type(self).__name__} does not tell what builds it: its class lacks built_by")
+
     def grid(self, steps: int) -> Tensor:
         """The times (steps + 1,) between which samples jump: evenly spaced from 1 to 0."""
         return torch.linspace(1.0, 0.0, steps + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -9,10 +10,11 @@ from typing import Any, Literal
 import gin
 
 from flowdistill.interfaces import FlowMap, Teacher
-from flowdistill.plumbing.errors import CheckpointError, ConfigError
-from flowdistill.plumbing.registry import FLOW_MAPS, NETWORKS, TEACHERS, unknown_name
+from flowdistill.plumbing.errors import CheckpointError, ConfigError, FlowDistillError
+from flowdistill.plumbing.registry import FLOW_MAPS, NETWORKS, TEACHERS, register_flow_map, unknown_name
 from flowdistill.runs.pretrained import is_model, load_file, load_model, locate, readers_of, save_model
 from flowdistill.runs.run import Run
+from flowdistill.runs.student_folders import is_student, load_student
 from flowdistill.wrapped_teachers import FlowMapTeacher
 
 
@@ -25,9 +27,10 @@ def load_flow_map(name_or_path: str | Path | Run, **kwargs: Any) -> FlowMap:
         name_or_path: a run directory, or a checkpoint in it, whose averaged weights are taken where an average was
             kept; a `Run`, whose own student it is; a released family or architecture, such as ``dmf`` or
             ``dmf-xl/2-256``, whose weights are the argument ``checkpoint``, a file of its authors, here or on
-            HuggingFace; such a file alone; or ``hf://owner/repository/file``.
+            HuggingFace; such a file alone; a student folder, as `export` writes it; ``hf://owner/repository/file`` of
+            such a file, or ``hf://owner/repository`` of such a folder.
         **kwargs: arguments of the class that reads the file, such as ``vae`` of its decoder, see
-            ``flowdistill show flow_maps sit_student``.
+            ``flowdistill show flow_maps sit_student``; for a student folder those of its decoder.
 
     Raises:
         ConfigError: neither a name (the nearest are listed) nor a path.
@@ -42,15 +45,37 @@ def load_flow_map(name_or_path: str | Path | Run, **kwargs: Any) -> FlowMap:
     if isinstance(name_or_path, Run):
         return _student(name_or_path, kwargs)
     released = released_students()
+    if name.startswith("hf://"):
+        path = locate(name)
     if name in released:
         student: FlowMap = FLOW_MAPS.build(name, **kwargs)
-    elif is_released(name):
-        student = load_file(locate(name_or_path), FLOW_MAPS, **kwargs)
+    elif is_student(path):
+        student = load_student(path, **kwargs)
+    elif is_released(str(path)):
+        student = load_file(path, FLOW_MAPS, **kwargs)
     elif not path.exists() and "checkpoint" in kwargs:
         raise unknown_name("student", name, released)
     else:
         return _student(Run(path), kwargs)
     return student.eval().requires_grad_(False)
+
+
+@register_flow_map("from_student")
+def from_student(student: str) -> FlowMap:
+    """A student to be trained further: of a student folder, or of a file that others have released.
+
+    In a gin file ``train.flow_map = @from_student()``; a run is continued, or started from, by ``train.start``.
+
+    Args:
+        student: the folder, as `flowdistill.export` writes it, or the file, here or as ``hf://owner/repository``.
+
+    Raises:
+        ConfigError: the file leaves open what it is: take the class that reads it, such as ``@sit_student()``.
+        CheckpointError: there is no student, or it is damaged, hostile, or of another architecture.
+    """
+    path = locate(student)
+    loaded: FlowMap = load_student(path) if is_student(path) else load_file(path, FLOW_MAPS)
+    return loaded
 
 
 def is_released(source: str) -> bool:
@@ -111,6 +136,8 @@ def load_teacher(name_or_path: str | Path | Run, **kwargs: Any) -> Teacher:
         path = locate(name_or_path)
         if path.is_file():
             teacher = load_file(path, **kwargs)
+        elif is_student(path):
+            teacher = FlowMapTeacher(load_student(path, **kwargs))
         elif is_model(path):
             teacher = load_model(path, **kwargs)
         else:
@@ -135,6 +162,8 @@ def convert(
 ) -> Path:
     """Write a teacher as a model folder: safetensors and a JSON configuration, which load without anything else.
 
+    The file of a released student becomes a student folder, as by `flowdistill.export`, which also takes runs.
+
     Args:
         source: a checkpoint file of others, or a run whose student is a plain velocity field.
         folder: where to; it must not exist, or be empty.
@@ -149,5 +178,22 @@ def convert(
         CheckpointError: the source cannot be read, or the folder not be written.
         ConfigError: the source is not a velocity network alone, or the folder is taken.
     """
-    loaded = load_teacher(source, **kwargs) if teacher is None else load_teacher(teacher, checkpoint=source, **kwargs)
+    if teacher is not None:
+        return save_model(load_teacher(teacher, checkpoint=source, **kwargs), folder, dtype)
+    try:
+        loaded = load_teacher(source, **kwargs)
+    except FlowDistillError:
+        student = None if isinstance(source, Run) else _released(source, kwargs)
+        if student is None:
+            raise
+        from flowdistill.runs.exporting import export
+
+        return export(student, folder, dtype=dtype)
     return save_model(loaded, folder, dtype)
+
+
+def _released(source: str | Path, arguments: Mapping[str, Any]) -> FlowMap | None:
+    """The student of a released file; None if the file is of none."""
+    with contextlib.suppress(FlowDistillError):
+        return load_flow_map(source, **arguments) if is_released(str(source)) else None
+    return None

@@ -9,11 +9,13 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import attrs
 import torch
+from torch import nn
 
 from flowdistill.interfaces import Decoder, Teacher
 from flowdistill.networks import VelocityNetwork
@@ -32,6 +34,7 @@ from flowdistill.plumbing.registry import DECODERS, NETWORKS, TEACHERS, Registry
 from flowdistill.wrapped_teachers import NetworkTeacher
 
 _FORMAT = 1
+_M = TypeVar("_M", bound=nn.Module)
 
 
 def save_model(teacher: Teacher, folder: str | Path, dtype: Literal["float32", "float16"] = "float32") -> Path:
@@ -47,8 +50,7 @@ def save_model(teacher: Teacher, folder: str | Path, dtype: Literal["float32", "
         CheckpointWriteError: the disk refused; nothing half-written is left.
     """
     network, folder = _network_of(teacher), Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} is taken: choose another place")
+    check_free(folder)
     decoder = teacher.decoder
     config = {
         "format": _FORMAT,
@@ -58,16 +60,26 @@ def save_model(teacher: Teacher, folder: str | Path, dtype: Literal["float32", "
         "decoder_arguments": {} if decoder is None else attrs.asdict(decoder),  # type: ignore[arg-type]
         "null_label": teacher.null_label,
     }
-    stored = getattr(torch, dtype)
-    state = network.state_dict().items()
-    tensors = {name: v.to(stored if v.is_floating_point() else v.dtype).cpu() for name, v in state}
     try:
         with replaced_folder(folder) as partial:
-            write_tensors(partial / "model.safetensors", tensors)
+            write_weights(network, partial, dtype)
             write_json(partial / "config.json", config)
     except OSError as error:
         raise CheckpointWriteError(f"cannot write {folder}: {error}; nothing was left there") from error
     return folder
+
+
+def check_free(folder: Path) -> None:
+    """ConfigError unless a model folder can be written there."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is taken: choose another place")
+
+
+def write_weights(module: nn.Module, folder: Path, dtype: Literal["float32", "float16"]) -> None:
+    """Write a module's state as ``model.safetensors`` of a folder."""
+    stored, state = getattr(torch, dtype), module.state_dict().items()
+    tensors = {name: v.to(stored if v.is_floating_point() else v.dtype).cpu() for name, v in state}
+    write_tensors(folder / "model.safetensors", tensors)
 
 
 def _network_of(teacher: Teacher) -> VelocityNetwork:
@@ -95,6 +107,8 @@ def load_model(folder: str | Path, **decoder_arguments: Any) -> NetworkTeacher:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if config["format"] != _FORMAT:
             raise CheckpointError(f"{folder} has format {config['format']}, this version reads {_FORMAT}")
+        if "flow_map" in config:
+            raise CheckpointError(f"{folder} holds a student: load it by load_flow_map")
         parts = {key: config[key] for key in ("network", "arguments", "decoder", "decoder_arguments", "null_label")}
         with torch.device("meta"):  # whose weights cost neither time nor memory
             network: Any = NETWORKS.build(parts["network"], **parts["arguments"])
@@ -108,22 +122,37 @@ def load_model(folder: str | Path, **decoder_arguments: Any) -> NetworkTeacher:
         raise CheckpointError(f"{folder}/config.json does not describe a model: {error}") from None
     if unknown:
         raise ConfigError(f"the decoder of {folder} takes no {', '.join(sorted(unknown))}")
+    network = with_weights(network, lambda: NETWORKS.build(parts["network"], **parts["arguments"]), folder)
+    return NetworkTeacher(network, decoder, parts["null_label"])
+
+
+def with_weights(module: _M, build: Callable[[], _M], folder: Path) -> _M:
+    """A module with the weights of a folder's ``model.safetensors``, or with fresh ones where no file is read.
+
+    Args:
+        module: one that was built on the meta device.
+        build: builds another one.
+        folder: the folder.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or of another architecture.
+    """
     if files_unread():
-        return NetworkTeacher(NETWORKS.build(parts["network"], **parts["arguments"]), decoder, parts["null_label"])
+        return build()
     path = folder / "model.safetensors"
     try:
-        mapped, wrappers = unwrapped(load_tensors(path), network.state_dict().keys())
+        mapped, wrappers = unwrapped(load_tensors(path), module.state_dict().keys())
     except ValueError as error:
         raise CheckpointError(f"{path} does not hold a model: {error}") from None
-    # copied, lest the teacher change, or die, with its file
+    # copied, lest the model change, or die, with its file
     tensors = {name: v.to(torch.float32 if v.is_floating_point() else v.dtype, copy=True) for name, v in mapped.items()}
-    named = itertools.chain(network.named_parameters(), network.named_buffers())
-    whole = {name for name, _ in named} == network.state_dict().keys()
-    if not whole:  # weights are shared, or buffers are stored nowhere: the network makes them itself
-        check_tensors(network, tensors, f"{path}{wrappers}")
-        network = NETWORKS.build(parts["network"], **parts["arguments"])
-    fill_module(network, tensors, f"{path}{wrappers}", assign=whole)
-    return NetworkTeacher(network, decoder, parts["null_label"])
+    named = itertools.chain(module.named_parameters(), module.named_buffers())
+    whole = {name for name, _ in named} == module.state_dict().keys()
+    if not whole:  # weights are shared, or buffers are stored nowhere: the module makes them itself
+        check_tensors(module, tensors, f"{path}{wrappers}")
+        module = build()
+    fill_module(module, tensors, f"{path}{wrappers}", assign=whole)
+    return module
 
 
 def is_model(path: Path) -> bool:

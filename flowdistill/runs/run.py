@@ -30,6 +30,7 @@ from flowdistill.runs.checkpoints import (
     read_meta,
     verify_checkpoint,
 )
+from flowdistill.runs.student_folders import is_student, load_student
 
 if TYPE_CHECKING:
     from flowdistill.evaluation.comparison import Evaluation
@@ -73,10 +74,14 @@ class Run:
 
     @classmethod
     def of(cls, run: Run | FlowMap | str | Path) -> Run:
-        """The run itself, the run of a path, or what stands for the run of a student that has none."""
-        if isinstance(run, FlowMap):
-            return _StudentAlone(run)
-        return run if isinstance(run, Run) else cls(run)
+        """The run itself, the run of a path, or what stands for the run of a student, or its folder, that has none."""
+        if isinstance(run, Run):
+            return run
+        if not isinstance(run, FlowMap):
+            if not is_student(Path(run)):
+                return cls(run)
+            run = load_student(run).requires_grad_(False)
+        return _StudentAlone(run)
 
     @cached_property
     def checkpoint(self) -> Path:

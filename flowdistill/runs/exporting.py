@@ -1,0 +1,202 @@
+"""Students that leave the house: folders with weights, a description, a model card and a picture."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from flowdistill.interfaces import FlowMap, Objective
+from flowdistill.plumbing import config
+from flowdistill.plumbing.errors import CheckpointWriteError, ConfigError
+from flowdistill.plumbing.files import replaced_folder, write_json, write_text
+from flowdistill.plumbing.registry import OBJECTIVES, STATE_SOURCES, TEACHERS
+from flowdistill.plumbing.statements import Statement
+from flowdistill.runs.loading import is_released, load_flow_map, released_students
+from flowdistill.runs.pretrained import check_free, write_weights
+from flowdistill.runs.run import Run
+from flowdistill.runs.student_folders import description, load_student
+
+_CARD = """\
+---
+library_name: flowdistill
+pipeline_tag: {tag}
+tags: [flow-map, distillation]
+---
+
+# {title}
+
+{what}
+{picture}
+## Use
+
+```python
+import flowdistill
+
+student = flowdistill.load_flow_map({place!r})
+samples = flowdistill.sample(student, 16{arguments})
+```
+
+`load_flow_map("hf://OWNER/NAME")` takes the same folder from HuggingFace.
+Samples have the shape {shape}.
+{facts}
+## Where it comes from
+
+{origin}
+{citation}"""
+
+
+def export(
+    source: Run | FlowMap | str | Path,
+    folder: str | Path,
+    *,
+    dtype: Literal["float32", "float16"] = "float32",
+) -> Path:
+    """Write a student as a folder that loads without its run, its teacher, or a gin file.
+
+    ``model.safetensors`` holds the weights, the averaged ones of a run. ``config.json`` describes the student, and its
+    entry ``origin`` what it was distilled from and how. ``README.md`` is a model card with the picture ``samples.png``,
+    where samples can be drawn.
+
+    Args:
+        source: a run directory, a checkpoint in it, or a `Run`; a student, as `load_flow_map` gives it; or the file of
+            a released one.
+        folder: where to; it must not exist, or be empty.
+        dtype: in which weights are stored; they are always loaded as float32.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: the source cannot be read.
+        ConfigError: nothing registered builds such a student, or the folder is taken.
+        CheckpointWriteError: the disk refused; nothing half-written is left.
+
+    Examples:
+        >>> flowdistill.export("runs/digits", "digits-one-step")  # doctest: +SKIP
+        PosixPath('digits-one-step')
+        >>> flowdistill.load_flow_map("digits-one-step").sample_shape  # doctest: +SKIP
+        (1, 8, 8)
+    """
+    folder = Path(folder)
+    check_free(folder)
+    if isinstance(source, (str, Path)) and (is_released(str(source)) or str(source) in released_students()):
+        source = load_flow_map(source)
+    run = Run.of(source)
+    student = run.student
+    described = {**description(student), "origin": _origin(run)}
+    try:
+        with replaced_folder(folder) as partial:
+            write_weights(student, partial, dtype)
+            write_json(partial / "config.json", described)
+            drawn = _picture(load_student(partial), partial / "samples.png")
+            write_text(partial / "README.md", _card(folder.name, student, described["origin"], run.objective, drawn))
+    except OSError as error:
+        raise CheckpointWriteError(f"cannot write {folder}: {error}; nothing was left there") from error
+    return folder
+
+
+def _origin(run: Run) -> dict[str, Any]:
+    """What a run tells of its student; of a student alone the versions."""
+    known: dict[str, Any] = {}
+    if run.objective is not None:
+        bindings = config.statements(run.workdir / "config.gin")
+        known = {
+            "objective": _name_of(run.objective),
+            "teacher": _teachers(bindings),
+            "steps": run.meta.step,
+            "guidance": _scales(bindings),
+            "evaluation": _evaluation(run.workdir / "evaluation.json"),
+        }
+    versions = {"flowdistill": sys.modules["flowdistill"].__version__, "torch": torch.__version__}
+    return {**known, "versions": {**versions, "python": platform.python_version()}}
+
+
+def _name_of(objective: Objective) -> str:
+    """The registered name of an objective, or that of its class."""
+    with contextlib.suppress(ConfigError):
+        return OBJECTIVES.name_of(type(objective))
+    return type(objective).__name__
+
+
+def _teachers(bindings: Sequence[Statement]) -> list[str]:
+    """The teacher's registered name, then those of the teachers that it wraps."""
+    known, found = set(TEACHERS.names()), list[str]()
+    waiting = [reference.part for b in bindings if b.name == "train.teacher" for reference in b.references]
+    while waiting:
+        part = waiting.pop(0)
+        if part not in found:
+            found.append(part)
+            waiting += [reference.part for b in bindings if b.part == part for reference in b.references]
+    return [name for name in found if name in known]
+
+
+def _scales(bindings: Sequence[Statement]) -> list[float] | None:
+    """The range of guidance scales that the states of a training drew."""
+    sources = set(STATE_SOURCES.names())
+    for binding in bindings:
+        if binding.parameter == "guidance" and binding.part in sources and binding.value is not None:
+            low, high = binding.value if isinstance(binding.value, (list, tuple)) else (binding.value, binding.value)
+            return [float(low), float(high)]
+    return None
+
+
+def _evaluation(path: Path) -> dict[str, Any] | None:
+    """What the run measured at its end, by how many samples; None if it did not."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {"num_samples": found["num_samples"], "rows": found["rows"]}
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _picture(student: FlowMap, path: Path) -> bool:
+    from flowdistill.evaluation.pictures import save_samples
+
+    save_samples(student, path, seed=0)
+    return path.is_file()
+
+
+def _card(name: str, student: FlowMap, origin: Mapping[str, Any], objective: Objective | None, drawn: bool) -> str:
+    """The model card."""
+    from flowdistill.evaluation.report import table
+
+    points = len(student.sample_shape) == 1
+    labels = "" if student.num_classes is None else f" of {student.num_classes} classes"
+    arguments = "" if student.num_classes is None else ", labels=0"
+    facts = [f"It has {sum(p.numel() for p in student.parameters()):,} parameters."]
+    if student.guidance is not None:
+        scales = origin.get("guidance")
+        trained = f", and was trained with scales from {scales[0]:g} to {scales[1]:g}" if scales else ""
+        facts.append(f"It takes guidance scales (`guidance=`), by default {student.guidance:g}{trained}.")
+    if student.decoder is not None and not student.decoder.ready:
+        facts.append("Its samples are latents: give `load_flow_map` the autoencoder as `vae`.")
+    told = "Its makers released its weights; their licence applies."
+    if objective is not None:
+        teacher = f" from the teacher `{' of '.join(origin['teacher'])}`" if origin["teacher"] else ""
+        told = f"It was distilled{teacher} by `{origin['objective']}` in {origin['steps']:,} steps."
+        if measured := origin["evaluation"]:
+            lines = [
+                f"At the end of the training, {measured['num_samples']:,} samples a row:",
+                "",
+                *table(measured["rows"]),
+            ]
+            told = "\n".join([told, *lines])
+    return _CARD.format(
+        tag="other" if points else "unconditional-image-generation",
+        title=name,
+        what=f"A flow map{labels}, which makes samples of noise in one step, by the library flowdistill.",
+        picture="\n![Samples of one step](samples.png)\n" if drawn else "",
+        place=name,
+        arguments=arguments,
+        shape=" x ".join(map(str, student.sample_shape)),
+        facts="\n".join(facts) + "\n",
+        origin=told,
+        citation=f"\n```bibtex\n{objective.citation}\n```\n" if objective is not None and objective.citation else "",
+    )
