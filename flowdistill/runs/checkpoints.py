@@ -12,13 +12,11 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
-import safetensors.torch
-import torch
 from attrs.validators import and_, deep_mapping, matches_re, max_len
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -32,7 +30,8 @@ from flowdistill.plumbing.files import (
     json_fingerprint,
     load_tensors,
     replaced_folder,
-    unshared,
+    stored_form,
+    stream_tensors,
 )
 from flowdistill.runs.optimizer_states import pack, unpack
 
@@ -118,10 +117,15 @@ def save_checkpoint(
         if final.is_dir() and not any(final.iterdir()):  # which would be filled file by file
             discard(final)
         with replaced_folder(final) as partial:
-            hashes: dict[str, str] = {}
-            for name, data in _contents(modules, optimizers):
-                hashes[name] = fingerprint(data)
-                (partial / name).write_bytes(data)
+            hashes = {
+                f"{name}.safetensors": stream_tensors(partial / f"{name}.safetensors", module.state_dict())
+                for name, module in modules.items()
+            }
+            tensors: dict[str, Tensor] = {}
+            layout = json.dumps(pack(dict(optimizers), tensors)).encode()
+            hashes[_OPTIMIZERS[0]] = stream_tensors(partial / _OPTIMIZERS[0], tensors)
+            hashes[_OPTIMIZERS[1]] = fingerprint(layout)
+            (partial / _OPTIMIZERS[1]).write_bytes(layout)
             meta = Meta(step=step, counters=dict(counters), sums=dict(sums or {}), sha256=hashes)
             contents = {"format": _FORMAT, **attrs.asdict(meta)}
             contents["meta_sha256"] = json_fingerprint(contents)
@@ -154,8 +158,8 @@ def check_kept(module: nn.Module) -> None:
         if is_lazy(value):
             raise ConfigError(f"{name} of the network has no shape yet: evaluate lazy modules once in its __init__")
         try:
-            safetensors.torch.save({name: torch.empty(0, dtype=value.dtype, layout=value.layout)})
-        except (KeyError, ValueError, RuntimeError):
+            stored_form(value)
+        except TypeError:
             raise ConfigError(
                 f"{name} of the network is of a kind that checkpoints cannot keep ({value.dtype}, {value.layout}): "
                 "register it with persistent=False, or store it as another"
@@ -167,15 +171,6 @@ def check_kept(module: nn.Module) -> None:
                     f"{key} of {name} ({type(part).__name__}) is computed from parameters, and cannot be copied: "
                     "compute it in forward, as torch.nn.utils.parametrizations do"
                 )
-
-
-def _contents(modules: Mapping[str, nn.Module], optimizers: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
-    """The files of a checkpoint, one at a time, since each may be large."""
-    for name, module in modules.items():
-        yield f"{name}.safetensors", safetensors.torch.save(unshared(module.state_dict()))
-    tensors: dict[str, Tensor] = {}
-    packed = pack(dict(optimizers), tensors)
-    yield from zip(_OPTIMIZERS, (safetensors.torch.save(unshared(tensors)), json.dumps(packed).encode()), strict=True)
 
 
 def read_meta(checkpoint: Path) -> Meta:
