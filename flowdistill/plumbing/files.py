@@ -17,7 +17,7 @@ import socket
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,11 +56,15 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
+def replaced_folder(folder: Path, check: Callable[[Path], object] | None = None) -> Iterator[Path]:
     """An empty folder beside ``folder``, which takes its place, on disk, when the with statement ends without an error.
 
     An empty folder that is there already is filled and not replaced: it may be a link, or where the user is. Only one
     process at a time may write a folder; the next one removes what a killed process has left.
+
+    Args:
+        folder: the folder.
+        check: raises an error if what is now on disk, in the folder that it is given, must not take the place.
     """
     empty = folder.is_dir() and not any(folder.iterdir())
     partial = folder / ".partial" if empty else folder.with_name(f".{folder.name}.partial")
@@ -71,6 +75,8 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         for path in partial.iterdir():
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
+        if check is not None:
+            check(partial)
         if empty:
             for path in list(partial.iterdir()):
                 path.rename(folder / path.name)

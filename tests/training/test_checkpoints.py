@@ -302,7 +302,7 @@ def module():
 
 
 def save(workdir, step, keep=2):
-    return checkpoints.save_checkpoint(workdir, step, {"student": module()}, {}, {}, keep)
+    return checkpoints.save_checkpoint(workdir, step, {"student": module()}, {}, {}, keep).result()
 
 
 def test_the_newest_is_verified_before_an_older_one_is_deleted(tmp_path, monkeypatch):
