@@ -127,6 +127,12 @@ def test_a_training_goes_on_until_a_record_says_that_the_disk_has_failed(tmp_pat
     assert names(tmp_path / "run") == []
 
 
+def test_the_end_of_a_training_tells_that_the_disk_has_failed(tmp_path, monkeypatch):
+    Disk(monkeypatch, full).leave.set()
+    with pytest.raises(CheckpointWriteError, match="step_00000004: No space left on device"):
+        flowdistill.train(troubled(tmp_path, steps=4), workdir=tmp_path / "run")
+
+
 def test_a_loss_that_is_not_finite_names_the_checkpoint_on_its_way(tmp_path, monkeypatch):
     disk = Disk(monkeypatch, linger)
 
