@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from flowdistill.data.datasets import Dataset
 from flowdistill.plumbing.errors import DataError, in_one_line
 from flowdistill.plumbing.randomness import on_host
 from flowdistill.plumbing.registry import register_dataset
+from flowdistill.plumbing.threads import in_thread
 
 _HINT = (
     "write each as safetensors.torch.save_file({'latents': x, 'labels': y}, 'folder/00000.safetensors'), with x "
@@ -103,15 +103,7 @@ class Latents(Dataset):
         state, rows = self._draw(batch_size, generator)
         for stale in list(self._ahead)[:-1]:  # of a training that went another way
             del self._ahead[stale]
-        ahead = self._ahead[state] = Future()
-
-        def read() -> None:
-            try:
-                ahead.set_result(self._read(rows))
-            except BaseException as error:
-                ahead.set_exception(error)
-
-        Thread(target=read, daemon=True).start()
+        self._ahead[state] = in_thread(lambda: self._read(rows))
 
     def _draw(self, batch_size: int, generator: torch.Generator) -> tuple[bytes, Tensor]:
         """The state of a generator with the size of the batch, and the rows that are drawn from it."""

@@ -7,6 +7,7 @@ disk, leaves the earlier file as it was.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ import socket
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,11 +56,15 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
+def replaced_folder(folder: Path, check: Callable[[Path], object] | None = None) -> Iterator[Path]:
     """An empty folder beside ``folder``, which takes its place, on disk, when the with statement ends without an error.
 
     An empty folder that is there already is filled and not replaced: it may be a link, or where the user is. Only one
     process at a time may write a folder; the next one removes what a killed process has left.
+
+    Args:
+        folder: the folder.
+        check: raises an error if what is now on disk, in the folder that it is given, must not take the place.
     """
     empty = folder.is_dir() and not any(folder.iterdir())
     partial = folder / ".partial" if empty else folder.with_name(f".{folder.name}.partial")
@@ -70,6 +75,8 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         for path in partial.iterdir():
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
+        if check is not None:
+            check(partial)
         if empty:
             for path in list(partial.iterdir()):
                 path.rename(folder / path.name)
@@ -117,27 +124,65 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor | None], hashed: bool
         tensors: by name.
         hashed: store a hash of them as well, which `read_tensors` asks for.
     """
+    present = {name: value for name, value in tensors.items() if value is not None}
     with replaced(path) as partial:
-        partial.touch()
-        mode = partial.stat().st_mode
-        present = unshared({name: v for name, v in tensors.items() if v is not None})
-        try:
-            safetensors.torch.save_file(present, partial, {"sha256": _hash(present)} if hashed else None)
-        except safetensors.SafetensorError as error:  # a full disk, among others
-            raise OSError(f"cannot write {path}: {error}") from None
-        partial.chmod(mode)  # safetensors lets its owner alone read it
+        stream_tensors(partial, present, {"sha256": _hash(present)} if hashed else None)
 
 
-def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, each with a memory of its own, as safetensors stores them: weights may be shared."""
-    result: dict[str, Tensor] = {}
-    places: set[int] = set()
-    for name, value in tensors.items():
-        place = value.untyped_storage().data_ptr()
-        value = value.contiguous()
-        result[name] = value.clone() if place in places else value
-        places.add(place)
-    return result
+def stream_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Write a safetensors file one tensor after another, each from its own memory, and return the file's SHA-256.
+
+    A tensor on a GPU, or not contiguous, is copied while it is written. Tensors that share a memory are written once
+    for each of their names. Those of larger elements come first, so that all are aligned, and then names are sorted.
+
+    Raises:
+        TypeError: a safetensors file cannot hold one of the tensors; nothing is written.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in names:
+        kind, shape = stored_form(tensors[name])
+        begin, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+
+        def write(data: memoryview) -> None:
+            for i in range(0, len(data), _CHUNK):
+                digest.update(data[i : i + _CHUNK])
+                file.write(data[i : i + _CHUNK])
+
+        write(memoryview(len(text).to_bytes(8, "little") + text))
+        for name in names:
+            write(_bytes(tensors[name]))
+    return digest.hexdigest()
+
+
+def stored_form(tensor: Tensor) -> tuple[str, list[int]]:
+    """The type and the shape that a safetensors file names for a tensor; TypeError if it cannot hold such a tensor.
+
+    Examples:
+        >>> stored_form(torch.ones(2, 3, dtype=torch.bfloat16))
+        ('BF16', [2, 3])
+    """
+    if tensor.layout != torch.strided:
+        raise TypeError(f"safetensors files hold no tensor of {tensor.layout}")
+    kind, packed = _stored_type(tensor.dtype)
+    return kind, [*tensor.shape[:-1], *(packed * size for size in tensor.shape[-1:])]
+
+
+@functools.cache
+def _stored_type(dtype: torch.dtype) -> tuple[str, int]:
+    """The name of a type in safetensors files, and how many of their elements one of torch's holds."""
+    try:
+        data = safetensors.torch.save({"": torch.empty(1, dtype=dtype)})
+    except (KeyError, ValueError, RuntimeError, safetensors.SafetensorError):
+        raise TypeError(f"safetensors files hold no tensor of {dtype}") from None
+    entry = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])[""]
+    return entry["dtype"], entry["shape"][0]
 
 
 @contextlib.contextmanager
@@ -179,7 +224,7 @@ def locked(folder: Path) -> Iterator[None]:
 # Fingerprints.
 
 
-def fingerprint(data: str | bytes | Iterable[bytes]) -> str:
+def fingerprint(data: str | bytes | Iterable[bytes | memoryview]) -> str:
     """The SHA-256 of a text, of bytes, or of bytes in several parts, as 64 hexadecimal digits.
 
     Examples:
@@ -214,7 +259,7 @@ def json_fingerprint(value: Any) -> str:
 def module_fingerprint(module: nn.Module) -> str:
     """The fingerprint of a module's class, parameters and buffers."""
 
-    def parts() -> Iterator[bytes]:
+    def parts() -> Iterator[bytes | memoryview]:
         yield type(module).__qualname__.encode()
         for name, value in module.state_dict().items():
             yield name.encode()
@@ -229,8 +274,10 @@ def _hash(tensors: Mapping[str, Tensor]) -> str:
     return fingerprint(part for name in sorted(kinds) for part in (kinds[name].encode(), _bytes(tensors[name])))
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    data: bytes = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+def _bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, which are those of its own memory where that is possible."""
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    data: memoryview = plain.reshape(-1).view(torch.uint8).numpy().data
     return data
 
 

@@ -2,7 +2,8 @@
 
 A checkpoint ``step_00000100/`` holds safetensors files (``student``, ``ema``, the auxiliary networks and
 ``optimizers``), ``optimizers.json``, and ``meta.json`` with the step and the SHA-256 of every file. It is written
-beside its place and renamed into it, and renamed away before it is deleted, so that one that has its name is complete.
+beside its place, read back, and renamed into it, and renamed away before it is deleted, so that one that has its name
+is complete.
 """
 
 from __future__ import annotations
@@ -13,12 +14,11 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import attrs
-import safetensors.torch
-import torch
 from attrs.validators import and_, deep_mapping, matches_re, max_len
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -32,8 +32,10 @@ from flowdistill.plumbing.files import (
     json_fingerprint,
     load_tensors,
     replaced_folder,
-    unshared,
+    stored_form,
+    stream_tensors,
 )
+from flowdistill.plumbing.threads import in_thread
 from flowdistill.runs.optimizer_states import pack, unpack
 
 _FORMAT = 2
@@ -106,36 +108,59 @@ def save_checkpoint(
     counters: Mapping[str, int],
     keep: int,
     sums: Mapping[str, list[float]] | None = None,
-) -> Path:
-    """Write a checkpoint, verify it, then delete all but the newest ``keep``.
+) -> Future[Path]:
+    """Write a checkpoint; another thread then verifies it, gives it its name, and deletes all but the newest ``keep``.
+
+    The modules and optimisers may change as soon as this returns. The next save must wait for the result.
+
+    Returns:
+        The checkpoint, once it has its name, or the same error.
 
     Raises:
-        CheckpointWriteError: the disk refused, or an optimiser holds what cannot be stored; earlier checkpoints are
-            untouched and nothing half-written is left.
+        CheckpointWriteError: the disk refused, gave back something else, or an optimiser holds what cannot be stored;
+            earlier checkpoints are untouched and nothing half-written is left.
     """
     final = checkpoint_path(workdir, step)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_saying_what_is_safe(workdir, final))
         if final.is_dir() and not any(final.iterdir()):  # which would be filled file by file
             discard(final)
-        with replaced_folder(final) as partial:
-            hashes: dict[str, str] = {}
-            for name, data in _contents(modules, optimizers):
-                hashes[name] = fingerprint(data)
-                (partial / name).write_bytes(data)
-            meta = Meta(step=step, counters=dict(counters), sums=dict(sums or {}), sha256=hashes)
-            contents = {"format": _FORMAT, **attrs.asdict(meta)}
-            contents["meta_sha256"] = json_fingerprint(contents)
-            (partial / "meta.json").write_text(json.dumps(contents, indent=1))
-    except (OSError, TypeError) as error:
+        partial = stack.enter_context(replaced_folder(final, verify_checkpoint))
+        hashes = {
+            f"{name}.safetensors": stream_tensors(partial / f"{name}.safetensors", module.state_dict())
+            for name, module in modules.items()
+        }
+        tensors: dict[str, Tensor] = {}
+        layout = json.dumps(pack(dict(optimizers), tensors)).encode()
+        hashes[_OPTIMIZERS[0]] = stream_tensors(partial / _OPTIMIZERS[0], tensors)
+        hashes[_OPTIMIZERS[1]] = fingerprint(layout)
+        (partial / _OPTIMIZERS[1]).write_bytes(layout)
+        meta = Meta(step=step, counters=dict(counters), sums=dict(sums or {}), sha256=hashes)
+        contents = {"format": _FORMAT, **attrs.asdict(meta)}
+        contents["meta_sha256"] = json_fingerprint(contents)
+        (partial / "meta.json").write_text(json.dumps(contents, indent=1))
+        written = stack.pop_all()
+
+    def finish() -> Path:
+        written.close()
+        for old in checkpoint_paths(workdir)[:-keep]:
+            discard(old)
+        remove_left(workdir)
+        return final
+
+    return in_thread(finish)
+
+
+@contextlib.contextmanager
+def _saying_what_is_safe(workdir: Path, final: Path) -> Iterator[None]:
+    """Inside, what keeps a checkpoint from its place is a CheckpointWriteError."""
+    try:
+        yield
+    except (OSError, TypeError, CheckpointError) as error:
         earlier = [path for path in checkpoint_paths(workdir) if path != final]
         safe = f"the last one, {earlier[-1]}, is untouched" if earlier else "there is none from before"
         reason = error.strerror if isinstance(error, OSError) else error
         raise CheckpointWriteError(f"cannot save checkpoint {final}: {reason}; {safe}") from error
-    verify_checkpoint(final)
-    for old in checkpoint_paths(workdir)[:-keep]:
-        discard(old)
-    remove_left(workdir)
-    return final
 
 
 def remove_left(workdir: Path) -> None:
@@ -154,8 +179,8 @@ def check_kept(module: nn.Module) -> None:
         if is_lazy(value):
             raise ConfigError(f"{name} of the network has no shape yet: evaluate lazy modules once in its __init__")
         try:
-            safetensors.torch.save({name: torch.empty(0, dtype=value.dtype, layout=value.layout)})
-        except (KeyError, ValueError, RuntimeError):
+            stored_form(value)
+        except TypeError:
             raise ConfigError(
                 f"{name} of the network is of a kind that checkpoints cannot keep ({value.dtype}, {value.layout}): "
                 "register it with persistent=False, or store it as another"
@@ -167,15 +192,6 @@ def check_kept(module: nn.Module) -> None:
                     f"{key} of {name} ({type(part).__name__}) is computed from parameters, and cannot be copied: "
                     "compute it in forward, as torch.nn.utils.parametrizations do"
                 )
-
-
-def _contents(modules: Mapping[str, nn.Module], optimizers: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
-    """The files of a checkpoint, one at a time, since each may be large."""
-    for name, module in modules.items():
-        yield f"{name}.safetensors", safetensors.torch.save(unshared(module.state_dict()))
-    tensors: dict[str, Tensor] = {}
-    packed = pack(dict(optimizers), tensors)
-    yield from zip(_OPTIMIZERS, (safetensors.torch.save(unshared(tensors)), json.dumps(packed).encode()), strict=True)
 
 
 def read_meta(checkpoint: Path) -> Meta:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from flowdistill.plumbing.precision import tf32
 from flowdistill.plumbing.randomness import ONE_AT_A_TIME, step_generator, stream_seed
 from flowdistill.runs.checkpoints import (
     check_kept,
+    checkpoint_path,
     checkpoint_paths,
     load_optimizers,
     read_meta,
@@ -100,6 +103,7 @@ class Loop:
         self._recorded = self._checks = 0
         self._first_bad = torch.full((), -1, device=self.device)
         self._started = time.monotonic()
+        self._saving: Future[Path] | None = None
         self.origin = ""  # in words, of a run that starts from another
 
     @classmethod
@@ -278,8 +282,10 @@ class Loop:
 
         Raises:
             NonFiniteError: a loss or gradient was NaN or infinite.
+            CheckpointWriteError: the last checkpoint could not be finished.
         """
         self.check_finite()
+        by_first(lambda: self._finish_saving() if self._saving and self._saving.done() else None)
         now = time.monotonic()
         record = {name: total / count for name, (total, count) in self._totals().items()}
         record["steps_per_second"] = (self.step - self._recorded) / max(now - self._started, 1e-9)
@@ -334,6 +340,7 @@ class Loop:
 
     def _not_finite(self, what: str) -> NonFiniteError:
         """The error, which all processes raise at once, with the way to go on."""
+        self.finish_saving()
         saved = checkpoint_paths(self.workdir)
         if saved:
             way = (
@@ -359,9 +366,11 @@ class Loop:
     def save(self, keep: int) -> Path:
         """Write a checkpoint of the present step, by the first process, and keep the newest ``keep``.
 
+        It has its name after `finish_saving`; the training may go on meanwhile.
+
         Raises:
             NonFiniteError: a loss, a gradient, a weight or a sample is NaN or infinite; nothing is written.
-            CheckpointWriteError: the disk refused.
+            CheckpointWriteError: the disk refused this checkpoint, or the one before.
         """
         self.check_finite()
         self._check_weights()
@@ -369,10 +378,33 @@ class Loop:
         counters, totals = self.counters, self._totals()
 
         def write() -> Path:
+            self._finish_saving()
             states = {name: trained.optimizer.state_dict() for name, trained in self._all_trained().items()}
-            return save_checkpoint(self.workdir, self.step, self._modules(), states, counters, keep, totals)
+            self._saving = save_checkpoint(self.workdir, self.step, self._modules(), states, counters, keep, totals)
+            return checkpoint_path(self.workdir, self.step)
 
         return by_first(write)
+
+    def finish_saving(self) -> None:
+        """Wait, in all processes, until the last checkpoint has its name, if one is on its way.
+
+        Raises:
+            CheckpointWriteError: it could not be finished.
+        """
+        by_first(self._finish_saving)
+
+    def _finish_saving(self) -> None:
+        if self._saving is not None:
+            wait([self._saving])  # an interrupt leaves it to `close`
+            saving, self._saving = self._saving, None
+            saving.result()
+
+    def close(self) -> None:
+        """Wait, in this process, for a checkpoint on its way; that it fails is a warning, since another error came."""
+        try:
+            self._finish_saving()
+        except Exception as error:
+            warnings.warn(str(error), RuntimeWarning, stacklevel=2)
 
     def agree(self) -> None:
         """Give all processes the weights of the first."""

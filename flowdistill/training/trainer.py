@@ -165,6 +165,7 @@ def _run(loop: Loop, saved: Path | None, operative: str, report: bool) -> tuple[
     record: dict[str, float] = {}
     first, stopped = rank_and_world()[0] == 0, False
     with contextlib.ExitStack() as stack:
+        stack.callback(loop.close)
         log = stack.enter_context(RunLog(workdir, loop.step, steps)) if first else None
         if log is not None and (saved is not None or loop.origin):
             log.say(f"resumed {saved}" if saved is not None else loop.origin)
@@ -185,6 +186,8 @@ def _run(loop: Loop, saved: Path | None, operative: str, report: bool) -> tuple[
                         _keep_configuration(workdir, operative)
                     with progress("saving a checkpoint", None):
                         saved = loop.save(run.keep_checkpoints)
+                        if last or stopped:
+                            loop.finish_saving()
                 if run.sample_every and (last or loop.step % run.sample_every == 0):
                     by_first(lambda: _draw_pictures(loop, log))
             stopped = signals.asked_at_last() or stopped

@@ -1,9 +1,14 @@
 """Files are there whole or not at all, and are known by what is in them."""
 
+import contextlib
 import hashlib
+import json
+import resource
 import stat
+import warnings
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,13 +47,92 @@ def test_a_file_that_cannot_be_renamed_leaves_the_earlier_one(tmp_path, monkeypa
     assert names(path.parent) == ["file"]
 
 
-def test_tensors_that_do_not_fit_on_the_disk_are_an_error_of_the_file(tmp_path, monkeypatch):
-    def full(*_):
-        raise files.safetensors.SafetensorError("Error while serializing: I/O error: No space left on device")
+def test_tensors_that_do_not_fit_on_the_disk_are_an_error_of_the_file(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            files.write_tensors(tmp_path / "file", {"x": torch.ones(20_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert names(tmp_path) == []
 
-    monkeypatch.setattr(files.safetensors.torch, "save_file", full)
-    with pytest.raises(OSError, match=r"cannot write .*file: .*No space"):
-        files.write_tensors(tmp_path / "file", {"x": torch.ones(2)})
+
+def storable():
+    """The types of tensors that safetensors files can hold."""
+    for dtype in {each for each in vars(torch).values() if isinstance(each, torch.dtype)}:
+        with contextlib.suppress(KeyError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that some types are of little use
+            safetensors.torch.save({"x": torch.empty(0, dtype=dtype)})
+            yield dtype
+
+
+def bits(tensor):
+    return tensor.contiguous().reshape(-1).view(torch.uint8).tolist()
+
+
+def test_tensors_of_all_types_and_shapes_are_what_safetensors_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_CHUNK", 7)
+    tensors = {}
+    for dtype in storable():
+        for shape in [(), (0,), (0, 3), (3, 2)]:
+            size = torch.Size(shape).numel() * dtype.itemsize
+            drawn = torch.randint(2 if dtype == torch.bool else 256, (size,), dtype=torch.uint8)
+            tensors[f"{dtype} {shape}"] = drawn.view(dtype).reshape(shape)
+    tensors = {name: v for name, v in tensors.items() if name != "torch.float4_e2m1fn_x2 ()"}  # half a pair
+    assert len(tensors) > 60
+    digest = files.stream_tensors(tmp_path / "file", tensors, {"of": "tests"})
+    assert digest == hashlib.sha256((tmp_path / "file").read_bytes()).hexdigest()
+    found = safetensors.torch.load_file(tmp_path / "file")
+    assert found.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape)
+        assert bits(found[name]) == bits(value)
+    with safetensors.safe_open(tmp_path / "file", framework="pt") as file:
+        assert file.metadata() == {"of": "tests"}
+
+
+def test_a_tensor_is_stored_as_it_looks_wherever_its_memory_is(tmp_path):
+    x = torch.arange(6.0).reshape(2, 3)
+    number = torch.complex(x, 2 * x)
+    tensors = {
+        "x": x,
+        "again": x,
+        "part": x[1:],
+        "transposed": x.T,
+        "expanded": x[:1].expand(4, 3),
+        "conjugate": number.conj(),
+        "negative": number.conj().imag,
+        "trained": torch.nn.Parameter(x),
+    }
+    files.stream_tensors(tmp_path / "file", tensors)
+    found = safetensors.torch.load_file(tmp_path / "file")
+    assert found.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert torch.equal(found[name], value.resolve_conj())
+    files.stream_tensors(tmp_path / "other", dict(reversed(tensors.items())))
+    assert (tmp_path / "file").read_bytes() == (tmp_path / "other").read_bytes()
+
+
+@given(st.lists(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.uint8]), max_size=6))
+def test_tensors_are_aligned_in_their_file(tmp_path_factory, dtypes):
+    """Also those after a tensor of an odd length."""
+    path = tmp_path_factory.getbasetemp() / "aligned"
+    files.stream_tensors(path, {str(i): torch.zeros(i + 1, dtype=dtype) for i, dtype in enumerate(dtypes)})
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    assert length % 8 == 0
+    for entry in json.loads(data[8 : 8 + length]).values():
+        size = dtypes[entry["shape"][0] - 1].itemsize
+        assert entry["data_offsets"][0] % size == 0
+
+
+@pytest.mark.parametrize(
+    "value", [torch.ones(2, dtype=torch.complex128), torch.eye(2).to_sparse()], ids=["complex128", "sparse"]
+)
+def test_tensors_that_no_file_can_hold(tmp_path, value):
+    with pytest.raises(TypeError, match=r"safetensors files hold no tensor of torch\.(complex128|sparse_coo)"):
+        files.stream_tensors(tmp_path / "file", {"good": torch.ones(2), "bad": value})
     assert names(tmp_path) == []
 
 
@@ -89,6 +173,22 @@ def test_the_files_of_a_folder_are_on_disk_before_it_has_its_name(tmp_path, monk
         (partial / "a").write_text("a")
         (partial / "b").write_text("b")
     assert there == [False, False]
+
+
+def test_a_folder_that_a_check_refuses_does_not_take_the_place(tmp_path):
+    with files.replaced_folder(tmp_path / "folder") as partial:
+        (partial / "old").write_text("")
+    seen = []
+
+    def refuse(partial):
+        seen.extend(names(partial))
+        raise ValueError("damaged")
+
+    with pytest.raises(ValueError, match="damaged"), files.replaced_folder(tmp_path / "folder", refuse) as partial:
+        (partial / "new").write_text("")
+    assert seen == ["new"]
+    assert names(tmp_path) == ["folder"]
+    assert names(tmp_path / "folder") == ["old"]
 
 
 @given(st.binary(), st.integers(0, 50))

@@ -51,6 +51,12 @@ def slowed(function):
 
 if DEED == "saves_slowly" and not SECOND:
     loop.save_checkpoint, trainer.write_report = slowed(loop.save_checkpoint), slowed(trainer.write_report)
+if DEED == "has_no_room" and not SECOND:
+
+    def refuse(file):
+        raise OSError(28, "No space left on device")
+
+    os.fsync = refuse
 if DEED == "has_other_weights" and SECOND:
     torch.nn.Linear.reset_parameters = lambda self: [torch.nn.init.ones_(p) for p in self.parameters()]
 options = sys.argv[2:]

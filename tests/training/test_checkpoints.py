@@ -7,6 +7,7 @@ import pickle
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -302,7 +303,7 @@ def module():
 
 
 def save(workdir, step, keep=2):
-    return checkpoints.save_checkpoint(workdir, step, {"student": module()}, {}, {}, keep)
+    return checkpoints.save_checkpoint(workdir, step, {"student": module()}, {}, {}, keep).result()
 
 
 def test_the_newest_is_verified_before_an_older_one_is_deleted(tmp_path, monkeypatch):
@@ -336,6 +337,36 @@ def test_an_interrupted_save_leaves_the_earlier_checkpoints(tmp_path, monkeypatc
     monkeypatch.undo()
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
     checkpoints.verify_checkpoint(tmp_path / "checkpoints" / "step_00000001")
+
+
+LARGE = """
+import resource, sys
+from pathlib import Path
+import torch
+from flowdistill.runs.checkpoints import save_checkpoint
+torch.set_num_threads(1)
+module = torch.nn.Module()
+for i in range(8):
+    module.register_buffer(f"own_{i}", torch.ones(1000, 2500))
+for i in range(5):
+    module.register_buffer(f"transposed_{i}", module.own_0.T)
+    module.register_buffer(f"shared_{i}", module.own_1)
+states = {"student": {i: torch.ones(1000, 2500) for i in range(6)}}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+path = save_checkpoint(Path(), 1, {"student": module}, states, {}, 1).result()
+print(sum(file.stat().st_size for file in path.iterdir()))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss is another elsewhere")
+def test_a_save_takes_the_memory_of_one_tensor(tmp_path):
+    """Of 24 tensors of 10 MB here, of which twelve share their memory with others."""
+    done = subprocess.run([sys.executable, "-c", LARGE], cwd=tmp_path, capture_output=True, text=True, check=True)
+    shutil.rmtree(tmp_path / "checkpoints")
+    size, kibibytes = map(int, done.stdout.split())
+    assert size > 240_000_000
+    assert kibibytes < 30_000
 
 
 def limit_files():

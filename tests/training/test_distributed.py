@@ -207,6 +207,7 @@ def odd(tmp_path):
         pytest.param("fails", "a file is damaged", marks=pytest.mark.slow),
         ("has_another_rate", "process 1 has another configuration than process 0 (one has 'AdamW.lr = 0.001')"),
         pytest.param("has_a_mistake", "batch_size", marks=pytest.mark.slow),
+        pytest.param("has_no_room", "step_00000004: No space left on device; there is none", marks=pytest.mark.slow),
     ],
 )
 def test_processes_learn_what_one_of_them_does(odd, deed, message):

@@ -297,7 +297,7 @@ def test_an_auxiliary_gradient_that_is_not_finite_is_noticed(tmp_path):
 def test_weights_that_are_shared_are_saved_and_loaded(tmp_path):
     network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     network[1].weight = network[0].weight
-    save_checkpoint(tmp_path, 1, {"student": network}, {}, {}, keep=1)
+    save_checkpoint(tmp_path, 1, {"student": network}, {}, {}, keep=1).result()
     again = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     again[1].weight = again[0].weight
     load_module(again, tmp_path / "checkpoints" / "step_00000001" / "student.safetensors")
