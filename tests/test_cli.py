@@ -226,7 +226,7 @@ def test_a_lack_of_memory_is_told_in_one_line(error, monkeypatch, capsys):
     def lack(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(flowdistill.training, "train", lack)
+    monkeypatch.setattr("flowdistill.training.trainer.train", lack)
     with pytest.raises(SystemExit) as ended:
         main(["train", "meanflow", "--on", "plane"])
     assert ended.value.code == 1
