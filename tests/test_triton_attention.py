@@ -43,13 +43,13 @@ def plain(q, k, v, scale, causal):
     return scores.softmax(-1) @ v
 
 
-def error(numbers, moving="qkv", dtype=torch.float32, scale=None, causal=False, transposed=False):
+def error(numbers, moving="qkv", dtype=torch.float32, scale=None, causal=False, transposed=()):
     """The relative error of the kernel's tangent."""
     from flowdistill.duals.triton_attention import attention_tangent
 
     numbers = [number.to(dtype) for number in numbers]
-    if transposed:  # as heads lie that come out of one projection
-        numbers = [number.transpose(-3, -2).contiguous().transpose(-3, -2) for number in numbers]
+    for i in transposed:  # as heads lie that come out of one projection
+        numbers[i] = numbers[i].transpose(-3, -2).contiguous().transpose(-3, -2)
     scale = numbers[0].shape[-1] ** -0.5 if scale is None else scale
     wide = [number.double() for number in numbers]
     directions = [wide[3 + i] if name in moving else torch.zeros_like(wide[i]) for i, name in enumerate("qkv")]
@@ -92,8 +92,11 @@ CASES = {
     "causal": lambda: error(drawn(50, 50), causal=True),
     "causal, more keys": lambda: error(drawn(), causal=True),
     "causal, more queries": lambda: error(drawn(50, 20), causal=True),
-    "transposed": lambda: error(drawn(width=72, lead=(2, 3)), transposed=True),
-    "transposed, one head": lambda: error(drawn(lead=(2, 1)), transposed=True),
+    "transposed": lambda: error(drawn(width=72, lead=(2, 3)), transposed=range(6)),
+    "transposed, one head": lambda: error(drawn(lead=(2, 1)), transposed=range(6)),
+    **{f"transposed {i}": lambda i=i: error(drawn(), transposed=(i, i + 3)) for i in range(3)},
+    "transposed tangents": lambda: error(drawn(), transposed=(3, 4, 5)),
+    "columns apart": lambda: error([x.mT.contiguous().mT for x in drawn(48, 48)]),
     **{f"{len(lead)} batches": lambda lead=lead: error(drawn(lead=lead)) for lead in ((), (2,), (2, 1, 2))},
     "duals": through_duals,
     "duals, scale": lambda: through_duals(scale=0.3),
