@@ -32,6 +32,8 @@ def modules() -> list[str]:
 
 @pytest.mark.parametrize("name", modules())
 def test_examples_of_docstrings(name, tmp_path, monkeypatch):
+    if name == "flowdistill.duals.triton_attention":
+        pytest.importorskip("triton", reason="triton, which comes with torch for CUDA, is not installed")
     monkeypatch.chdir(tmp_path)
     names = {"torch": torch, "nn": torch.nn}
     torch.manual_seed(0)

@@ -1,8 +1,12 @@
-"""Attention: the value by the kernel that the network chose, the tangent by rows, in a memory linear in the tokens."""
+"""Attention: the value by the kernel that the network chose, the tangent in a memory linear in the tokens.
+
+The tangent is computed by rows, and for many tokens on a GPU by a Triton kernel.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 import math
 from collections.abc import Mapping, Sequence
@@ -16,6 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flowdistill.duals.engine import RULES, dual, follow, no_graph, parts
 
 _ROWS = 256  # of the queries at a time
+_FEWEST_KEYS = 512  # for one kernel
+_TRITON = torch.version.hip is None and importlib.util.find_spec("triton") is not None
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _MATH = functools.partial(sdpa_kernel, SDPBackend.MATH)  # fused kernels have no forward derivative
 
@@ -43,7 +49,26 @@ def _attention(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any
                 tangents[i] = None if tangents[i] is None else tangents[i].repeat_interleave(shared, -3)
         scale = given.get("scale")
         scale = values[0].shape[-1] ** -0.5 if scale is None else scale
-        return dual(result, _tangent(values, tangents, scale, bool(given.get("is_causal"))))
+        causal = bool(given.get("is_causal"))
+        q, k, v, mask = values
+        if not takes_kernel(q, k, v, mask):
+            return dual(result, _tangent(values, tangents, scale, causal))
+        from flowdistill.duals.triton_attention import attention_tangent
+
+        return dual(result, attention_tangent(q, k, v, result, tangents[:3], scale, causal))
+
+
+def takes_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Whether the Triton kernel computes the tangent: on NVIDIA's GPUs since Ampere, of many tokens without a mask."""
+    return (
+        _TRITON
+        and q.device.type == "cuda"
+        and q.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and mask is None
+        and k.shape[-2] >= _FEWEST_KEYS
+        and v.shape[-1] == q.shape[-1] <= 512 // q.element_size()  # for which there are registers
+        and torch.cuda.get_device_properties(q.device).major >= 8
+    )
 
 
 def _tangent(values: Sequence[Any], tangents: Sequence[Any], scale: float, causal: bool) -> Tensor:

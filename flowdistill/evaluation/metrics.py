@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowdistill.evaluation.neighbours import covered, squared_radii
 from flowdistill.plumbing.errors import ConfigError, DataError
 from flowdistill.plumbing.progress import progress
 from flowdistill.plumbing.registry import METRICS, register_metric
@@ -21,6 +22,8 @@ from flowdistill.plumbing.torch_fidelity import torch_fidelity
 
 if TYPE_CHECKING:
     from flowdistill.evaluation.samples import SampleSet
+
+_NEIGHBOURS = 3  # of precision and recall, as in their paper
 
 
 def _check(minimum: int, *sets: Tensor) -> None:
@@ -112,11 +115,12 @@ def class_information(logits: Tensor) -> float:
     return float(torch_fidelity("metric_isc").isc_features_to_metric(logits.detach().cpu())["inception_score_mean"])
 
 
-def precision_recall(reference: Tensor, generated: Tensor, neighbours: int = 3) -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991), by torch-fidelity.
+def precision_recall(reference: Tensor, generated: Tensor, neighbours: int = _NEIGHBOURS) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991).
 
     Precision is the fraction of generated samples within the distance of some reference sample to its k-th nearest
-    other; recall is the same with the sets exchanged.
+    other; recall is the same with the sets exchanged. It is computed on the device of the sets, in blocks, and all is
+    decided as in float64.
 
     Args:
         reference: (N, D).
@@ -125,17 +129,20 @@ def precision_recall(reference: Tensor, generated: Tensor, neighbours: int = 3) 
 
     Returns:
         Precision and recall, in [0, 1].
+
+    Examples:
+        >>> real = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
+        >>> precision_recall(real, torch.tensor([[0.5], [0.6], [20.5]]), neighbours=1)  # 20.5 covers 1, 10 and 11
+        (0.6666666666666666, 0.75)
     """
     _check(neighbours + 1, reference, generated)
-    result = torch_fidelity("metric_prc").prc_features_to_metric(
-        generated.detach().cpu().double(),
-        reference.detach().cpu().double(),
-        prc_neighborhood=neighbours,
-        prc_batch_size=1000,  # whose distances to 50 000 others fit into memory
-        save_cpu_ram=True,
-        verbose=False,
-    )
-    return float(result["precision"]), float(result["recall"])
+    return _shares(reference, squared_radii(reference, neighbours), generated, squared_radii(generated, neighbours))
+
+
+def _shares(reference: Tensor, reference_radii: Tensor, generated: Tensor, radii: Tensor) -> tuple[float, float]:
+    inside = covered(generated, radii, reference, reference_radii)
+    precision, recall = (float(which.double().mean()) for which in inside)
+    return precision, recall
 
 
 def label_agreement(logits: Tensor, labels: Tensor) -> float:
@@ -244,8 +251,16 @@ def recall(generated: SampleSet, reference: SampleSet) -> float:
 
 @functools.lru_cache(maxsize=1)
 def _precision_recall(generated: SampleSet, reference: SampleSet) -> tuple[float, float]:
-    """Both, which take the same distances."""
-    return precision_recall(reference.features, generated.features)
+    """Both, which take the same distances; where the reference says."""
+    real, fake = (samples.features.to(reference.device) for samples in (reference, generated))
+    _check(_NEIGHBOURS + 1, real, fake)
+    return _shares(real, _reference_radii(reference), fake, squared_radii(fake, _NEIGHBOURS))
+
+
+@functools.lru_cache(maxsize=1)
+def _reference_radii(reference: SampleSet) -> Tensor:
+    """Kept, since many sets are measured against one reference."""
+    return squared_radii(reference.features.to(reference.device), _NEIGHBOURS)
 
 
 @register_metric("accuracy")

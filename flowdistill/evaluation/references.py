@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+import attrs
 import numpy as np
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def reference_set(
         seed: of the draws.
         source: see `load_images`; None is the data of the features, or the teacher's.
         decoder: turns samples of a data set into images.
-        device: where features are computed.
+        device: where features are computed, and neighbours are looked for if it is a GPU.
 
     Raises:
         ConfigError: there is nothing to compare with.
@@ -62,21 +63,23 @@ def reference_set(
     """
     if source is not None and features is None:
         raise ConfigError("a reference of images needs features: name an extractor, such as inception")
+    place = torch.device(device)
+    near = place if place.type == "cuda" else "cpu"  # others have no float64
     if features is not None:
         extractor = load_features(features)
         if source is not None:
-            return load_images(source, extractor, decoder, device)
+            return attrs.evolve(load_images(source, extractor, decoder, device), device=near)
         if extractor.reference is None:
             raise ConfigError(
                 f"{type(extractor).__name__} comes without features of real data: name a reference, which is a folder "
                 "or a file of images, or a data set"
             )
-        return SampleSet(extractor.reference)
+        return SampleSet(extractor.reference, device=near)
     if not isinstance(teacher, ExactTeacher):
         raise ConfigError(NOTHING_TO_COMPARE)
     generator = torch.Generator(teacher.device).manual_seed(seed + 10_000)
     samples = teacher.sample_data(n, generator).flatten(1).cpu()
-    return SampleSet(samples, modes=teacher.modes)
+    return SampleSet(samples, modes=teacher.modes, device=near)
 
 
 def load_images(

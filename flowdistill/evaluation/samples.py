@@ -37,6 +37,8 @@ class SampleSet:
     modes: tuple[Tensor, float] | None = None
     """The centres (K, D) of an exact mixture of equally likely components, and the radius within which a sample is near
     one."""
+    device: torch.device | str = "cpu"
+    """Where neighbours are looked for in the set, which lies on the CPU, and in those that are compared with it."""
 
     @property
     def features(self) -> Tensor:
@@ -61,7 +63,7 @@ class SampleSet:
     def __getitem__(self, rows: slice | Tensor) -> SampleSet:
         """The set of some rows: ``rows`` is a slice, a mask, or row numbers."""
         labels, logits = (None if v is None else v[rows] for v in (self.labels, self.logits))
-        return SampleSet(self.features[rows], labels, logits, modes=self.modes)
+        return SampleSet(self.features[rows], labels, logits, modes=self.modes, device=self.device)
 
     @classmethod
     def join(cls, parts: Sequence[SampleSet]) -> SampleSet:
