@@ -12,6 +12,8 @@ from test_one_pass import NETWORKS, student_of
 
 import flowdistill
 from flowdistill import CheckpointError, Condition, ConfigError, Run
+from flowdistill.algorithms.piflow.flow_map import PolicyFlowMap
+from flowdistill.algorithms.piflow.policies import head_of
 from flowdistill.decoders import Pixels, StableDiffusionVae
 from flowdistill.flow_maps import NetworkFlowMap, from_teacher
 from flowdistill.networks import MLP, SiT
@@ -55,6 +57,20 @@ def test_a_student_comes_back_from_its_folder(tmp_path, network, conditioning):
     assert not again.training
     assert any(p.requires_grad for p in again.parameters())
     assert not any(p.requires_grad for p in flowdistill.load_flow_map(tmp_path / "student").parameters())
+
+
+@pytest.mark.parametrize("head", ["dx", "gmflow"])
+def test_a_policy_comes_back_from_its_folder(tmp_path, head):
+    torch.manual_seed(0)
+    field = NetworkFlowMap(SiT(input_size=4, hidden_size=16, depth=1, num_heads=2, num_classes=3), "instantaneous")
+    field.decoder = StableDiffusionVae(scale=2.0)
+    student = PolicyFlowMap(field, head_of(head, **{"dx": {"points": 3}, "gmflow": {"components": 2}}[head]), 5, 2, 3.0)
+    for parameter in student.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    again = flowdistill.load_flow_map(export(student, tmp_path / "student"), vae="somewhere")
+    assert same(student, again, steps=2)
+    assert type(again.head) is type(student.head)
+    assert again.decoder == StableDiffusionVae(scale=2.0, vae="somewhere")
 
 
 def test_all_arguments_come_back(tmp_path):
@@ -105,7 +121,7 @@ def test_convert_knows_the_file_of_a_student(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("name", ["dmf", "dmf512", "meanflow", "secant", "stee", "alphaflow", "imm_ts", "imm_s", "tvm"])
+@pytest.mark.parametrize("name", [name for name in ARGUMENTS if not name.startswith("piflow")])
 def test_students_of_others_become_folders(tmp_path, name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
@@ -221,7 +237,13 @@ def test_what_no_arguments_build_is_refused(tmp_path):
 
     with pytest.raises(ConfigError, match="Own does not tell what builds it"):
         export(Own(), tmp_path / "student")
-    assert list(tmp_path.iterdir()) == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        (tmp_path / "authors").mkdir()
+        policy = flowdistill.load_flow_map(written("piflow_repa", tmp_path / "authors"))
+    with pytest.raises(ConfigError, match="is a folder already"):
+        export(policy, tmp_path / "student")
+    assert [path.name for path in tmp_path.iterdir()] == ["authors"]
 
 
 @pytest.mark.parametrize(

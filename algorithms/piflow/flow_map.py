@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from flowdistill.algorithms.piflow.policies import GMFlowHead, Policy, PolicyHead
+from flowdistill.algorithms.piflow.policies import GMFlowHead, Policy, PolicyHead, head_of
 from flowdistill.flow_maps import NetworkFlowMap, from_teacher
 from flowdistill.interfaces import Condition, FlowMap, Jumps, Teacher
 from flowdistill.paths import expand_time, shifted
@@ -20,6 +20,7 @@ from flowdistill.plumbing.registry import register_flow_map
 HeadBuilder: TypeAlias = Callable[[tuple[int, ...], int | None], PolicyHead]
 
 
+@register_flow_map("policy_map")
 class PolicyFlowMap(FlowMap):
     """A flow map X(x, t, s) that follows a policy from t to s, after one evaluation of a network at (x, t).
 
@@ -29,7 +30,8 @@ class PolicyFlowMap(FlowMap):
 
     Args:
         velocity: a velocity field of one network, which is copied and gets a wider output.
-        head: builds, from the shape of a sample and the number of classes, what makes the output a policy.
+        head: builds, from the shape of a sample and the number of classes, what makes the output a policy; or its name
+            and arguments, as `PolicyHead.built_by` gives them.
         substeps: of a jump, however long.
         segments: jumps from noise to data for which the student is trained; times k/``segments``, before their shift,
             are where one policy ends and the next begins. One segment makes an anchored map.
@@ -42,12 +44,14 @@ class PolicyFlowMap(FlowMap):
     def __init__(
         self,
         velocity: NetworkFlowMap,
-        head: HeadBuilder = GMFlowHead,
+        head: HeadBuilder | Mapping[str, Any] = GMFlowHead,
         substeps: int = 128,
         segments: int = 1,
         shift: float = 1.0,
     ) -> None:
         super().__init__()
+        if isinstance(head, Mapping):
+            head = head_of(**head)
         if velocity.jumps is not Jumps.NONE:
             raise ConfigError("a policy is made of a velocity field: set conditioning = 'instantaneous'")
         if substeps < 1 or segments < 1 or shift <= 0:
@@ -60,6 +64,11 @@ class PolicyFlowMap(FlowMap):
         self.substeps, self.segments, self.shift = substeps, segments, shift
         self.jumps = Jumps.FROM_NOISE if segments == 1 else Jumps.ANY
         self.train(velocity.training)
+
+    def built_by(self) -> tuple[str, dict[str, Any]]:
+        """Its own arguments."""
+        parts = {"velocity": self.wide, "head": self.head.built_by()}
+        return "policy_map", {**parts, "substeps": self.substeps, "segments": self.segments, "shift": self.shift}
 
     @property
     def evaluations(self) -> int:

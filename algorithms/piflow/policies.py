@@ -7,8 +7,11 @@ velocity (x - x_0)/t. Parameters are in the space of velocities: an output v sta
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import attrs
 import gin
@@ -126,6 +129,10 @@ class PolicyHead(nn.Module, ABC):
     extra: int = 0
     """The further channels that it must give."""
 
+    def built_by(self) -> dict[str, Any]:
+        """Its name and the arguments that build it again, as `head_of` takes them; ConfigError if it has none."""
+        raise ConfigError(f"a {type(self).__name__} does not tell what builds it: its class lacks built_by")
+
     @abstractmethod
     def forward(
         self, outputs: Tensor, x: Tensor, t: Tensor, end: Tensor, condition: Condition | None, shift: float
@@ -148,6 +155,10 @@ class DXHead(PolicyHead):
         if points < 2:
             raise ConfigError(f"dx.points must be at least 2, not {points}")
         self.velocities = points
+
+    def built_by(self) -> dict[str, Any]:
+        """See `PolicyHead.built_by`."""
+        return {"head": "dx", "points": self.velocities}
 
     def forward(
         self, outputs: Tensor, x: Tensor, t: Tensor, end: Tensor, condition: Condition | None, shift: float
@@ -184,6 +195,10 @@ class GMFlowHead(PolicyHead):
         nn.init.constant_(last.bias, math.log(0.05))
         self.log_std: nn.Module = last
 
+    def built_by(self) -> dict[str, Any]:
+        """See `PolicyHead.built_by`."""
+        return {"head": "gmflow", "components": self.velocities}
+
     def forward(
         self, outputs: Tensor, x: Tensor, t: Tensor, end: Tensor, condition: Condition | None, shift: float
     ) -> Policy:
@@ -198,3 +213,8 @@ class GMFlowHead(PolicyHead):
             hidden = hidden + self.label_embedding(labels)
         log_std = self.log_std(F.silu(hidden))[:, 0].to(x.dtype)
         return GMFlowPolicy(x, t, velocities, outputs[:, count:].unsqueeze(2), log_std)
+
+
+def head_of(head: str, **arguments: Any) -> Callable[[tuple[int, ...], int | None], PolicyHead]:
+    """The builder of a head by its name, "gmflow" or "dx"; KeyError for another one."""
+    return functools.partial({"dx": DXHead, "gmflow": GMFlowHead}[head], **arguments)

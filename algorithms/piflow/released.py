@@ -148,6 +148,10 @@ class PiFlowStudent(PolicyFlowMap):
             stacklevel=2,
         )
 
+    def built_by(self) -> tuple[str, dict[str, Any]]:
+        """Nothing: ConfigError."""
+        raise ConfigError("a released student of pi-Flow is a folder already, that of its authors: share that one")
+
     def average(self, policy: Policy, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """The average velocity of the policy's path from x at t to s, in more steps for longer jumps."""
         counts = (self.substeps * (t - s)).ceil().clamp_min(1)

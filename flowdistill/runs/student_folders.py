@@ -32,8 +32,7 @@ def description(student: FlowMap) -> dict[str, Any]:
         ConfigError: nothing registered builds it from plain arguments, networks and decoders; or its parts were changed
             afterwards, as by low-rank updates.
     """
-    name, arguments = student.built_by()
-    config = {"format": _FORMAT, "flow_map": name, "arguments": _described(arguments)}
+    config = {"format": _FORMAT, **_described(student)}
     with torch.device("meta"):
         again = _built(json.loads(json.dumps(config)), {})
     if _shapes(again) != _shapes(student):
@@ -93,6 +92,9 @@ def _described(value: Any) -> Any:
         return [_described(part) for part in value]
     if isinstance(value, Mapping):
         return {key: _described(part) for key, part in value.items()}
+    if isinstance(value, FlowMap):
+        name, arguments = value.built_by()
+        return {"flow_map": name, "arguments": _described(arguments)}
     if isinstance(value, VelocityNetwork):
         return {"network": NETWORKS.name_of(type(value)), "arguments": _described(value.arguments)}
     if isinstance(value, Decoder):
@@ -112,11 +114,25 @@ def _built(config: Mapping[str, Any], decoder_arguments: Mapping[str, Any]) -> F
 
 
 def _part(value: Any, decoder_arguments: Mapping[str, Any]) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    if "network" in value:
+    """An argument of a flow map."""
+    kind = next((kind for kind in ("flow_map", "network", "decoder") if isinstance(value, dict) and kind in value), "")
+    if kind == "flow_map":
+        return _built(value, decoder_arguments)
+    if kind == "network":
         return NETWORKS.build(value["network"], **value["arguments"])
-    return DECODERS.build(value["decoder"], **value["arguments"] | decoder_arguments)
+    if kind == "decoder":
+        return DECODERS.build(value["decoder"], **value["arguments"] | decoder_arguments)
+    return value
+
+
+def _decoder(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arguments of the decoder that a description has, or one of the flow maps in it."""
+    for value in config["arguments"].values():
+        if isinstance(value, dict) and "decoder" in value:
+            return dict(value["arguments"])
+        if isinstance(value, dict) and "flow_map" in value:
+            return _decoder(value)
+    return {}
 
 
 def _shapes(student: FlowMap) -> dict[str, torch.Size]:

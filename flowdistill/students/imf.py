@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowdistill.decoders import StableDiffusionVae
-from flowdistill.interfaces import NULL_LABEL, Condition, FlowMap
+from flowdistill.interfaces import NULL_LABEL, Condition, Decoder, FlowMap
 from flowdistill.interfaces.condition import check_interval
 from flowdistill.networks.imf import IMFTransformer
 from flowdistill.networks.sit_files import classes_of, names_in, read_state, unreadable
@@ -34,13 +35,57 @@ VARIANTS = ["imf", *(f"imf-{size}/2-256" for size in _SIZES)]
 """The family, of any size, and its published architectures."""
 
 
-@register_flow_map("imf_student", variants=VARIANTS)
-class IMFStudent(FlowMap):
-    """A released student of improved MeanFlow (Geng et al. 2025, arXiv 2512.02012), in PyTorch.
+@register_flow_map("imf_map")
+class IMFFlowMap(FlowMap):
+    """A student of improved MeanFlow (Geng et al. 2025, arXiv 2512.02012).
 
         F(x, t, s) = network(x, t - s, 1 - 1/gamma, low, high)
 
-    It was trained with all guidance scales gamma and intervals of times [low, high], both of which it is told.
+    It is trained with all guidance scales gamma and intervals of times [low, high], both of which it is told.
+
+    Args:
+        transformer: the arguments of `IMFTransformer`.
+        guidance: the guidance scale of samples that name none.
+        interval: the interval of samples that name none.
+        decoder: turns samples into images.
+    """
+
+    def __init__(
+        self,
+        transformer: Mapping[str, Any],
+        guidance: float,
+        interval: tuple[float, float] = (0.0, 1.0),
+        decoder: Decoder | None = None,
+    ) -> None:
+        super().__init__()
+        self._transformer = dict(transformer)
+        with weights():
+            self.network = IMFTransformer(**self._transformer)
+        self.guidance, self.interval, self.decoder = guidance, check_interval(interval), decoder
+        size = self._transformer["input_size"]
+        self.sample_shape = (self._transformer["in_channels"], size, size)
+        self.num_classes = self._transformer["num_classes"]
+
+    def built_by(self) -> tuple[str, dict[str, Any]]:
+        """Its own arguments."""
+        names = ("guidance", "interval", "decoder")
+        return "imf_map", {"transformer": self._transformer, **{name: getattr(self, name) for name in names}}
+
+    def average_velocity(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None) -> Tensor:
+        """F(x, t, s)."""
+        condition = Condition() if condition is None else condition
+        low, high = (condition.guidance and condition.guidance.interval) or self.interval
+        scale = torch.full_like(t, self.guidance or 1.0) if condition.scale is None else condition.scale.to(t.dtype)
+        labels = condition.labels
+        labels = torch.full((len(x),), NULL_LABEL, device=x.device) if labels is None else labels
+        ends = (torch.full_like(t, low), torch.full_like(t, high))
+        output: Tensor = self.network(x, t - s, 1 - 1 / scale, *ends, labels)
+        return output
+
+
+@register_flow_map("imf_student", variants=VARIANTS)
+class IMFStudent(IMFFlowMap):
+    """A released student of improved MeanFlow, in PyTorch: see `IMFFlowMap`.
 
     Args:
         checkpoint: a file such as ``iMF-XL-2.pth``, or where HuggingFace has it, see `locate`.
@@ -69,7 +114,6 @@ class IMFStudent(FlowMap):
         input_size: int = 32,
         num_classes: int | None = None,
     ) -> None:
-        super().__init__()
         if variant is not None and variant not in VARIANTS:
             raise unknown_name("variant", variant, VARIANTS)
         if files_unread():
@@ -77,7 +121,8 @@ class IMFStudent(FlowMap):
             if size not in _SIZES:
                 raise ConfigError("a plan reads no checkpoint: give imf_student.variant, such as imf-xl/2-256")
             depth, width, scale, ends = _SIZES[size]
-            self._start(_published(depth, width), vae, guidance or scale, interval or ends)
+            super().__init__(_published(depth, width), guidance or scale, interval or ends, _latents(vae))
+            self.eval()
             return
 
         path = locate(checkpoint)
@@ -109,42 +154,25 @@ class IMFStudent(FlowMap):
         guidance, interval = scale if guidance is None else guidance, ends if interval is None else interval
         try:
             with torch.device("meta"):
-                self._start(arguments, vae, guidance, interval)
+                super().__init__(arguments, guidance, interval, _latents(vae))
         except RuntimeError as error:
             raise CheckpointError(f"{path} describes no student of improved MeanFlow: {error}") from None
         fill_module(self.network, tensors, f"{path}, read as a student of improved MeanFlow,", assign=True)
+        self.eval()
         licence = f"{path} is a student of improved MeanFlow (github.com/Lyy-iiis/imeanflow): MIT licence"
         warnings.warn(licence, RuntimeWarning, stacklevel=2)
-
-    def _start(
-        self, arguments: dict[str, Any], vae: str | None, guidance: float, interval: tuple[float, float]
-    ) -> None:
-        """Become a flow map whose weights are fresh."""
-        mean, std = WHITENING
-        bias = [-m / deviation for m, deviation in zip(mean, std, strict=True)]
-        self.decoder = StableDiffusionVae(vae=vae, scale=[1 / deviation for deviation in std], bias=bias)
-        with weights():
-            self.network = IMFTransformer(**arguments)
-        self.guidance, self.interval = guidance, check_interval(interval)
-        self.sample_shape = (arguments["in_channels"], arguments["input_size"], arguments["input_size"])
-        self.num_classes = arguments["num_classes"]
-        self.eval()
 
     @classmethod
     def recognises(cls, path: Path) -> bool:
         """See `FlowMap.recognises`."""
         return any(_ours(name).startswith("u_heads.") for name in names_in(path))
 
-    def average_velocity(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None) -> Tensor:
-        """F(x, t, s)."""
-        condition = Condition() if condition is None else condition
-        low, high = (condition.guidance and condition.guidance.interval) or self.interval
-        scale = torch.full_like(t, self.guidance or 1.0) if condition.scale is None else condition.scale.to(t.dtype)
-        labels = condition.labels
-        labels = torch.full((len(x),), NULL_LABEL, device=x.device) if labels is None else labels
-        ends = (torch.full_like(t, low), torch.full_like(t, high))
-        output: Tensor = self.network(x, t - s, 1 - 1 / scale, *ends, labels)
-        return output
+
+def _latents(vae: str | None) -> StableDiffusionVae:
+    """The decoder of the authors, of whitened latents."""
+    mean, std = WHITENING
+    bias = [-m / deviation for m, deviation in zip(mean, std, strict=True)]
+    return StableDiffusionVae(vae=vae, scale=[1 / deviation for deviation in std], bias=bias)
 
 
 def _published(depth: int, width: int) -> dict[str, Any]:
