@@ -536,7 +536,7 @@ def test_every_parameter_refuses_what_it_cannot_be():
                 assert f"{name} must be " in refused(f"{name} = {literal}")
     takes_anything = [name for name, hint in seen if matches({"odd": "thing"}, hint) or matches((1, "two", None), hint)]
     arrays = {"gaussian", "gaussian_mixture", "product_mixture"}  # which make arrays of numbers, or say what is wrong
-    names = {"sit_student"}  # whose argument of this name is such a dictionary
+    names = {"sit_student", "imf_map", "policy_map"}  # which have an argument that is such a dictionary
     assert {name.partition(".")[0] for name in takes_anything} <= arrays | names
 
 

@@ -25,6 +25,9 @@ from flowdistill.flow_maps import NetworkFlowMap, from_teacher
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import FlowMap, GeneratingVelocity, Objective, ObjectiveOutput, OneStep
 from flowdistill.networks import EDM2, MLP, SiT
+from flowdistill.runs.exporting import export
+from flowdistill.runs.loading import from_student
+from flowdistill.students.imf import IMFFlowMap
 from flowdistill.teachers.gaussian import (
     GaussianFlowMap,
     GaussianTeacher,
@@ -109,17 +112,24 @@ FLOW_MAP_BUILDERS = {
     "network": lambda: NetworkFlowMap(MLP(dim=2, hidden_size=16)),
     "from_teacher": lambda: student_of(classes()),
     "policy": lambda: policy_of(classes()),
+    "policy_map": lambda: policy_of(classes()),
     "exact_gaussian": lambda: GaussianFlowMap(GuidedTeacher(classes(), 2.0, (0.2, 0.7))),
     "exact_product_mixture": lambda: ProductMixtureFlowMap(ProductMixtureTeacher()),
 }
 
 
+IMF = {"input_size": 4, "patch_size": 2, "in_channels": 2, "hidden_size": 16, "shared_depth": 1, "head_depth": 1}
+IMF |= {"num_heads": 2, "mlp_size": 16, "num_classes": 3}
 STUDENTS = {"sit_student": "dmf", "piflow_student": "piflow_repa", "imf_student": "imf"}
 
 
 @pytest.mark.parametrize("name", packaged(FLOW_MAPS))
 def test_flow_maps(name, tmp_path):
-    if name in STUDENTS:
+    if name == "from_student":
+        check_flow_map(from_student(export(NetworkFlowMap(MLP(dim=2, hidden_size=16)), tmp_path / "student")))
+    elif name == "imf_map":
+        check_flow_map(IMFFlowMap(IMF, guidance=2.0))
+    elif name in STUDENTS:
         student = STUDENTS[name]
         check_flow_map(student_files.load(student_files.written(student, tmp_path), **student_files.ARGUMENTS[student]))
     else:

@@ -13,12 +13,12 @@ from test_one_pass import NETWORKS, student_of
 import flowdistill
 from flowdistill import CheckpointError, Condition, ConfigError, Run
 from flowdistill.algorithms.piflow.flow_map import PolicyFlowMap
-from flowdistill.algorithms.piflow.policies import head_of
 from flowdistill.decoders import Pixels, StableDiffusionVae
 from flowdistill.flow_maps import NetworkFlowMap, from_teacher
 from flowdistill.networks import MLP, SiT
 from flowdistill.runs.exporting import export
 from flowdistill.runs.student_folders import is_student, load_student
+from flowdistill.students.imf import IMFFlowMap
 
 KINDS = [
     (name, conditioning) for name, (_, all_of) in NETWORKS.items() if "rank" not in name for conditioning in all_of
@@ -64,7 +64,7 @@ def test_a_policy_comes_back_from_its_folder(tmp_path, head):
     torch.manual_seed(0)
     field = NetworkFlowMap(SiT(input_size=4, hidden_size=16, depth=1, num_heads=2, num_classes=3), "instantaneous")
     field.decoder = StableDiffusionVae(scale=2.0)
-    student = PolicyFlowMap(field, head_of(head, **{"dx": {"points": 3}, "gmflow": {"components": 2}}[head]), 5, 2, 3.0)
+    student = PolicyFlowMap(field, {"head": head, {"dx": "points", "gmflow": "components"}[head]: 3}, 5, 2, 3.0)
     for parameter in student.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     again = flowdistill.load_flow_map(export(student, tmp_path / "student"), vae="somewhere")
@@ -244,6 +244,17 @@ def test_what_no_arguments_build_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="is a folder already"):
         export(policy, tmp_path / "student")
     assert [path.name for path in tmp_path.iterdir()] == ["authors"]
+
+
+@pytest.mark.parametrize("head", [{}, {"head": "mixture"}, {"head": "dx", "components": 3}, {"head": "dx", 3: 3}])
+def test_odd_heads_of_policies_are_refused(head):
+    with pytest.raises(ConfigError, match="a policy's head is described as"):
+        PolicyFlowMap(NetworkFlowMap(MLP(dim=2), "instantaneous"), head)
+
+
+def test_odd_arguments_of_a_transformer_are_refused():
+    with pytest.raises(ConfigError, match="these are no arguments"):
+        IMFFlowMap({"input_size": 4, "width": 3}, guidance=1.0)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ class PolicyFlowMap(FlowMap):
     ) -> None:
         super().__init__()
         if isinstance(head, Mapping):
-            head = head_of(**head)
+            head = head_of(head)
         if velocity.jumps is not Jumps.NONE:
             raise ConfigError("a policy is made of a velocity field: set conditioning = 'instantaneous'")
         if substeps < 1 or segments < 1 or shift <= 0:

@@ -8,9 +8,10 @@ velocity (x - x_0)/t. Parameters are in the space of velocities: an output v sta
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
@@ -215,6 +216,12 @@ class GMFlowHead(PolicyHead):
         return GMFlowPolicy(x, t, velocities, outputs[:, count:].unsqueeze(2), log_std)
 
 
-def head_of(head: str, **arguments: Any) -> Callable[[tuple[int, ...], int | None], PolicyHead]:
-    """The builder of a head by its name, "gmflow" or "dx"; KeyError for another one."""
-    return functools.partial({"dx": DXHead, "gmflow": GMFlowHead}[head], **arguments)
+def head_of(description: Mapping[str, Any]) -> Callable[[tuple[int, ...], int | None], PolicyHead]:
+    """The builder of a head by what `PolicyHead.built_by` says of it; ConfigError if it says something else."""
+    known: dict[Any, type[PolicyHead]] = {"dx": DXHead, "gmflow": GMFlowHead}
+    name, arguments = description.get("head"), {key: v for key, v in description.items() if key != "head"}
+    if name not in known or not inspect.signature(known[name]).parameters.keys() >= arguments.keys():
+        raise ConfigError(
+            f"a policy's head is described as in {{'head': 'gmflow', 'components': 32}}, not {description}"
+        )
+    return functools.partial(known[name], **arguments)

@@ -59,9 +59,7 @@ def load_student(folder: str | Path, **decoder_arguments: Any) -> FlowMap:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if config["format"] != _FORMAT:
             raise CheckpointError(f"{folder} has format {short(config['format'])}, this version reads {_FORMAT}")
-        unknown = (
-            decoder_arguments.keys() - (config["arguments"].get("decoder") or {"arguments": {}})["arguments"].keys()
-        )
+        unknown = decoder_arguments.keys() - _decoder(config).keys()
         given = {} if unknown else decoder_arguments
         with torch.device("meta"):  # whose weights cost neither time nor memory
             student = _built(config, given)

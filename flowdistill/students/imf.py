@@ -59,8 +59,11 @@ class IMFFlowMap(FlowMap):
     ) -> None:
         super().__init__()
         self._transformer = dict(transformer)
-        with weights():
-            self.network = IMFTransformer(**self._transformer)
+        try:
+            with weights():
+                self.network = IMFTransformer(**self._transformer)
+        except TypeError as error:
+            raise ConfigError(f"these are no arguments of improved MeanFlow's transformer: {error}") from None
         self.guidance, self.interval, self.decoder = guidance, check_interval(interval), decoder
         size = self._transformer["input_size"]
         self.sample_shape = (self._transformer["in_channels"], size, size)
