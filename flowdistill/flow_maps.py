@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flowdistill.interfaces import Condition, Decoder, FlowMap, Jumps, Teacher
+from flowdistill.interfaces._counting import count
 from flowdistill.networks import ScalarEmbedding, VelocityNetwork
 from flowdistill.paths import expand_time, shifted
 from flowdistill.plumbing.dry import placed
@@ -132,7 +133,7 @@ class NetworkFlowMap(FlowMap):
             return expand_time(scale, x) * output if self.guidance_output else output
         if condition.labels is None or (self.guidance == 1.0 and condition.scale is None):
             return self._conditioned(x, t, s, condition.labels, None)
-        self._evaluations += len(x)  # beside those that are counted
+        count(self, x)  # beside those that are counted
         both = torch.cat([condition.labels, condition.unlabelled().labels])  # type: ignore[list-item]
         twice = [torch.cat([value, value]) for value in (x, t, s)]
         strong, weak = self._conditioned(twice[0], twice[1], twice[2], both, None).chunk(2)

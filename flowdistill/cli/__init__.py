@@ -216,6 +216,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", metavar="SRC", help="a run directory, a checkpoint in it, or a released student's file")
     export.add_argument("folder", metavar="DST", type=Path, help="for the weights, their description and a model card")
     export.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="of the stored weights")
+    export.add_argument(
+        "--programs", nargs="+", choices=["torch", "onnx"], default=[], help="for those without flowdistill"
+    )
     export.set_defaults(command=_export)
 
     convert = commands.add_parser("convert", help="write a checkpoint of others, or a run, as a model folder")
@@ -443,7 +446,7 @@ def _bench(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from flowdistill.runs.exporting import export
 
-    print(export(_run(options), options.folder, dtype=options.dtype))
+    print(export(_run(options), options.folder, dtype=options.dtype, programs=options.programs))
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -30,7 +30,7 @@ def normalize(x: Tensor, dim: Sequence[int] | None = None, eps: float = 1e-4) ->
     dims = list(range(1, x.ndim)) if dim is None else list(dim)
     dtype = torch.promote_types(x.dtype, torch.float32)
     length: Tensor = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
-    return x / (eps + length * math.sqrt(length.numel() / x.numel())).to(x.dtype)
+    return x / (eps + length * math.sqrt(1 / math.prod(x.shape[d] for d in dims))).to(x.dtype)
 
 
 def mp_silu(x: Tensor) -> Tensor:
@@ -399,7 +399,7 @@ class EDM2(VelocityNetwork):
         """F for an input of unit variance, in the dtype of x."""
         dtype = self.unet.out_gain.dtype
         if labels is None and self.num_classes is not None:
-            labels = x.new_zeros(len(x), self.num_classes)
+            labels = x.new_zeros(x.shape[0], self.num_classes)
         early = late = self.unet.embed(c_noise.to(dtype), labels, embedding)
         if late_c_noise is not None:
             late = self.unet.embed(late_c_noise.to(dtype), labels, embedding)

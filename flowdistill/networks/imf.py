@@ -166,4 +166,4 @@ class IMFTransformer(nn.Module):
             tokens = block(tokens)
         grid, p = x.shape[-1] // self.patch_size, self.patch_size
         image: Tensor = self.u_final_layer(tokens[:, -patches.shape[1] :])
-        return image.reshape(len(x), grid, grid, p, p, -1).permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
+        return image.reshape(x.shape[0], grid, grid, p, p, -1).permute(0, 5, 1, 3, 2, 4).reshape(x.shape)

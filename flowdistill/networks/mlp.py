@@ -81,6 +81,6 @@ class MLP(VelocityNetwork):
         c: Tensor = self.time_embedding(t)
         if self.label_embedding is not None:
             if labels is None:
-                labels = torch.full((len(t),), self.label_embedding.num_classes, device=t.device)
+                labels = torch.full((t.shape[0],), self.label_embedding.num_classes, device=t.device)
             c = c + self.label_embedding(labels)
         return F.silu(c if embedding is None else c + embedding)

@@ -251,8 +251,8 @@ class SiT(VelocityNetwork):
             tokens = block(tokens, early if i < self.early_blocks else late)
         patches = self.final_layer(tokens, late)
         grid, p = x.shape[-1] // self.patch_size, self.patch_size
-        image: Tensor = patches.reshape(len(x), grid, grid, p, p, -1).permute(0, 5, 1, 3, 2, 4)
-        image = image.reshape(len(x), -1, *x.shape[-2:])
+        image: Tensor = patches.reshape(x.shape[0], grid, grid, p, p, -1).permute(0, 5, 1, 3, 2, 4)
+        image = image.reshape(x.shape[0], -1, *x.shape[-2:])
         return image[:, : x.shape[1]] if self.learn_sigma else image
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ class SiT(VelocityNetwork):
         ``embedding`` is added to the vector that conditions the blocks.
         """
         if labels is None:
-            labels = torch.full((len(x),), self.num_classes or 0, device=x.device)
+            labels = torch.full((x.shape[0],), self.num_classes or 0, device=x.device)
         if self.unit_input:
             x = x / expand_time(state_std(t, 1.0), x)
         late = None if late_time is None else self.own_time(late_time)

@@ -23,7 +23,7 @@ from gin.config_parser import BindingStatement, ConfigParser, ImportStatement, I
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.fields import short
 from flowdistill.plumbing.gin_errors import errors_located, located
-from flowdistill.plumbing.hints import hints_of, in_words, matches, too_large
+from flowdistill.plumbing.hints import hints_of, in_words, matches, takes_words_alone, too_large
 from flowdistill.plumbing.randomness import ONE_AT_A_TIME
 from flowdistill.plumbing.registry import load_all, load_plugins, unknown_name
 from flowdistill.plumbing.statements import BOUND, Reference, Statement, last_name, parts_of, readable, references_in
@@ -418,10 +418,13 @@ def _check_values() -> None:
         for _ in last:  # a macro may stand for another one
             if isinstance(value, Reference) and value.macro and value.name in last:
                 value = last[value.name].value
-        if not _known(binding.selector) or list(references_in(value)):
+        thing = isinstance(value, Reference) and _is_thing(value)
+        if not _known(binding.selector) or (list(references_in(value)) and not thing):
             continue
         part = gin.config._REGISTRY.get_match(binding.selector).wrapped
         hint = hints_of(getattr(part, "entry", part)).get(binding.parameter)
+        if thing and not takes_words_alone(hint):
+            continue
         if hint is not None and not matches(value, hint):
             reason = f"must be {in_words(hint)}, not {short(value)}"
         elif too_large(value) and binding.parameter != "seed":
@@ -430,6 +433,14 @@ def _check_values() -> None:
             continue
         name = f"{last_name(binding.selector)}.{binding.parameter}"
         raise ConfigError(f"{name} {reason}\n  {binding.name}: {binding.place}")
+
+
+def _is_thing(reference: Reference) -> bool:
+    """Whether a reference is to a class or a function, or to an object of a class: to what is no number or word."""
+    if reference.macro or not _known(reference.name):
+        return False
+    part = gin.config._REGISTRY.get_match(reference.name).wrapped
+    return not reference.called or isinstance(getattr(part, "entry", part), type)
 
 
 def _spared() -> set[str]:

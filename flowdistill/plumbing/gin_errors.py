@@ -57,7 +57,7 @@ def errors_located() -> Iterator[None]:
         # gin raises a proxy, a class of its own that overrides __str__, of the class that was raised
         kind = next(cls for cls in type(error).__mro__ if "__str__" not in vars(cls))
         raise kind(_with_bindings(str(error))) from error.__cause__
-    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError, ArithmeticError) as error:
         raise _config_error(_text(error)) from error
 
 
@@ -81,7 +81,8 @@ def _circle() -> str:
 
 
 def _text(error: Exception) -> str:
-    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return re.sub(r"^\(\d+, '(.*?)'\)", r"\1", text)  # of Python's own functions
 
 
 def _config_error(message: str) -> ConfigError:

@@ -69,6 +69,19 @@ def matches(value: Any, hint: Any) -> bool:
     return kind is None and not isinstance(hint, type)
 
 
+def takes_words_alone(hint: Any) -> bool:
+    """Whether a type is of numbers, strings, None, or tuples and lists of them: nothing that can be called.
+
+    Examples:
+        >>> takes_words_alone(tuple[float, float] | None), takes_words_alone(type | None)
+        (True, False)
+    """
+    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (Union, UnionType, tuple) or kind in _LISTS:
+        return all(takes_words_alone(one) for one in inner if one is not Ellipsis)
+    return kind is Literal or hint is float or hint in _WORDS
+
+
 def too_large(value: Any) -> bool:
     """Whether a value holds a whole number that nobody can mean: the largest is a thousand million."""
     if isinstance(value, (list, tuple)):

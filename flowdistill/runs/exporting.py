@@ -20,6 +20,7 @@ from flowdistill.plumbing.registry import OBJECTIVES, STATE_SOURCES, TEACHERS
 from flowdistill.plumbing.statements import Statement
 from flowdistill.runs.loading import is_released, load_flow_map, released_students
 from flowdistill.runs.pretrained import check_free, write_weights
+from flowdistill.runs.programs import PROGRAMS
 from flowdistill.runs.run import Run
 from flowdistill.runs.student_folders import description, load_student
 
@@ -57,6 +58,7 @@ def export(
     folder: str | Path,
     *,
     dtype: Literal["float32", "float16"] = "float32",
+    programs: Sequence[str] = (),
 ) -> Path:
     """Write a student as a folder that loads without its run, its teacher, or a gin file.
 
@@ -69,13 +71,16 @@ def export(
             a released one.
         folder: where to; it must not exist, or be empty.
         dtype: in which weights are stored; they are always loaded as float32.
+        programs: write the student's jump X(x, t, s) also as a program for those who do not have this library: "torch"
+            as ``student.pt2`` of `torch.export`, "onnx" as ``student.onnx``. Further inputs are the labels of a
+            conditional student, and the scales of one that takes guidance. Weights are in float32.
 
     Returns:
         The folder.
 
     Raises:
         CheckpointError: the source cannot be read.
-        ConfigError: nothing registered builds such a student, or the folder is taken.
+        ConfigError: nothing registered builds such a student, the folder is taken, or there is no such program.
         CheckpointWriteError: the disk refused; nothing half-written is left.
 
     Examples:
@@ -86,6 +91,8 @@ def export(
     """
     folder = Path(folder)
     check_free(folder)
+    if unknown := set(programs) - PROGRAMS.keys():
+        raise ConfigError(f"programs are {' or '.join(PROGRAMS)}, not {', '.join(sorted(map(str, unknown)))}")
     if isinstance(source, (str, Path)) and (is_released(str(source)) or str(source) in released_students()):
         source = load_flow_map(source)
     run = Run.of(source)
@@ -95,7 +102,10 @@ def export(
         with replaced_folder(folder) as partial:
             write_weights(student, partial, dtype)
             write_json(partial / "config.json", described)
-            drawn = _picture(load_student(partial), partial / "samples.png")
+            again = load_student(partial).requires_grad_(False)
+            drawn = _picture(again, partial / "samples.png")
+            for name in programs:
+                PROGRAMS[name](again, partial)
             write_text(partial / "README.md", _card(folder.name, student, described["origin"], run.objective, drawn))
     except OSError as error:
         raise CheckpointWriteError(f"cannot write {folder}: {error}; nothing was left there") from error

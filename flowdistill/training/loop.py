@@ -59,6 +59,7 @@ class _Trained:
         self.builder, self.optimizer = builder, builder(self.parameters)
         fuse(self.optimizer)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._stepped = False
 
     def update(self, factor: float, clip: float | None) -> Tensor:
         """One optimiser step at a factor of the learning rate; returns the norm of the gradient."""
@@ -67,9 +68,20 @@ class _Trained:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         laid_out(self.optimizer)
-        self.optimizer.step()
+        self._step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _step(self) -> None:
+        """One step of the optimiser; ConfigError if it refuses the first, as by flags for another device."""
+        try:
+            self.optimizer.step()
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            if self._stepped or any(word in reason for word in ("memory", "CUDA", "without overflow")):
+                raise
+            raise ConfigError(f"{type(self.optimizer).__name__} cannot update these parameters: {reason}") from error
+        self._stepped = True
 
 
 class Loop:

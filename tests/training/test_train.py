@@ -342,3 +342,24 @@ def test_schedules():
     linear = Schedule(decay="linear")
     assert linear.factor(50, 100) == pytest.approx(0.5, abs=0.02)
     assert Schedule().factor(99, 100) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "flag"),
+    [
+        ("AdamW", "capturable = True"),
+        ("RMSprop", "differentiable = True"),
+        ("SparseAdam", "lr = 1e-3"),
+        ("LBFGS", "lr = 1"),
+    ],
+)
+def test_an_optimiser_that_refuses_its_first_step_is_named(tmp_path, optimizer, flag):
+    config = write(tmp_path / "ring.gin", RING.replace("AdamW", optimizer), steps=1)
+    with pytest.raises(ConfigError, match=f"{optimizer} cannot update these parameters: "):
+        flowdistill.train(config, gin_bindings=[f"{optimizer}.{flag}"], workdir=tmp_path / "run", report=False)
+
+
+def test_a_number_that_overflows_is_told_with_its_binding(tmp_path):
+    config = write(tmp_path / "ring.gin")
+    with pytest.raises(ConfigError, match=r"ring: Numerical result out of range\n  ring.std: "):
+        flowdistill.train(config, gin_bindings=["ring.std = 1e308"], workdir=tmp_path / "run", report=False)
