@@ -1,12 +1,14 @@
 """The torture suite: kills, damage, hostile files and odd environments, counted.
 
-``python tests/torture`` tries everything and writes ``benchmarks/results/torture.md``; ``--share 0.02`` tries the
-fiftieth part and writes nothing. It ends with 1 if anything was lost, executed, hung or crashed.
+``python tests/torture`` tries everything. It writes each kind of trial into ``benchmarks/results/torture.json`` as soon
+as it is done, and a table of all kinds beside it; ``--only`` tries some kinds. ``--share 0.02`` tries the fiftieth part and
+writes nothing. It ends with 1 if anything was lost, executed, hung or crashed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import random
 import shutil
@@ -24,8 +26,12 @@ import torch  # noqa: E402
 from corpus import Corpus  # noqa: E402
 from environments import environment  # noqa: E402
 from input_trials import configuration, file, hostile, meta, value  # noqa: E402
-from reports import report  # noqa: E402
+from reports import RESULTS  # noqa: E402
 from run_trials import damage, full_disk, kill, kill_at_a_change, stop, stray, two_writers  # noqa: E402
+
+from flowdistill.bench.tables import markdown_table  # noqa: E402
+from flowdistill.plumbing.files import write_json, write_text  # noqa: E402
+from flowdistill.plumbing.machine import machine  # noqa: E402
 
 Trial = Callable[[random.Random, Path, Corpus], str]
 TRIALS: dict[str, tuple[int, Trial]] = {
@@ -65,6 +71,22 @@ def work(name: str, numbers: range, seed: int, folder: Path, corpus: Corpus) -> 
     return counts
 
 
+def keep(name: str, row: dict[str, object]) -> None:
+    """Write the counts of a kind of trial, beside those of the others, whatever commit they are of."""
+    file = RESULTS / "torture.json"
+    stored = json.loads(file.read_text()) if file.is_file() else {}
+    stored = {kind: {**stored, name: row}[kind] for kind in TRIALS if kind in {**stored, name: row}}
+    write_json(file, stored)
+    machines = "; ".join(dict.fromkeys(f"seed {row['seed']}, {row['machine']}" for row in stored.values()))
+    write_text(RESULTS / "torture.md", f"{markdown_table(cells(stored))}\n\n{machines}.\n")
+
+
+def cells(rows: dict[str, dict[str, object]]) -> list[list[str]]:
+    """The table of some kinds of trials."""
+    columns = ["tried", "went on", "refused", *FAULTS]
+    return [["trial", *columns], *([name, *(str(row[column]) for column in columns)] for name, row in rows.items())]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python tests/torture", description=__doc__)
     parser.add_argument("--share", type=float, default=1.0, help="of the trials")
@@ -75,7 +97,7 @@ def main() -> None:
     began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="torture"))
     torch.set_num_threads(1)
     corpus = Corpus.make(folder, options.jobs)
-    rows = [["trial", "tried", "went on", "refused", *FAULTS]]
+    rows: dict[str, dict[str, object]] = {}
     faults = 0
     for name, (count, _) in TRIALS.items():
         if options.only and not any(part in name for part in options.only):
@@ -84,13 +106,18 @@ def main() -> None:
         shares = [(name, range(job, tried, options.jobs), options.seed, folder, corpus) for job in range(options.jobs)]
         with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
             counts = sum(pool.starmap(work, shares), Counter())
-        rows.append([name, str(tried), str(counts["worked"] + counts["continued"]), str(counts["refused"])])
-        rows[-1] += [str(counts[fault]) for fault in FAULTS]
+        went_on, refused = counts["worked"] + counts["continued"], counts["refused"]
+        rows[name] = {
+            "tried": tried,
+            "went on": went_on,
+            "refused": refused,
+            **{fault: counts[fault] for fault in FAULTS},
+        }
         faults += sum(counts[fault] for fault in FAULTS)
-        print(f"{' | '.join(rows[-1])}   {time.monotonic() - began:.0f} s", flush=True)
-    minutes = (time.monotonic() - began) / 60
-    note = f"Seed {options.seed}, {options.jobs} processes, {minutes:.0f} minutes."
-    report("torture", [rows], note, write=options.share == 1 and not options.only)
+        print(f"{name}: {rows[name]}, {time.monotonic() - began:.0f} s so far", flush=True)
+        if options.share == 1:
+            keep(name, {**rows[name], "seed": options.seed, "machine": machine()})
+    print(markdown_table(cells(rows)))
     if not faults:
         shutil.rmtree(folder, ignore_errors=True)
     sys.exit(1 if faults else 0)
