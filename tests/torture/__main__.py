@@ -1,8 +1,8 @@
 """The torture suite: kills, damage, hostile files and odd environments, counted.
 
 ``python tests/torture`` tries everything. It writes each kind of trial into ``benchmarks/results/torture.json`` as soon
-as it is done, and a table of all kinds beside it; ``--only`` tries some kinds. ``--share 0.02`` tries the fiftieth part and
-writes nothing. It ends with 1 if anything was lost, executed, hung or crashed.
+as it is done, and a table of all kinds beside it. ``--only`` tries some kinds. ``--share 0.02`` tries the fiftieth part
+and writes nothing. It ends with 1 if anything was lost, executed, hung or crashed.
 """
 
 from __future__ import annotations
