@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import attrs
 import torch
-from attrs.validators import ge, instance_of, is_callable, le, optional
+from attrs.validators import ge, instance_of, le
 from torch import Tensor
 
 from flowdistill.data import Blank, Dataset
@@ -15,6 +15,7 @@ from flowdistill.interfaces import Condition, FlowMap, Jumps, Pairs, States, Sta
 from flowdistill.interfaces.jump import ratio
 from flowdistill.paths import interpolate
 from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.fields import short
 from flowdistill.plumbing.registry import register_state_source
 from flowdistill.solvers import Euler
 
@@ -139,6 +140,11 @@ class StudentRollouts(_FromPrior):
         return States(x=interpolate(samples, fresh, t), t=t, s=s, condition=condition, noise=fresh)
 
 
+def _augmentation(instance: Any, field: attrs.Attribute[Any], value: Any) -> None:
+    if value is not None and (not callable(value) or isinstance(value, type)):
+        raise ValueError(f"{field.name} must map images to images, as @random_affine() does, not {short(value)}")
+
+
 @register_state_source("noised_data")
 @attrs.define(kw_only=True, eq=False, slots=False)
 class NoisedData(_Guided):
@@ -151,9 +157,7 @@ class NoisedData(_Guided):
     label_dropout: float = attrs.field(default=0.0, validator=[ge(0.0), le(1.0)])
     """The fraction of labels replaced by the null label.
     It teaches a network the unconditional velocity that classifier-free guidance needs."""
-    augment: Callable[[Tensor, torch.Generator], Tensor] | None = attrs.field(
-        default=None, validator=optional(is_callable())
-    )
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = attrs.field(default=None, validator=_augmentation)
     """Maps (images, generator) to augmented images before they are noised, such as ``@random_affine()``."""
 
     def setup(self, student: FlowMap, teacher: Teacher | None) -> None:

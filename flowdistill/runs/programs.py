@@ -62,7 +62,7 @@ def _torch(student: FlowMap, folder: Path) -> None:
 
 def _onnx(student: FlowMap, folder: Path) -> None:
     try:
-        import onnxscript  # type: ignore[import-not-found]  # noqa: F401, which PyTorch's exporter needs
+        import onnxscript  # noqa: F401, which PyTorch's exporter needs
     except ImportError:
         raise ConfigError("writing ONNX needs onnxscript: pip install 'flowdistill[onnx]'") from None
     program, names = _exported(student)

@@ -234,7 +234,12 @@ class Loop:
         low = self.training.precision == "bf16"
         # One of the threads of a process, since dropout draws from torch's own generator.
         with ONE_AT_A_TIME, tf32(True) if low else contextlib.nullcontext():
-            self._train_step()
+            try:
+                self._train_step()
+            except RuntimeError as error:
+                if "without overflow" not in str(error):
+                    raise
+                raise ConfigError("a number of the configuration is too large for the type of the tensors") from error
 
     def _train_step(self) -> None:
         training = self.training

@@ -359,6 +359,18 @@ def test_an_optimiser_that_refuses_its_first_step_is_named(tmp_path, optimizer, 
         flowdistill.train(config, gin_bindings=[f"{optimizer}.{flag}"], workdir=tmp_path / "run", report=False)
 
 
+def test_an_augmentation_that_is_a_class_is_refused(tmp_path):
+    bindings = ["train.steps = 1", "noised_data.augment = @mlp"]
+    with pytest.raises(ConfigError, match=r"augment must map images to images, as @random_affine\(\) does, not <class"):
+        flowdistill.train("meanflow", on="plane", gin_bindings=bindings, workdir=tmp_path / "run", report=False)
+
+
+def test_a_number_too_large_for_tensors_is_told(tmp_path):
+    bindings = ["train.steps = 1", "consistency.sigma_max = 1e308"]
+    with pytest.raises(ConfigError, match="a number of the configuration is too large"):
+        flowdistill.train("cd", on="plane", gin_bindings=bindings, workdir=tmp_path / "run", report=False)
+
+
 def test_a_number_that_overflows_is_told_with_its_binding(tmp_path):
     config = write(tmp_path / "ring.gin")
     with pytest.raises(ConfigError, match=r"ring: Numerical result out of range\n  ring.std: "):
