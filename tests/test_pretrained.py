@@ -131,7 +131,7 @@ def test_a_disk_that_refuses_leaves_nothing_half_written(tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr("flowdistill.plumbing.files.stream_tensors", full)
     with pytest.raises(CheckpointWriteError, match="No space left on device; nothing was left there") as error:
         save_model(teacher_of(), tmp_path / "model")
     assert error.value.exit_code == 1

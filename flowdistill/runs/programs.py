@@ -46,7 +46,8 @@ class _Jump(nn.Module):
 def _exported(student: FlowMap) -> tuple[torch.export.ExportedProgram, list[str]]:
     jump = _Jump(student)
     batch = torch.export.Dim("batch")
-    sizes: Any = (*({0: batch} for _ in range(3)), tuple({0: batch} for _ in jump.names[3:]))
+    rest = tuple({0: batch} for _ in jump.names[3:])
+    sizes: Any = (*({0: batch} for _ in range(3)), *((rest,) if rest else ()))
     try:
         with torch.no_grad():
             return torch.export.export(jump, jump.inputs(), dynamic_shapes=sizes), jump.names
