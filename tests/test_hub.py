@@ -10,7 +10,11 @@ import pytest
 import torch
 from tiny_teachers import checkpoint, python, teacher_of, velocity
 
+import flowdistill
 from flowdistill import CheckpointError, ConfigError, load_teacher
+from flowdistill.flow_maps import NetworkFlowMap
+from flowdistill.networks import MLP
+from flowdistill.runs.exporting import export
 from flowdistill.runs.pretrained import locate, save_model
 
 
@@ -116,6 +120,19 @@ def test_a_hub_gives_model_folders_and_files(tmp_path, hub):
     assert "Repository Not Found" in results["no_repository"][1]
     assert "Entry Not Found" in results["no_file"][1]
     assert results["name"][:2] == ["CheckpointError", "there is no file hf://not a name"]
+
+
+def test_a_hub_gives_students(tmp_path, hub):
+    torch.manual_seed(0)
+    student = NetworkFlowMap(MLP(dim=2, hidden_size=8))
+    folder = export(student, tmp_path / "student")
+    hub.repositories["someone/student"] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    code = "import flowdistill, torch; student = flowdistill.load_flow_map('hf://someone/student'); "
+    code += "torch.save(flowdistill.sample(student, 3, device='cpu'), 'samples.pt')"
+    endpoint = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": tmp_path / "cache"}
+    done = python(code, tmp_path, **endpoint, NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load(tmp_path / "samples.pt"), flowdistill.sample(student.eval(), 3, device="cpu"))
 
 
 def test_without_huggingface_hub_the_message_says_what_to_install(monkeypatch):
