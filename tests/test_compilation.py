@@ -38,7 +38,7 @@ def evaluations(student, jump, dx):
     return average.detach(), slope, gradients(student, average), plain
 
 
-@pytest.mark.parametrize("network", ["mlp", "sit", pytest.param("edm2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("network", ["mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sit", "edm2"))])
 def test_each_kind_of_evaluation_is_one_graph(network):
     student, jump, dx = student_of(network)
     compiled = copy.deepcopy(student)
@@ -74,6 +74,7 @@ def test_a_derivative_with_a_graph_is_not_compiled():
     assert graphs() == 0
 
 
+@pytest.mark.slow
 def test_forced_weights_are_replaced_before_compiled_evaluations():
     """And twice in one graph of the loss, which an in-place change within the compiled function would break."""
     student, jump, _ = student_of("edm2")

@@ -169,6 +169,7 @@ def test_a_folder_says_where_its_student_comes_from(tmp_path, run):
         assert f"| {row} |" in card
 
 
+@pytest.mark.slow
 def test_scales_of_the_training_are_told(tmp_path, run):
     bindings = ["train.steps = 1", "train.batch_size = 4", "train.evaluation = None"]
     scales = ["train.states = @prior()", "prior.guidance = (1.0, 2.5)", "from_teacher.guidance = 1.5"]
@@ -201,6 +202,7 @@ def test_a_student_of_a_folder_is_measured_and_teaches(tmp_path, run):
     assert torch.equal(loaded.velocity(x, t), teacher.eval().velocity(x, t))
 
 
+@pytest.mark.slow
 def test_a_student_of_a_folder_is_trained_further(tmp_path, run):
     folder = export(run, tmp_path / "student")
     bindings = ["train.steps = 1", "train.batch_size = 4", "train.evaluation = None", "train.ema = None"]

@@ -321,6 +321,7 @@ def test_an_anchored_student_is_not_converted(tmp_path):
     assert not (tmp_path / "converted").exists()
 
 
+@pytest.mark.slow
 def test_the_command_line_converts_and_a_fresh_process_loads(tmp_path):
     teacher = teacher_of("repa")
     projector = {"projectors.0.0.weight": torch.zeros(3, 8)}

@@ -73,6 +73,7 @@ def stamps(folder, pattern):
     return {path.name: path.stat().st_mtime_ns for path in sorted((folder / "runs" / "bench").glob(pattern))}
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_not_repeated(folder, monkeypatch, capsys):
     """Neither what the results hold, nor what lies in a run directory, nor a training for another measurement."""
     monkeypatch.chdir(folder)

@@ -51,6 +51,7 @@ def ours(weights, folders, tmp_path_factory):
         return [load_images(folder, Inception(weights)) for folder in folders]
 
 
+@pytest.mark.slow
 def test_all_metrics_of_image_folders(weights, folders, ours):
     names = {
         "fid": "frechet_inception_distance",
