@@ -82,7 +82,12 @@ def test_this_test_sees_what_it_forbids(folder):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["list", "methods"], ["show", "objectives", "freeflow"], ["plan", "freeflow/ring.gin"]]
+    "arguments",
+    [
+        ["plan", "freeflow/ring.gin"],
+        pytest.param(["list", "methods"], marks=pytest.mark.slow),
+        pytest.param(["show", "objectives", "freeflow"], marks=pytest.mark.slow),
+    ],
 )
 def test_commands_that_only_tell_import_no_trainer(tmp_path, arguments):
     code = f"from flowdistill.cli import main\ntry: main({arguments!r})\nexcept SystemExit as end: assert not end.code"
