@@ -68,6 +68,7 @@ def test_a_documented_teacher_passes_the_conformance_kit(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_network_of_a_user_is_distilled(tmp_path):
     page = "docs/your_network.md"
     for name, body in blocks(page).items():

@@ -79,6 +79,7 @@ def test_a_module_that_is_imported_already_may_be_used(downloaded, tmp_path, mon
     assert flowdistill.sample(Run(run, allow_imports=True), 2).shape == (2, 2)
 
 
+@pytest.mark.slow
 def test_files_where_the_user_stands_hide_no_installed_package(tmp_path):
     """Of the command ``flowdistill``: with ``python -m`` Python itself looks there first."""
     for name in ("rich", "matplotlib", "safetensors", "gin", "numpy"):

@@ -123,6 +123,7 @@ def test_the_first_samples_are_the_same_however_many_there_are(digits, folder, m
     torch.testing.assert_close(seen[0].features, flowdistill.sample(folder / "ring", **ring))
 
 
+@pytest.mark.slow
 def test_the_command(folder, tmp_path):
     for out, written in (("x.npz", True), ("y/", True), ("z.png", True), ("x.dat", False)):
         done = command("sample", folder / "digits", "--num_samples", 3, "--device", "cpu", "--out", out, cwd=tmp_path)

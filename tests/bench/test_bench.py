@@ -291,7 +291,8 @@ def test_the_samples_of_a_teacher_are_those_of_its_weights(tmp_path):
     assert distances[1] > distances[0] + 3
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGINT])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_workers_end_with_a_killed_suite(tmp_path, number):
     """SIGKILL comes to the suite alone, SIGINT, from Ctrl-C, to its processes as well."""
     (tmp_path / "tiny.gin").write_text(SUITE.replace("train.steps = 3", "train.steps = 1_000_000"))

@@ -107,6 +107,7 @@ def test_the_temporary_folder_is_removed_at_the_end():
     assert not place.parent.parent.exists()
 
 
+@pytest.mark.slow
 def test_the_commands_say_it_once(tmp_path):
     """The whole way, with matplotlib and a reference."""
     flowdistill.train(gin_file=write(tmp_path / "ring.gin", steps=2), workdir=tmp_path / "ring")

@@ -22,13 +22,20 @@ def images(name, n, steps):
     return sample_set(samples, condition.labels, FEATURES[name], teacher.decoder)
 
 
-@pytest.mark.parametrize(("name", "n"), [("mnist_sit", 200), ("mnist_edm2", 60), ("fashion_sit", 200)])
+@pytest.mark.parametrize(
+    ("name", "n"),
+    [
+        ("mnist_sit", 200),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("mnist_edm2", 60), ("fashion_sit", 200))),
+    ],
+)
 def test_guided_samples_obey_their_labels(name, n):
     drawn = images(name, n, steps=8)
     assert measure(["accuracy"], drawn, drawn)["accuracy"] >= 0.9
 
 
-@pytest.mark.parametrize("name", ["mnist_sit", pytest.param("fashion_sit", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mnist_sit", "fashion_sit"])
 def test_several_steps_cover_the_real_images_and_one_does_not(name):
     reference = SampleSet(flowdistill.evaluation.load_reference(FEATURES[name])[:1000])
     one, eight = (measure(["fid", "recall"], images(name, 300, steps), reference) for steps in (1, 8))

@@ -202,7 +202,9 @@ def odd(tmp_path):
 @pytest.mark.parametrize(
     ("deed", "message"),
     [
-        ("stops", "process 1 of 2 gave no sign for 3 seconds: look at what it said"),
+        pytest.param(
+            "stops", "process 1 of 2 gave no sign for 3 seconds: look at what it said", marks=pytest.mark.slow
+        ),
         pytest.param("dies", "process 1 of 2 ended: look at what it said", marks=pytest.mark.slow),
         pytest.param("fails", "a file is damaged", marks=pytest.mark.slow),
         ("has_another_rate", "process 1 has another configuration than process 0 (one has 'AdamW.lr = 0.001')"),
@@ -232,6 +234,7 @@ def test_gradients_are_added_up_where_some_process_has_them():
     assert out.splitlines() == ["[3.0, 5.0, None]"] * 2
 
 
+@pytest.mark.slow
 def test_a_gradient_and_a_metric_may_exist_in_one_process_alone(odd, tmp_path):
     finish(odd("has_a_part"))
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])

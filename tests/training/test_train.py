@@ -152,6 +152,7 @@ train.checkpoint_every = 3
 """
 
 
+@pytest.mark.slow
 def test_dropout_and_normalised_weights_continue_bit_for_bit(tmp_path):
     """In training mode, whatever was done in between, such as pictures in evaluation mode."""
     config = write(tmp_path / "unet.gin", UNET)
