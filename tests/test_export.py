@@ -172,7 +172,12 @@ def test_a_folder_says_where_its_student_comes_from(tmp_path, run):
 @pytest.mark.slow
 def test_scales_of_the_training_are_told(tmp_path, run):
     bindings = ["train.steps = 1", "train.batch_size = 4", "train.evaluation = None"]
-    scales = ["train.states = @prior()", "prior.guidance = (1.0, 2.5)", "from_teacher.guidance = 1.5"]
+    scales = [
+        "train.states = @prior()",
+        "prior.guidance = %scales",
+        "scales = (1.0, 2.5)",
+        "from_teacher.guidance = 1.5",
+    ]
     flowdistill.train(
         "freeflow", on="digits", gin_bindings=[*bindings, *scales], workdir=tmp_path / "run", report=False
     )

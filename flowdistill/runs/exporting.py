@@ -17,7 +17,7 @@ from flowdistill.plumbing import config
 from flowdistill.plumbing.errors import CheckpointWriteError, ConfigError
 from flowdistill.plumbing.files import replaced_folder, write_json, write_text
 from flowdistill.plumbing.registry import OBJECTIVES, STATE_SOURCES, TEACHERS
-from flowdistill.plumbing.statements import Statement
+from flowdistill.plumbing.statements import Reference, Statement
 from flowdistill.runs.loading import is_released, load_flow_map, released_students
 from flowdistill.runs.pretrained import check_free, write_weights
 from flowdistill.runs.programs import PROGRAMS
@@ -149,11 +149,15 @@ def _teachers(bindings: Sequence[Statement]) -> list[str]:
 
 def _scales(bindings: Sequence[Statement]) -> list[float] | None:
     """The range of guidance scales that the states of a training drew."""
-    sources = set(STATE_SOURCES.names())
+    sources, values = set(STATE_SOURCES.names()), {binding.part: binding.value for binding in bindings}
     for binding in bindings:
-        if binding.parameter == "guidance" and binding.part in sources and binding.value is not None:
-            low, high = binding.value if isinstance(binding.value, (list, tuple)) else (binding.value, binding.value)
-            return [float(low), float(high)]
+        if binding.parameter == "guidance" and binding.part in sources:
+            value = binding.value
+            while isinstance(value, Reference):  # a macro, which may stand for another one
+                value = values.get(value.part)
+            with contextlib.suppress(TypeError, ValueError):  # of None, or of a file that was altered
+                low, high = value if isinstance(value, (list, tuple)) else (value, value)
+                return [float(low), float(high)]
     return None
 
 
