@@ -169,6 +169,15 @@ def test_a_folder_says_where_its_student_comes_from(tmp_path, run):
         assert f"| {row} |" in card
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"num_samples": 3, "rows": [1]}', '{"num_samples": "x", "rows": {}}'])
+def test_a_record_that_is_damaged_is_left_out(tmp_path, run, text):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "evaluation.json").write_text(text)
+    export(tmp_path / "run", tmp_path / "student")
+    assert json.loads((tmp_path / "student" / "config.json").read_text())["origin"]["evaluation"] is None
+    assert "At the end of the training" not in (tmp_path / "student" / "README.md").read_text()
+
+
 @pytest.mark.slow
 def test_scales_of_the_training_are_told(tmp_path, run):
     bindings = ["train.steps = 1", "train.batch_size = 4", "train.evaluation = None"]

@@ -165,8 +165,9 @@ def _evaluation(path: Path) -> dict[str, Any] | None:
     """What the run measured at its end, by how many samples; None if it did not."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return {"num_samples": found["num_samples"], "rows": found["rows"]}
-    except (OSError, ValueError, LookupError, TypeError):
+        rows = {name: {key: float(value) for key, value in row.items()} for name, row in found["rows"].items()}
+        return {"num_samples": int(found["num_samples"]), "rows": rows}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
 
 
