@@ -77,8 +77,18 @@ def keep(name: str, row: dict[str, object]) -> None:
     stored = json.loads(file.read_text()) if file.is_file() else {}
     stored = {kind: {**stored, name: row}[kind] for kind in TRIALS if kind in {**stored, name: row}}
     write_json(file, stored)
-    machines = "; ".join(dict.fromkeys(f"seed {row['seed']}, {row['machine']}" for row in stored.values()))
-    write_text(RESULTS / "torture.md", f"{markdown_table(cells(stored))}\n\n{machines}.\n")
+    write_text(RESULTS / "torture.md", table(stored))
+
+
+def table(stored: dict[str, dict[str, object]]) -> str:
+    """The table of all kinds that were tried in full, each with its commit, and the machines below it."""
+    machines = [str(row["machine"]).rpartition(", ") for row in stored.values()]
+    rows = cells(stored)
+    rows[0].append("of")
+    for row, (_, _, commit) in zip(rows[1:], machines, strict=True):
+        row.append(commit)
+    seeds = dict.fromkeys(f"Seed {row['seed']}" for row in stored.values())
+    return f"{markdown_table(rows)}\n\n{', '.join(seeds)}. {'; '.join(dict.fromkeys(m for m, _, _ in machines))}.\n"
 
 
 def cells(rows: dict[str, dict[str, object]]) -> list[list[str]]:
