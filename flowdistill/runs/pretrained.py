@@ -6,10 +6,11 @@ a decoder. `load_model` needs nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -21,6 +22,7 @@ from flowdistill.interfaces import Decoder, Teacher
 from flowdistill.networks import VelocityNetwork
 from flowdistill.plumbing.dry import files_unread
 from flowdistill.plumbing.errors import CheckpointError, CheckpointWriteError, ConfigError
+from flowdistill.plumbing.fields import short
 from flowdistill.plumbing.files import (
     check_tensors,
     fill_module,
@@ -33,7 +35,9 @@ from flowdistill.plumbing.files import (
 from flowdistill.plumbing.registry import DECODERS, NETWORKS, TEACHERS, Registry
 from flowdistill.wrapped_teachers import NetworkTeacher
 
-_FORMAT = 1
+FORMAT = 1
+"""Of the folders that this version writes and reads."""
+
 _M = TypeVar("_M", bound=nn.Module)
 
 
@@ -53,7 +57,7 @@ def save_model(teacher: Teacher, folder: str | Path, dtype: Literal["float32", "
     check_free(folder)
     decoder = teacher.decoder
     config = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "network": NETWORKS.name_of(type(network)),
         "arguments": network.arguments,
         "decoder": None if decoder is None else DECODERS.name_of(type(decoder)),
@@ -103,10 +107,7 @@ def load_model(folder: str | Path, **decoder_arguments: Any) -> NetworkTeacher:
         ConfigError: arguments that its decoder does not have.
     """
     folder = Path(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if config["format"] != _FORMAT:
-            raise CheckpointError(f"{folder} has format {config['format']}, this version reads {_FORMAT}")
+    with described(folder, "model") as config:
         if "flow_map" in config:
             raise CheckpointError(f"{folder} holds a student: load it by load_flow_map")
         parts = {key: config[key] for key in ("network", "arguments", "decoder", "decoder_arguments", "null_label")}
@@ -116,14 +117,24 @@ def load_model(folder: str | Path, **decoder_arguments: Any) -> NetworkTeacher:
         decoder: Decoder | None = None
         if parts["decoder"] is not None and not unknown:
             decoder = DECODERS.build(parts["decoder"], **parts["decoder_arguments"] | decoder_arguments)
-    except OSError as error:
-        raise CheckpointError(f"{folder} is not a model folder: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ConfigError) as error:
-        raise CheckpointError(f"{folder}/config.json does not describe a model: {error}") from None
     if unknown:
         raise ConfigError(f"the decoder of {folder} takes no {', '.join(sorted(unknown))}")
     network = with_weights(network, lambda: NETWORKS.build(parts["network"], **parts["arguments"]), folder)
     return NetworkTeacher(network, decoder, parts["null_label"])
+
+
+@contextlib.contextmanager
+def described(folder: Path, kind: str) -> Iterator[Any]:
+    """What a folder's ``config.json`` says; inside, whatever is wrong with it is a CheckpointError."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if config["format"] != FORMAT:
+            raise CheckpointError(f"{folder} has format {short(config['format'])}, this version reads {FORMAT}")
+        yield config
+    except OSError as error:
+        raise CheckpointError(f"{folder} is not a {kind} folder: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ConfigError) as error:
+        raise CheckpointError(f"{folder}/config.json does not describe a {kind}: {error}") from None
 
 
 def with_weights(module: _M, build: Callable[[], _M], folder: Path) -> _M:

@@ -17,12 +17,9 @@ import torch
 
 from flowdistill.interfaces import Decoder, FlowMap
 from flowdistill.networks import VelocityNetwork
-from flowdistill.plumbing.errors import CheckpointError, ConfigError
-from flowdistill.plumbing.fields import short
+from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.registry import DECODERS, FLOW_MAPS, NETWORKS
-from flowdistill.runs.pretrained import is_model, with_weights
-
-_FORMAT = 1
+from flowdistill.runs.pretrained import FORMAT, described, is_model, with_weights
 
 
 def description(student: FlowMap) -> dict[str, Any]:
@@ -32,7 +29,7 @@ def description(student: FlowMap) -> dict[str, Any]:
         ConfigError: nothing registered builds it from plain arguments, networks and decoders; or its parts were changed
             afterwards, as by low-rank updates.
     """
-    config = {"format": _FORMAT, **_described(student)}
+    config = {"format": FORMAT, **_described(student)}
     with torch.device("meta"):
         again = _built(json.loads(json.dumps(config)), {})
     if _shapes(again) != _shapes(student):
@@ -55,18 +52,11 @@ def load_student(folder: str | Path, **decoder_arguments: Any) -> FlowMap:
         ConfigError: arguments that its decoder does not have.
     """
     folder = Path(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if config["format"] != _FORMAT:
-            raise CheckpointError(f"{folder} has format {short(config['format'])}, this version reads {_FORMAT}")
+    with described(folder, "student") as config:
         unknown = decoder_arguments.keys() - _decoder(config).keys()
         given = {} if unknown else decoder_arguments
         with torch.device("meta"):  # whose weights cost neither time nor memory
             student = _built(config, given)
-    except OSError as error:
-        raise CheckpointError(f"{folder} is not a student folder: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ConfigError) as error:
-        raise CheckpointError(f"{folder}/config.json does not describe a student: {error}") from None
     if unknown:
         raise ConfigError(f"the decoder of {folder} takes no {', '.join(sorted(unknown))}")
     return with_weights(student, lambda: _built(config, given), folder).eval()
