@@ -94,6 +94,9 @@ def test_all_arguments_come_back(tmp_path):
         "decoder": StableDiffusionVae(vae="somewhere", scale=[1.0, 2.0, 3.0, 4.0], rounding="down"),
         "guidance_range": [0.25, 1.0],
     }
+    for name in ("guidance", "guidance_input", "guidance_output", "start", "shift"):
+        assert getattr(again, name) == given[name]
+    assert again.network.early_blocks == 1
     assert again.network.arguments == network.arguments
     with pytest.raises(ConfigError, match="takes no scael"):
         flowdistill.load_flow_map(tmp_path / "student", scael=1.0)

@@ -21,8 +21,11 @@ from flowdistill import Condition, ConfigError, NonFiniteError
 from flowdistill.ema import AveragedModel, Ema, PowerEma
 from flowdistill.flow_maps import from_teacher
 from flowdistill.networks import MLP
+from flowdistill.plumbing.config import parsed
 from flowdistill.plumbing.files import load_module
+from flowdistill.plumbing.precision import tf32
 from flowdistill.runs.checkpoints import save_checkpoint
+from flowdistill.training.loop import configured_loop
 from flowdistill.training.optimization import Schedule
 
 
@@ -376,3 +379,18 @@ def test_a_number_that_overflows_is_told_with_its_binding(tmp_path):
     config = write(tmp_path / "ring.gin")
     with pytest.raises(ConfigError, match=r"ring: Numerical result out of range\n  ring.std: "):
         flowdistill.train(config, gin_bindings=["ring.std = 1e308"], workdir=tmp_path / "run", report=False)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+def test_float32_products_are_in_tf32_beside_bfloat16_alone(tmp_path, precision, monkeypatch):
+    """As a flag of PyTorch, which means nothing on a CPU, and is afterwards as it was."""
+    seen, flag = [], torch.backends.cuda.matmul
+    config = write(tmp_path / "ring.gin", precision=f"'{precision}'")
+    with parsed([config], []):
+        loop = configured_loop(tmp_path / "run", "cpu")
+    loss = loop.loss
+    monkeypatch.setattr(loop, "loss", lambda *given: seen.append(flag.allow_tf32) or loss(*given))
+    with tf32(False):
+        loop.train_step()
+        assert flag.allow_tf32 is False
+    assert seen == [precision == "bf16"]
