@@ -86,6 +86,7 @@ if TYPE_CHECKING:
     from flowdistill.networks import VelocityNetwork
     from flowdistill.runs.evaluating import evaluate
     from flowdistill.runs.exporting import export
+    from flowdistill.runs.writing import write_samples
     from flowdistill.searching import SearchResult, SearchStrategy, search
     from flowdistill.solvers import Solver
     from flowdistill.training import Training
@@ -111,6 +112,7 @@ _HOMES = {
     "plan": "flowdistill.training.planning",
     "search": "flowdistill.searching",
     "train": "flowdistill.training.trainer",
+    "write_samples": "flowdistill.runs.writing",
 }
 
 __all__ = [
@@ -197,6 +199,7 @@ __all__ = [
     "search",
     "testing",
     "train",
+    "write_samples",
 ]
 
 if not TYPE_CHECKING:  # a type checker knows the names from above, and objects to others

@@ -1,8 +1,17 @@
 """Samples in files: what ADM's evaluator and our own references read, and numbers for all else."""
 
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import warnings
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from runs import command, write
 
@@ -10,7 +19,11 @@ import flowdistill
 from flowdistill import ConfigError, NonFiniteError, Run
 from flowdistill.decoders import Pixels, StableDiffusionVae
 from flowdistill.evaluation import load_images, sample_set
-from flowdistill.runs import evaluating
+from flowdistill.flow_maps import NetworkFlowMap
+from flowdistill.networks import EDM2
+from flowdistill.runs import evaluating, writing
+from flowdistill.runs.exporting import export
+from flowdistill.runs.sampling import LABELS, make_condition, read_labels
 from flowdistill.runs.writing import write_samples
 
 N = 620
@@ -51,17 +64,140 @@ def test_an_archive_as_adms_evaluator_reads_it(digits, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
 
 
-def test_a_folder_of_pictures(digits, tmp_path):
+def pictures(folder):
+    """The pixels of all PNG files in a folder by their names in it."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+    return {name: np.asarray(Image.open(folder / name)) for name in names}
+
+
+def test_a_folder_of_pictures_has_one_for_each_class(digits, tmp_path):
     (tmp_path / "empty").mkdir()
-    write_samples(digits, tmp_path / "empty", 12, labels=4)
-    write_samples(digits, tmp_path / "x.npz", 12, labels=4)
-    names = sorted(path.name for path in (tmp_path / "empty").iterdir())
-    assert names == [f"{i:06d}.png" for i in range(12)]
-    pixels = np.stack([np.asarray(Image.open(tmp_path / "empty" / name)) for name in names])
+    write_samples(digits, tmp_path / "empty", 12)
+    write_samples(digits, tmp_path / "x.npz", 12)
+    found = pictures(tmp_path / "empty")
+    assert sorted(found, key=lambda name: name[2:]) == [f"{i % 10}/{i:06d}.png" for i in range(12)]
+    pixels = np.stack([found[f"{i % 10}/{i:06d}.png"] for i in range(12)])
     np.testing.assert_array_equal(pixels[..., None], np.load(tmp_path / "x.npz")["arr_0"])
     with pytest.raises(ConfigError, match="no empty folder"):
         write_samples(digits, tmp_path / "empty", 12)
-    assert len(list((tmp_path / "empty").iterdir())) == 12
+    assert len(pictures(tmp_path / "empty")) == 12
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "x.npz"]
+
+
+def test_a_folder_without_classes_is_flat(tmp_path):
+    network = EDM2(8, img_channels=1, label_dim=0, model_channels=8, channel_mult=(1,), num_blocks=1)
+    student = NetworkFlowMap(network, "anchored")
+    write_samples(student, tmp_path / "x", 3)
+    assert list(pictures(tmp_path / "x")) == ["000000.png", "000001.png", "000002.png"]
+    write_samples(student, tmp_path / "y", 3, shards=True)
+    with tarfile.open(tmp_path / "y" / "00000.tar") as shard:
+        assert shard.getnames() == ["000000.png", "000001.png", "000002.png"]
+
+
+def test_shards_hold_the_same_pictures_and_their_classes(digits, tmp_path):
+    write_samples(digits, tmp_path / "x", N, seed=2, labels="random")
+    write_samples(digits, tmp_path / "y", N, seed=2, labels="random", shards=True)
+    assert sorted(path.name for path in (tmp_path / "y").iterdir()) == ["00000.tar", "00001.tar"]
+    found = {}
+    for path in sorted((tmp_path / "y").iterdir()):
+        with tarfile.open(path) as shard:
+            entries = {name: shard.extractfile(name).read() for name in shard.getnames()}
+        assert len(entries) == 2 * (500 if path.name == "00000.tar" else N - 500)
+        for name in (name for name in entries if name.endswith(".png")):
+            label = entries[name.replace(".png", ".cls")].decode()
+            found[f"{label}/{name}"] = np.asarray(Image.open(io.BytesIO(entries[name])))
+    wanted = pictures(tmp_path / "x")
+    assert found.keys() == wanted.keys()
+    assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+
+
+def contents(path):
+    """All files of a folder, or a file, as bytes; the arrays of an archive."""
+    if path.suffix == ".npz":
+        return {name: array.tobytes() for name, array in np.load(path).items()}
+    return {p.relative_to(path).as_posix(): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+FORMS = [("x.npz", {}), ("x", {}), ("x", {"shards": True})]
+
+
+@pytest.mark.parametrize(("name", "how"), FORMS)
+def test_a_call_that_was_interrupted_is_continued(digits, tmp_path, monkeypatch, name, how):
+    """Though the parts of another call lie beside, and one of its own is damaged."""
+    write_samples(digits, tmp_path / "whole" / name, 1100, **how)
+    out, drawn, draw = tmp_path / "again" / name, [], writing.draw
+
+    def interrupted(flow_map, n, condition, block, *rest, **kwargs):
+        drawn.append(block)
+        if block == 2 and len(drawn) == 3:
+            raise KeyboardInterrupt
+        return draw(flow_map, n, condition, block, *rest, **kwargs)
+
+    monkeypatch.setattr(writing, "draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_samples(digits, out, 1100, **how)
+    assert not out.exists()
+    (parts,) = out.parent.iterdir()
+    assert parts.name.startswith(f"{name}.parts-")
+    if name == "x.npz":
+        first = parts / "00000.safetensors"
+        first.write_bytes(first.read_bytes()[:-1])
+    else:
+        next(path for path in sorted(parts.rglob("*")) if path.suffix in (".png", ".tar")).unlink()
+    (out.parent / f"{name}.parts-0123").mkdir()
+    write_samples(digits, out, 1100, **how)
+    assert drawn == [0, 1, 2, 0, 2]
+    assert [path.name for path in out.parent.iterdir()] == [name]
+    assert contents(out) == contents(tmp_path / "whole" / name)
+
+
+def test_an_interrupted_call_into_an_empty_folder_is_continued(digits, tmp_path, monkeypatch):
+    draw = writing.draw
+    monkeypatch.setattr(writing, "draw", lambda *args, **kwargs: exec("raise KeyboardInterrupt"))
+    with pytest.raises(KeyboardInterrupt):
+        write_samples(digits, tmp_path, 5)
+    monkeypatch.setattr(writing, "draw", draw)
+    write_samples(digits, tmp_path, 5)
+    assert sorted(contents(tmp_path)) == [f"{i}/{i:06d}.png" for i in range(5)]
+
+
+@pytest.mark.parametrize(("name", "how"), FORMS)
+def test_processes_share_the_blocks_out(digits, tmp_path, monkeypatch, name, how):
+    """The second one, which puts nothing together, and then the first, as torchrun starts them."""
+    write_samples(digits, tmp_path / "one" / name, 1600, seed=4, **how)
+    drawn, draw = [], writing.draw
+
+    def counted(flow_map, n, condition, block, *rest, **kwargs):
+        drawn.append(block)
+        return draw(flow_map, n, condition, block, *rest, **kwargs)
+
+    monkeypatch.setattr(writing, "draw", counted)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        write_samples(digits, tmp_path / "two" / name, 1600, seed=4, **how)
+        assert (tmp_path / "two" / name).exists() == (rank == 0)
+    assert drawn == [1, 3, 0, 2]
+    assert contents(tmp_path / "two" / name) == contents(tmp_path / "one" / name)
+
+
+def test_two_calls_at_once_do_not_mix(digits, tmp_path, monkeypatch):
+    draw = writing.draw
+
+    def meanwhile(*args, **kwargs):
+        monkeypatch.setattr(writing, "draw", draw)
+        with pytest.raises(ConfigError, match=rf"process {os.getpid()} on .* is using"):
+            write_samples(digits, tmp_path / "x.npz", 5)
+        return draw(*args, **kwargs)
+
+    monkeypatch.setattr(writing, "draw", meanwhile)
+    write_samples(digits, tmp_path / "x.npz", 5)
+    assert len(np.load(tmp_path / "x.npz")["arr_0"]) == 5
+
+
+def test_no_pictures_are_shards_of_a_file(digits, tmp_path):
+    with pytest.raises(ConfigError, match="shards are files in a folder"):
+        write_samples(digits, tmp_path / "x.npz", 5, shards=True)
 
 
 def test_our_own_references_read_both(digits, tmp_path, monkeypatch):
@@ -70,8 +206,9 @@ def test_our_own_references_read_both(digits, tmp_path, monkeypatch):
     write_samples(digits, tmp_path / "x", N)
     pixels = torch.from_numpy(np.load(tmp_path / "x.npz")["arr_0"]).permute(0, 3, 1, 2)
     wanted = sample_set(pixels / 127.5 - 1, None, "digits").features
-    for source in (tmp_path / "x.npz", tmp_path / "x"):
-        torch.testing.assert_close(load_images(source, "digits").features, wanted)
+    torch.testing.assert_close(load_images(tmp_path / "x.npz", "digits").features, wanted)
+    order = sorted(range(N), key=lambda i: (i % 10, i))  # a folder is read class by class
+    torch.testing.assert_close(load_images(tmp_path / "x", "digits").features, wanted[order])
 
 
 def test_colours_are_decoded_as_the_models_authors_round(digits, tmp_path):
@@ -123,10 +260,102 @@ def test_the_first_samples_are_the_same_however_many_there_are(digits, folder, m
     torch.testing.assert_close(seen[0].features, flowdistill.sample(folder / "ring", **ring))
 
 
+@given(st.sampled_from(LABELS), st.integers(1, 12), st.integers(1, 60), st.integers(0, 5), st.data())
+def test_labels_of_the_first_samples_do_not_depend_on_their_number(how, num_classes, n, seed, data):
+    few = data.draw(st.integers(1, n))
+    labels = make_condition(num_classes, n, how, None, seed).labels
+    assert torch.equal(make_condition(num_classes, few, how, None, seed).labels, labels[:few])
+    assert labels.dtype == torch.int64
+    assert bool(((labels >= 0) & (labels < num_classes)).all())
+    if how != "random":
+        counts = labels.bincount(minlength=num_classes)
+        assert counts.max() - counts.min() <= 1
+
+
+def test_random_labels_are_uniform_and_depend_on_the_seed():
+    labels = make_condition(10, 20_000, "random", None, 3).labels
+    counts = labels.bincount(minlength=10)
+    assert float(((counts - 2000) ** 2 / 2000).sum()) < 27.9  # of chi-squared with 9 degrees, 1 in 1000
+    assert not torch.equal(labels[:100], make_condition(10, 100, "random", None, 4).labels)
+    balanced = make_condition(10, 100, "balanced", None, 3).labels
+    assert not torch.equal(balanced, make_condition(10, 100, "in_turn", None).labels)
+
+
+def test_the_same_labels_are_measured(digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    seen, measure = [], evaluating.measure
+    monkeypatch.setattr(evaluating, "measure", lambda names, *sets: seen.append(sets[0]) or measure(names, *sets))
+    for labels in ("random", "balanced", 3, None):
+        flowdistill.evaluate(digits, num_samples=30, labels=labels, noise_floor=False, features="digits")
+        wanted = make_condition(10, 30, labels, None).labels
+        assert torch.equal(seen[-1].labels, wanted)
+    with pytest.raises(ConfigError, match="in_turn, balanced, random, not 'ordered'"):
+        flowdistill.evaluate(digits, num_samples=30, labels="ordered", features="digits")
+
+
+def test_scales_that_were_not_trained_are_told(tmp_path):
+    few = ["train.steps = 1", "train.batch_size = 4", "train.evaluation = None", "from_teacher.guidance = 1.5"]
+    scales = ["train.states = @prior()", "prior.guidance = (1.0, 2.5)"]
+    flowdistill.train("freeflow", on="digits", gin_bindings=[*few, *scales], workdir=tmp_path / "run", report=False)
+    export(tmp_path / "run", tmp_path / "student")
+    for place in (tmp_path / "run", tmp_path / "student"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            flowdistill.sample(place, 2, guidance=2.5)
+        for call in (flowdistill.sample, lambda *args, **more: write_samples(args[0], tmp_path / "x.npz", 2, **more)):
+            with pytest.warns(RuntimeWarning, match=r"scales from 1 to 2\.5, not with 9"):
+                call(place, 2, guidance=9.0)
+            with pytest.raises(ConfigError, match="finite number, not nan"):
+                call(place, 2, guidance=float("nan"))
+
+
+def test_files_of_labels(tmp_path):
+    (tmp_path / "x.txt").write_text("3 1\n4\n")
+    np.save(tmp_path / "x.npy", np.array([3, 1, 4], np.uint16))
+    assert read_labels(tmp_path / "x.txt") == read_labels(tmp_path / "x.npy") == [3, 1, 4]
+    (tmp_path / "words.txt").write_text("cat dog")
+    np.save(tmp_path / "floats.npy", np.ones(3))
+    np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
+    (tmp_path / "empty.npy").write_bytes(b"")
+    for name in ("words.txt", "floats.npy", "objects.npy", "empty.npy", "."):
+        with pytest.raises(ConfigError, match="holds no list of classes"):
+            read_labels(tmp_path / name)
+    with pytest.raises(ConfigError, match="there is no file"):
+        read_labels(tmp_path / "radnom")
+
+
 @pytest.mark.slow
 def test_the_command(folder, tmp_path):
+    (tmp_path / "classes.txt").write_text("7 7 2")
     for out, written in (("x.npz", True), ("y/", True), ("z.png", True), ("x.dat", False)):
-        done = command("sample", folder / "digits", "--num_samples", 3, "--device", "cpu", "--out", out, cwd=tmp_path)
+        options = ["--labels", "classes.txt", "--device", "cpu", "--out", out]
+        done = command("sample", folder / "digits", *options, cwd=tmp_path)
         assert (done.returncode == 0) == written, done.stderr
     assert np.load(tmp_path / "x.npz")["arr_0"].shape == (3, 8, 8, 1)
-    assert len(list((tmp_path / "y").iterdir())) == 3
+    np.testing.assert_array_equal(np.load(tmp_path / "x.npz")["arr_1"], [7, 7, 2])
+    assert sorted(pictures(tmp_path / "y")) == ["2/000002.png", "7/000000.png", "7/000001.png"]
+    for wrong in (["--labels", "1", "cat"], ["--labels", "radnom"], ["--shards"]):
+        done = command("sample", folder / "digits", *wrong, cwd=tmp_path)
+        assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+
+
+@pytest.mark.slow
+def test_real_processes_share_the_blocks_out(folder, tmp_path):
+    """As torchrun starts them, in one go."""
+    run, options = str(folder / "digits"), ["--num_samples", "1600", "--device", "cpu", "--shards", "--out"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "flowdistill", "sample", run, *options, "two/"],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    assert [process.communicate(timeout=300)[0] for process in processes] == ["two\n", ""]
+    assert [process.returncode for process in processes] == [0, 0]
+    done = command("sample", run, *options, "one/", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]

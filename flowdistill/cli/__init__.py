@@ -143,12 +143,16 @@ def _parser() -> argparse.ArgumentParser:
         "action": argparse.BooleanOptionalAction,
         "help": "jump to data and noise again at each step; by default as the student needs it",
     }
+    labels: Any = {
+        "nargs": "+",
+        "help": "a class for all, one for each sample, a file of them, in_turn (the default), balanced or random",
+    }
     sample = commands.add_parser("sample", help="draw samples of a run's student")
     sample.add_argument("run", help="a run directory, a checkpoint in it, or a released student's file")
-    sample.add_argument("--num_samples", type=int, default=64)
+    sample.add_argument("--num_samples", type=int, help="by default 64, or as many as there are labels")
     sample.add_argument("--steps", type=int, default=1)
     sample.add_argument("--renoise", **renoise)
-    sample.add_argument("--labels", type=int, nargs="+", help="one class for all, or one for each sample")
+    sample.add_argument("--labels", **labels)
     sample.add_argument("--guidance", type=float)
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--batch_size", type=int)
@@ -158,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         default="samples.png",
         help="a .png picture of all, an .npz file as ADM's evaluator reads it, or a folder/",
     )
+    sample.add_argument("--shards", action="store_true", help="write a folder's pictures into tar files")
     sample.add_argument("--raw", action="store_true", help="numbers as the model makes them, such as latents")
     sample.set_defaults(command=_sample)
 
@@ -167,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--num_samples", type=int, default=10_000)
     evaluate.add_argument("--steps", type=int, default=1)
     evaluate.add_argument("--renoise", **renoise)
+    evaluate.add_argument("--labels", **labels)
     evaluate.add_argument("--guidance", type=float)
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument("--features", help="digits, inception, ...; by default those of the run's own evaluation")
@@ -187,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
         "--proposer", choices=["student", "teacher"], default="student", help="what noises are tried by"
     )
     search.add_argument("--num_samples", type=int, default=64)
-    search.add_argument("--labels", type=int, nargs="+", help="one class for all, or one for each sample")
+    search.add_argument("--labels", **labels)
     search.add_argument("--teacher_steps", type=int, default=16, help="of Euler's method")
     search.add_argument("--guidance", type=float)
     search.add_argument("--seed", type=int, default=0)
@@ -322,7 +328,8 @@ def _run(options: argparse.Namespace) -> Run:
 
 def _sample(options: argparse.Namespace) -> None:
     from flowdistill.evaluation.pictures import images_of, save_picture
-    from flowdistill.runs.sampling import sample
+    from flowdistill.plumbing.distributed import rank_and_world
+    from flowdistill.runs.sampling import make_condition, sample
     from flowdistill.runs.writing import write_samples
 
     out = Path(options.out)
@@ -331,10 +338,19 @@ def _sample(options: argparse.Namespace) -> None:
         raise ConfigError(f"--out must end in .png or .npz, or name a folder by a / at its end, not {options.out!r}")
     if picture and options.raw:
         raise ConfigError("--raw writes numbers, and a .png file is a picture: write them to a .npz file")
+    if picture and options.shards:
+        raise ConfigError("--shards writes many pictures, and a .png file is one: name a folder by a / at its end")
+    first = rank_and_world()[0] == 0
+    if picture and not first:  # one process draws one picture
+        return
+    labels = _labels(options)
+    num_samples = options.num_samples
+    if num_samples is None:
+        num_samples = len(labels) if isinstance(labels, list) else 64
     run = _run(options)
     settings: dict[str, Any] = {
         "steps": options.steps,
-        "labels": _labels(options),
+        "labels": labels,
         "guidance": options.guidance,
         "seed": options.seed,
         "batch_size": options.batch_size,
@@ -342,12 +358,14 @@ def _sample(options: argparse.Namespace) -> None:
         "device": options.device,
     }
     if picture:
-        samples = sample(run, options.num_samples, **settings)
-        if not save_picture(images_of(samples, run.student), out):
+        samples = sample(run, num_samples, **settings)
+        shown = make_condition(run.student.num_classes, num_samples, labels, options.guidance, options.seed).labels
+        if not save_picture(images_of(samples, run.student), out, shown):
             raise ConfigError(f"samples of shape {tuple(samples.shape[1:])} are no picture: write them to a .npz file")
     else:
-        write_samples(run, out, options.num_samples, raw=options.raw, **settings)
-    print(out)
+        write_samples(run, out, num_samples, raw=options.raw, shards=options.shards, **settings)
+    if first:
+        print(out)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -366,6 +384,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             metrics=options.metrics,
             num_samples=options.num_samples,
             steps=options.steps,
+            labels=_labels(options),
             guidance=options.guidance,
             seed=options.seed,
             features=features,
@@ -415,9 +434,20 @@ def _search(options: argparse.Namespace) -> None:
         print(result.folder)
 
 
-def _labels(options: argparse.Namespace) -> Any:
-    """One class for all samples, or one for each."""
-    return options.labels[0] if options.labels and len(options.labels) == 1 else options.labels
+def _labels(options: argparse.Namespace) -> int | str | list[int] | None:
+    """The classes that the options name: one, one for each sample, how they are chosen, or those in a file."""
+    from flowdistill.runs.sampling import LABELS, read_labels
+
+    if not options.labels:
+        return None
+    try:
+        classes = [int(label) for label in options.labels]
+    except ValueError:
+        (name, *others) = options.labels
+        if others:
+            raise ConfigError(f"labels are integers, not {' '.join(options.labels)!r}") from None
+        return name if name in LABELS else read_labels(Path(name))
+    return classes if len(classes) > 1 else classes[0]
 
 
 def _bench(options: argparse.Namespace) -> None:

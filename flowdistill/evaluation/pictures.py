@@ -15,11 +15,11 @@ from flowdistill.plumbing.progress import progress
 from flowdistill.plumbing.randomness import step_generator
 
 
-def save_picture(samples: Tensor, path: Path) -> bool:
-    """A picture of images (a grid) or of points in the plane (a scatter plot); False for anything else."""
+def save_picture(samples: Tensor, path: Path, labels: Tensor | None = None) -> bool:
+    """A picture of images (a grid, with their classes) or points in the plane (a scatter plot); False for all else."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if _is_picture(samples):
-        image_grid(samples, path)
+        image_grid(samples, path, captions=None if labels is None else [str(int(label)) for label in labels])
     elif samples.ndim == 2 and samples.shape[1] == 2:
         scatter_side_by_side({"samples": samples}, path)
     else:

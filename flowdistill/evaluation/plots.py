@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from flowdistill.decoders import quantize
 from flowdistill.plumbing.caches import prepare_matplotlib
 
 if TYPE_CHECKING:
@@ -42,12 +44,38 @@ def _show(axes: Any, images: Tensor, columns: int) -> None:
     axes.set_axis_off()
 
 
-def image_grid(images: Tensor, path: Path, columns: int = 10) -> None:
-    """Write images (N, C, H, W) in [-1, 1], with C = 1 or 3, as a grid."""
-    rows = math.ceil(len(images) / columns)
-    figure = _figure(0.5 * columns, 0.5 * rows)
-    _show(figure.subplots(), images, columns)
-    figure.savefig(path, dpi=150)
+def image_grid(images: Tensor, path: Path, columns: int = 10, captions: Sequence[str] | None = None) -> None:
+    """Write images (N, C, H, W) in [-1, 1], with C = 1 or 3, as a grid.
+
+    A pixel of an image is one of the grid, unless images are smaller than 64 pixels, which are enlarged by a whole
+    number, or larger than 256, which are reduced.
+
+    Args:
+        images: to be shown.
+        path: of the picture.
+        columns: images in a row; fewer where there are fewer.
+        captions: a few words under each.
+    """
+    pixels = quantize(images.cpu(), "nearest").expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    larger = max(pixels.shape[1:3])
+    factor = max(_SMALLEST // larger, 1) if larger < _LARGEST else _LARGEST / larger
+    height, width = (round(factor * side) for side in pixels.shape[1:3])
+    columns = min(columns, len(pixels))
+    across, down = width + 2, height + 2 + (0 if captions is None else _CAPTION)
+    grid = Image.new("RGB", (columns * across, math.ceil(len(pixels) / columns) * down), "white")
+    draw = ImageDraw.Draw(grid)
+    for i, tile in enumerate(map(Image.fromarray, pixels)):
+        x, y = i % columns * across + 1, i // columns * down + 1
+        grid.paste(
+            tile.resize((width, height), Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.BOX), (x, y)
+        )
+        if captions is not None:
+            draw.text((x + width / 2, y + height + 1), captions[i], "black", ImageFont.load_default(_CAPTION - 4), "ma")
+    grid.save(path)
+
+
+_SMALLEST, _LARGEST = 64, 256  # of images in a grid, in pixels
+_CAPTION = 16  # pixels for a line of text
 
 
 def side_by_side(panels: Mapping[str, Tensor], path: Path, columns: int = 10) -> None:

@@ -85,7 +85,9 @@ class Phase:
 
 
 @contextlib.contextmanager
-def progress(what: str, total: float | None, done: Callable[[], float] | None = None) -> Iterator[Phase]:
+def progress(
+    what: str, total: float | None, done: Callable[[], float] | None = None, unit: str | None = None
+) -> Iterator[Phase]:
     """Say what the body does and how far it is, without slowing it down: another thread looks now and then.
 
     A terminal shows a bar until the body ends. Elsewhere a line comes after ten seconds, and then ever more rarely: a
@@ -96,6 +98,7 @@ def progress(what: str, total: float | None, done: Callable[[], float] | None = 
         total: all that is to be done, in any unit; None is unknown.
         done: how much has been done since the phase began, such as a counter of evaluations; None is what the body
             adds to `Phase.completed`.
+        unit: say how many of these are done a second, as in ``"samples"``.
 
     Examples:
         >>> with progress("adding", total=3) as phase:
@@ -118,7 +121,8 @@ def progress(what: str, total: float | None, done: Callable[[], float] | None = 
             while not over.wait(pause):
                 elapsed = time.monotonic() - began
                 completed = phase.completed if done is None else done()
-                note = _note(completed, total)
+                rate = f"{completed / elapsed:.3g} {unit}/s" if unit and completed else ""
+                note = ", ".join(filter(None, (_note(completed, total), rate)))
                 if terminal:
                     shown.update(task, completed=completed, note=note)
                 else:

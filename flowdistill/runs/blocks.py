@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -47,6 +48,33 @@ class Rows(Protocol):
 
 
 R = TypeVar("R", bound=Rows)
+T = TypeVar("T")
+
+
+def block_sizes(num_samples: int, block_size: int = BLOCK) -> list[int]:
+    """How many samples each block holds; the last one may hold fewer than the others.
+
+    Examples:
+        >>> block_sizes(1200)
+        [500, 500, 200]
+    """
+    return [min(block_size, num_samples - start) for start in range(0, num_samples, block_size)]
+
+
+def wait_for(block: int, folder: Path, read: Callable[[], T | None]) -> T:
+    """What ``read`` gives as soon as another process has written a block.
+
+    Raises:
+        DataError: the other process gave no sign for an hour.
+    """
+    asked = time.monotonic()
+    while (found := read()) is None:
+        if time.monotonic() - asked > _PATIENCE:
+            raise DataError(
+                f"block {block} of {folder} did not come for an hour: run the same command again to continue"
+            )
+        time.sleep(0.2)
+    return found
 
 
 def collect(
@@ -68,7 +96,7 @@ def collect(
         DataError: a block holds another number of samples than it should, or another rank gave no sign for an hour.
     """
     rank, world = rank_and_world()
-    sizes = [min(block_size, num_samples - start) for start in range(0, num_samples, block_size)]
+    sizes = block_sizes(num_samples, block_size)
     error = refusal(folder)
     if error is not None:
         if rank != 0:
@@ -97,7 +125,12 @@ def collect(
             unkept[block] = drawn
     if rank != 0:
         return None
-    return kind.join([unkept.get(block) or _wait(kind, folder, block, size) for block, size in enumerate(sizes)])
+    return kind.join(
+        [
+            unkept.get(block) or wait_for(block, folder, partial(_read, kind, folder, block, size))
+            for block, size in enumerate(sizes)
+        ]
+    )
 
 
 def _warn_unkept(folder: Path, error: OSError) -> None:
@@ -115,14 +148,3 @@ def _path(folder: Path, block: int) -> Path:
 def _read(kind: type[R], folder: Path, block: int, size: int) -> R | None:
     found = kind.load(_path(folder, block))
     return None if found is None or len(found) < size else found[:size]
-
-
-def _wait(kind: type[R], folder: Path, block: int, size: int) -> R:
-    asked = time.monotonic()
-    while (found := _read(kind, folder, block, size)) is None:
-        if time.monotonic() - asked > _PATIENCE:
-            raise DataError(
-                f"block {block} of {folder} did not come for an hour: run the same command again to continue"
-            )
-        time.sleep(0.2)
-    return found

@@ -20,7 +20,15 @@ from flowdistill.plumbing.progress import progress
 from flowdistill.plumbing.registry import METRICS
 from flowdistill.runs.blocks import BLOCK, collect
 from flowdistill.runs.run import Run, on_device
-from flowdistill.runs.sampling import check_counts, default_batch_size, draw, make_condition
+from flowdistill.runs.sampling import (
+    Labels,
+    check_counts,
+    check_guidance,
+    default_batch_size,
+    draw,
+    labels_as_json,
+    make_condition,
+)
 
 
 def evaluate(
@@ -29,6 +37,7 @@ def evaluate(
     metrics: Sequence[str] = ("fid",),
     num_samples: int = 10_000,
     steps: int = 1,
+    labels: Labels = None,
     guidance: float | None = None,
     seed: int = 0,
     features: str | FeatureExtractor | None = None,
@@ -50,6 +59,7 @@ def evaluate(
         metrics: names that ``flowdistill list metrics`` shows.
         num_samples: samples of the student, exactly.
         steps: see `sample`.
+        labels: see `sample`. Where a published figure is to be met, published protocols draw them at ``"random"``.
         guidance: see `sample`.
         seed: of the noise.
         features: a feature extractor or its name, as ``flowdistill list feature_extractors`` shows; None is the one of
@@ -87,9 +97,10 @@ def evaluate(
         features = run.evaluation.features if features is None else features
         reference = run.evaluation.reference if reference is None else reference
     extractor = None if features is None else load_features(features)
+    check_guidance(run, guidance)
     place = find_device(device)
     flow_map = on_device(run.student, place)
-    condition = make_condition(flow_map.num_classes, num_samples, None, guidance)
+    condition = make_condition(flow_map.num_classes, num_samples, labels, guidance, seed)
     truth = None
     if rank_and_world()[0] == 0:
         truth = reference_set(extractor, run.teacher, num_samples, seed, reference, flow_map.decoder, place)
@@ -100,7 +111,7 @@ def evaluate(
         rows = condition[block * BLOCK :][:n]
         size = batch_size or default_batch_size(place)
         batches = draw(flow_map, n, rows, block, size, phase, steps=steps, seed=seed, renoise=renoise)
-        return sample_set(torch.cat(batches), rows.labels, extractor, flow_map.decoder)
+        return sample_set(torch.cat(list(batches)), rows.labels, extractor, flow_map.decoder)
 
     folder = run.folder(
         "evaluations",
@@ -110,6 +121,7 @@ def evaluate(
         guidance=guidance,
         seed=seed,
         renoise=flow_map.jumps is Jumps.TO_DATA if renoise is None else renoise,
+        **({} if labels is None else {"labels": labels_as_json(labels)}),
     )
     with progress("drawing samples", num_samples) as phase:
         generated = collect(SampleSet, folder, num_samples, block_of_samples)

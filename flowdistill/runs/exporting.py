@@ -16,8 +16,8 @@ from flowdistill.interfaces import FlowMap, Objective
 from flowdistill.plumbing import config
 from flowdistill.plumbing.errors import CheckpointWriteError, ConfigError
 from flowdistill.plumbing.files import replaced_folder, write_json, write_text
-from flowdistill.plumbing.registry import OBJECTIVES, STATE_SOURCES, TEACHERS
-from flowdistill.plumbing.statements import Reference, Statement
+from flowdistill.plumbing.registry import OBJECTIVES, TEACHERS
+from flowdistill.plumbing.statements import Statement
 from flowdistill.runs.loading import is_released, load_flow_map, released_students
 from flowdistill.runs.pretrained import check_free, write_weights
 from flowdistill.runs.programs import PROGRAMS
@@ -121,7 +121,7 @@ def _origin(run: Run) -> dict[str, Any]:
             "objective": _name_of(run.objective),
             "teacher": _teachers(bindings),
             "steps": run.meta.step,
-            "guidance": _scales(bindings),
+            "guidance": run.scales,
             "evaluation": _evaluation(run.workdir / "evaluation.json"),
         }
     versions = {"flowdistill": sys.modules["flowdistill"].__version__, "torch": torch.__version__}
@@ -145,20 +145,6 @@ def _teachers(bindings: Sequence[Statement]) -> list[str]:
             found.append(part)
             waiting += [reference.part for b in bindings if b.part == part for reference in b.references]
     return [name for name in found if name in known]
-
-
-def _scales(bindings: Sequence[Statement]) -> list[float] | None:
-    """The range of guidance scales that the states of a training drew."""
-    sources, values = set(STATE_SOURCES.names()), {binding.part: binding.value for binding in bindings}
-    for binding in bindings:
-        if binding.parameter == "guidance" and binding.part in sources:
-            value = binding.value
-            while isinstance(value, Reference):  # a macro, which may stand for another one
-                value = values.get(value.part)
-            with contextlib.suppress(TypeError, ValueError):  # of None, or of a file that was altered
-                low, high = value if isinstance(value, (list, tuple)) else (value, value)
-                return [float(low), float(high)]
-    return None
 
 
 def _evaluation(path: Path) -> dict[str, Any] | None:

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from flowdistill.flow_maps import build_flow_map
 from flowdistill.interfaces import FlowMap, Objective, Teacher
 from flowdistill.plumbing.caches import cached
-from flowdistill.plumbing.config import Configuration
+from flowdistill.plumbing.config import Configuration, statements
 from flowdistill.plumbing.errors import CheckpointError, ConfigError
 from flowdistill.plumbing.files import file_fingerprint, fill_module, json_fingerprint, load_tensors, module_fingerprint
 from flowdistill.plumbing.randomness import ONE_AT_A_TIME
+from flowdistill.plumbing.registry import STATE_SOURCES
+from flowdistill.plumbing.statements import Reference
 from flowdistill.runs.checkpoints import (
     Meta,
     checkpoint_paths,
@@ -30,7 +32,7 @@ from flowdistill.runs.checkpoints import (
     read_meta,
     verify_checkpoint,
 )
-from flowdistill.runs.student_folders import is_student, load_student
+from flowdistill.runs.student_folders import as_range, is_student, load_student, trained_scales
 
 if TYPE_CHECKING:
     from flowdistill.evaluation.comparison import Evaluation
@@ -80,7 +82,7 @@ class Run:
         if not isinstance(run, FlowMap):
             if not is_student(Path(run)):
                 return cls(run)
-            run = load_student(run).requires_grad_(False)
+            return _StudentAlone(load_student(run).requires_grad_(False), trained_scales(Path(run)))
         return _StudentAlone(run)
 
     @cached_property
@@ -180,6 +182,19 @@ class Run:
         return evaluation
 
     @cached_property
+    def scales(self) -> tuple[float, float] | None:
+        """The range of guidance scales that the training drew; None where it drew none, or nothing is known of it."""
+        bindings = statements(self.workdir / "config.gin")
+        sources, values = set(STATE_SOURCES.names()), {binding.part: binding.value for binding in bindings}
+        for binding in bindings:
+            if binding.parameter == "guidance" and binding.part in sources:
+                value = binding.value
+                while isinstance(value, Reference):  # a macro, which may stand for another one
+                    value = values.get(value.part)
+                return as_range(value)
+        return None
+
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """The hashes of the weights and of the configuration: stored results are known by them."""
         return {"weights": self.meta.sha256, "config": file_fingerprint(self.workdir / "config.gin")}
@@ -197,8 +212,8 @@ class Run:
 class _StudentAlone(Run):
     """A student without a run, such as a released one: nothing is known of its training."""
 
-    def __init__(self, student: FlowMap) -> None:
-        self.student = student
+    def __init__(self, student: FlowMap, scales: tuple[float, float] | None = None) -> None:
+        self.student, self.scales = student, scales
         self.teacher = self.objective = self.evaluation = None
         self.workdir = Path()
 

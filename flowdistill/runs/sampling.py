@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Generator, Sequence
 from pathlib import Path
+from typing import Any
 
 import attrs
+import numpy as np
 import torch
 from torch import Tensor
 
 from flowdistill.interfaces import Condition, FlowMap, Jumps
 from flowdistill.plumbing.distributed import find_device
-from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.errors import ConfigError, in_one_line
 from flowdistill.plumbing.progress import Phase, progress
 from flowdistill.plumbing.randomness import step_generator
 from flowdistill.runs.blocks import BLOCK
 from flowdistill.runs.run import Run, on_device
+
+Labels = int | str | Sequence[int] | Tensor | None
+"""The classes of samples: one of all, one of each, or how they are chosen."""
+LABELS = ("in_turn", "balanced", "random")
+"""How classes can be chosen."""
 
 
 def sample(
@@ -23,7 +32,7 @@ def sample(
     num_samples: int = 64,
     *,
     steps: int = 1,
-    labels: int | Sequence[int] | Tensor | None = None,
+    labels: Labels = None,
     guidance: float | None = None,
     seed: int = 0,
     batch_size: int | None = None,
@@ -38,9 +47,10 @@ def sample(
         run: a run directory, a checkpoint in it, or a `Run`; or a student, as `load_flow_map` gives it.
         num_samples: how many.
         steps: jumps from noise to data; an anchored student, as FreeFlow trains it, takes 1.
-        labels: class of all samples or of each; None takes all classes in turn.
+        labels: class of all samples or of each; ``"in_turn"`` (as None) is all classes one after another,
+            ``"balanced"`` each of them equally often in random order, ``"random"`` a class at random for each sample.
         guidance: guidance scale, for a student trained over a range of scales; None is the student's own.
-        seed: of the noise.
+        seed: of the noise, and of random labels.
         batch_size: samples at a time; None is 100 on a CPU, else 500. It does not change the samples, up to rounding.
         renoise: jump to data at every step and noise the result to the next time; None is what the student needs: only
             consistency models and their like are sampled so.
@@ -49,10 +59,15 @@ def sample(
     Raises:
         CheckpointError: the run cannot be read.
         ConfigError: arguments that do not fit the student.
+
+    Warns:
+        RuntimeWarning: the student was not trained with this guidance scale.
     """
     check_counts(num_samples=num_samples, batch_size=batch_size)
-    flow_map = on_device(Run.of(run).student, find_device(device))
-    condition = make_condition(flow_map.num_classes, num_samples, labels, guidance)
+    run = Run.of(run)
+    check_guidance(run, guidance)
+    flow_map = on_device(run.student, find_device(device))
+    condition = make_condition(flow_map.num_classes, num_samples, labels, guidance, seed)
     drawn = batches(flow_map, condition, num_samples, batch_size, steps=steps, seed=seed, renoise=renoise)
     return torch.cat([samples.cpu() for samples in drawn])
 
@@ -76,24 +91,80 @@ def batches(
             yield from draw(flow_map, n, rows, block, size, phase, steps=steps, seed=seed, renoise=renoise)
 
 
-def make_condition(
-    num_classes: int | None, n: int, labels: int | Sequence[int] | Tensor | None, guidance: float | None
-) -> Condition:
-    """The condition of ``n`` samples: given labels, or all classes in turn, and one guidance scale.
+def make_condition(num_classes: int | None, n: int, labels: Labels, guidance: float | None, seed: int = 0) -> Condition:
+    """The condition of ``n`` samples: labels as `sample` takes them, and one guidance scale.
+
+    Labels of the first samples are the same however many there are.
 
     Raises:
-        ConfigError: labels of an unconditional model, of the wrong number, or out of range.
+        ConfigError: labels of an unconditional model, of the wrong number, out of range, or chosen in an unknown way.
     """
     condition = Condition.in_turn(num_classes, n, guidance)
     if labels is None:
         return condition
     if num_classes is None:
         raise ConfigError("the model is unconditional and takes no labels")
+    if isinstance(labels, str):
+        return attrs.evolve(condition, labels=_chosen(labels, num_classes, n, seed))
     chosen = torch.as_tensor(labels)
     chosen = chosen.expand(n) if chosen.ndim == 0 else chosen
     if chosen.shape != (n,) or bool(((chosen < 0) | (chosen >= num_classes)).any()):
         raise ConfigError(f"labels must be {n} integers (or one) in [0, {num_classes})")
     return attrs.evolve(condition, labels=chosen.long())
+
+
+def _chosen(how: str, num_classes: int, n: int, seed: int) -> Tensor:
+    """The labels (n,) that are chosen in a named way."""
+    generator = step_generator(seed, 0, "labels")
+    if how == "in_turn":
+        return torch.arange(n) % num_classes
+    if how == "balanced":
+        rounds = [torch.randperm(num_classes, generator=generator) for _ in range(math.ceil(n / num_classes))]
+        return torch.cat(rounds)[:n]
+    if how == "random":
+        return torch.randint(num_classes, (n,), generator=generator)
+    raise ConfigError(f"labels are classes, or one of {', '.join(LABELS)}, not {how!r}")
+
+
+def read_labels(path: Path) -> list[int]:
+    """The classes in a text file, with blanks or lines between them, or in a ``.npy`` file.
+
+    Raises:
+        ConfigError: there is no such file, or it holds anything else.
+    """
+    try:
+        if path.suffix == ".npy":
+            array = np.load(path, allow_pickle=False)
+            if array.ndim != 1 or array.dtype.kind not in "iu":
+                raise ValueError(f"an array {array.shape} of {array.dtype}")
+            return [int(label) for label in array]
+        return [int(label) for label in path.read_text(encoding="utf-8").split()]
+    except FileNotFoundError:
+        raise ConfigError(f"labels are classes, {', '.join(LABELS)}, or a file: there is no file {path}") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(f"{path} holds no list of classes: {in_one_line(error)}") from None
+
+
+def labels_as_json(labels: Labels) -> Any:
+    """Labels as `sample` takes them, as JSON can say them."""
+    return labels if labels is None or isinstance(labels, str) else torch.as_tensor(labels).tolist()
+
+
+def check_guidance(run: Run, guidance: float | None) -> None:
+    """ConfigError for a scale that the student does not take; a warning for one that its training did not draw."""
+    if guidance is None:
+        return
+    if not math.isfinite(guidance):
+        raise ConfigError(f"a guidance scale is a finite number, not {guidance}")
+    if run.student.guidance is None:
+        raise ConfigError("this student was not trained with guidance scales: leave guidance out")
+    low, high = run.scales or (-math.inf, math.inf)
+    if not low <= guidance <= high:
+        warnings.warn(
+            f"the student was trained with guidance scales from {low:g} to {high:g}, not with {guidance:g}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 @torch.no_grad()
@@ -108,27 +179,21 @@ def draw(
     steps: int,
     seed: int,
     renoise: bool | None,
-) -> list[Tensor]:
+) -> Generator[Tensor, None, None]:
     """The first ``n`` samples of a block, in batches of ``size``, where the map lies.
 
-    Their noise depends on the seed and the block's number alone.
+    The noise of a sample depends on the seed and its place alone.
     """
-    if condition.scale is not None and flow_map.guidance is None:
-        raise ConfigError("this student was not trained with guidance scales: leave guidance out")
     like = next(flow_map.parameters())
     shape, fresh = (BLOCK, *flow_map.sample_shape), None
     noise = torch.randn(shape, generator=step_generator(seed, block, "sample"), dtype=like.dtype)
     if flow_map.jumps is Jumps.TO_DATA if renoise is None else renoise:
         times = (max(steps - 1, 0), *shape)
         fresh = torch.randn(times, generator=step_generator(seed, block, "renoise"), dtype=like.dtype)
-    samples = []
     for part in (slice(i, min(i + size, n)) for i in range(0, n, size)):
         again = None if fresh is None else fresh[:, part].to(like.device)
-        samples.append(
-            flow_map.sample(noise[part].to(like.device), steps, condition[part].to(like.device), renoise=again)
-        )
-        phase.advance(len(samples[-1]))
-    return samples
+        yield flow_map.sample(noise[part].to(like.device), steps, condition[part].to(like.device), renoise=again)
+        phase.advance(part.stop - part.start)
 
 
 def default_batch_size(device: torch.device) -> int:

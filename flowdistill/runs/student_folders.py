@@ -72,6 +72,28 @@ def is_student(path: Path) -> bool:
         return False
 
 
+def trained_scales(folder: Path) -> tuple[float, float] | None:
+    """The range of guidance scales that the student of a folder was trained with, where the folder tells it."""
+    try:
+        return as_range(json.loads((folder / "config.json").read_text(encoding="utf-8"))["origin"]["guidance"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def as_range(value: Any) -> tuple[float, float] | None:
+    """A guidance scale, or the lowest and the highest of several, as a range; None of anything else.
+
+    Examples:
+        >>> as_range(1.5), as_range([1, 2]), as_range("much")
+        ((1.5, 1.5), (1.0, 2.0), None)
+    """
+    try:
+        low, high = value if isinstance(value, (list, tuple)) else (value, value)
+        return float(low), float(high)
+    except (TypeError, ValueError, OverflowError):  # None, or a file that was altered
+        return None
+
+
 def _described(value: Any) -> Any:
     """A value as JSON can say it."""
     if value is None or isinstance(value, (bool, int, float, str)):

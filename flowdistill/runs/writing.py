@@ -1,24 +1,39 @@
-"""Samples of runs in files that others read: archives of NumPy, folders of pictures."""
+"""Samples of runs in files that others read: archives of NumPy, folders of pictures, shards of such folders."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
+import tarfile
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import attrs
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from flowdistill.decoders import as_bytes
-from flowdistill.interfaces import Decoder, FlowMap
-from flowdistill.plumbing.distributed import find_device
+from flowdistill.interfaces import Condition, Decoder, FlowMap, Jumps
+from flowdistill.plumbing.distributed import find_device, rank_and_world
 from flowdistill.plumbing.errors import ConfigError, NonFiniteError
-from flowdistill.plumbing.files import replaced, replaced_folder
+from flowdistill.plumbing.files import discard, json_fingerprint, locked, read_tensors, replaced, write_tensors
+from flowdistill.plumbing.progress import Phase, progress
+from flowdistill.runs.blocks import BLOCK, block_sizes, wait_for
 from flowdistill.runs.run import Run, on_device
-from flowdistill.runs.sampling import batches, check_counts, make_condition
+from flowdistill.runs.sampling import (
+    Labels,
+    check_counts,
+    check_guidance,
+    default_batch_size,
+    draw,
+    labels_as_json,
+    make_condition,
+)
 
 
 def write_samples(
@@ -27,8 +42,9 @@ def write_samples(
     num_samples: int = 64,
     *,
     raw: bool = False,
+    shards: bool = False,
     steps: int = 1,
-    labels: int | Sequence[int] | Tensor | None = None,
+    labels: Labels = None,
     guidance: float | None = None,
     seed: int = 0,
     batch_size: int | None = None,
@@ -38,17 +54,23 @@ def write_samples(
     """Write samples of a run's student to an ``.npz`` file or a folder, which is there whole or not at all.
 
     The file holds images ``arr_0`` (N, H, W, C), uint8, and of a conditional student their classes ``arr_1`` (N,),
-    int64, as ADM's evaluator reads them. A folder holds ``000000.png``, ``000001.png``, ... Samples that are not
-    images, such as points in the plane, are ``samples`` (N, ...), float32, and ``labels`` (N,) in the file. They are
-    drawn and written batch by batch.
+    int64, as ADM's evaluator reads them. A folder holds ``000000.png``, ``000001.png``, ..., those of a conditional
+    student in a folder for each class. Shards ``00000.tar``, ... hold 500 such files each, and beside each picture its
+    class in a file that ends in ``.cls``, as WebDataset reads them. Samples that are not images, such as points in the
+    plane, are ``samples`` (N, ...), float32, and ``labels`` (N,) in the file.
+
+    Samples are drawn in blocks of 500, which lie beside ``out`` in a folder ``OUT.parts-...`` until all are there. So
+    they are never in memory together, and the same call continues one that was interrupted. Under torchrun the ranks
+    share the blocks out, and the first puts them together.
 
     Args:
         run: a run directory, a checkpoint in it, or a `Run`; or a student, as `load_flow_map` gives it.
         out: a file that ends in ``.npz``, which is replaced; any other name is that of a new or an empty folder.
         num_samples: how many.
         raw: write the samples as the model makes them, such as latents, to ``samples`` and ``labels``.
-        steps: see `flowdistill.sample`, as for all that follow.
-        labels: of all samples or of each.
+        shards: write a folder's pictures into tar files.
+        steps: see `flowdistill.sample`, as for all that follow. None of them changes with the number of processes.
+        labels: of all samples, of each, or how they are chosen.
         guidance: the scale.
         seed: of the noise.
         batch_size: samples at a time.
@@ -58,29 +80,74 @@ def write_samples(
     Raises:
         CheckpointError: the run cannot be read.
         ConfigError: arguments that do not fit the student, latents that nothing decodes, samples that are no images for
-            a folder, or a folder that is not empty.
+            a folder, a folder that is not empty, or another process that writes the same.
+        DataError: another rank gave no sign for an hour.
         NonFiniteError: samples are NaN or infinite.
     """
+    # What is drawn, and into what.
     check_counts(num_samples=num_samples, batch_size=batch_size)
-    path = Path(out)
+    path, (rank, world) = Path(out), rank_and_world()
     archive = path.suffix == ".npz" and not path.is_dir()
-    if not archive and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
-        raise ConfigError(f"{path} is there already, and is no empty folder: name another one")
-    student = on_device(Run.of(run).student, find_device(device))
+    if archive and shards:
+        raise ConfigError(f"shards are files in a folder, and {path} names a file")
+    if rank == 0 and not archive:
+        _check_free(path)
+    run = Run.of(run)
+    check_guidance(run, guidance)
+    student = on_device(run.student, find_device(device))
     convert = _floats if raw else _converter(student.decoder)
     blank = convert(torch.zeros((1, *student.sample_shape), device=next(student.parameters()).device))
     images = blank.dtype == torch.uint8
     if not (images or archive):
         raise ConfigError(f"samples of shape {tuple(blank.shape[1:])} are no images: write them to an .npz file")
-    condition = make_condition(student.num_classes, num_samples, labels, guidance)
-    drawn = batches(student, condition, num_samples, batch_size, steps=steps, seed=seed, renoise=renoise)
-    parts = (convert(_finite(samples)) for samples in drawn)
-    with contextlib.closing(drawn):
-        if not archive:
-            _write_folder(path, parts)
-        else:
-            names = ("arr_0", "arr_1") if images else ("samples", "labels")
-            _write_archive(path, names, (num_samples, *blank.shape[1:]), parts, condition.labels)
+    condition = make_condition(student.num_classes, num_samples, labels, guidance, seed)
+    again = student.jumps is Jumps.TO_DATA if renoise is None else renoise
+
+    # Where its parts lie until they are all there.
+    job = {
+        **run.identity,
+        "form": [num_samples, raw, shards],
+        "drawn": [steps, labels_as_json(labels), guidance, seed, again],
+    }
+    name = f"{_PARTS}{json_fingerprint(job)[:16]}"
+    parts = path / name if path.is_dir() else path.with_name(path.name + name)
+    form: _Form
+    if archive:
+        form = _Archive(parts, names=("arr_0", "arr_1") if images else ("samples", "labels"))
+    else:
+        form = _Shards(parts) if shards else _Pictures(parts, num_classes=student.num_classes)
+
+    # This rank draws its share of the blocks, and the first puts all together.
+    blocks = [_Block(number, condition[number * BLOCK :][:n], n) for number, n in enumerate(block_sizes(num_samples))]
+    size = batch_size or default_batch_size(next(student.parameters()).device)
+    with locked(parts) if rank == 0 else contextlib.nullcontext():
+        missing = [block for block in blocks[rank::world] if not form.has(block)]
+        with progress("drawing samples", sum(block.size for block in missing), unit="samples") as phase:
+            for block in missing:
+                drawn = draw(
+                    student, block.size, block.condition, block.number, size, phase,
+                    steps=steps, seed=seed, renoise=again,
+                )  # fmt: skip
+                try:
+                    form.keep(block, torch.cat([convert(_finite(samples)) for samples in drawn]))
+                except NonFiniteError:
+                    discard(parts)
+                    raise
+        if rank == 0:
+            with progress(f"writing {path}", num_samples) as phase:
+                form.finish(path, blocks, phase)
+            for left in [p for p in path.parent.iterdir() if p.name.startswith(path.name + _PARTS)]:
+                discard(left)
+
+
+_PARTS = ".parts-"
+
+
+def _check_free(path: Path) -> None:
+    """ConfigError if a folder cannot be written at a path; the parts of an interrupted call may be there."""
+    taken = path.is_dir() and any(not child.name.startswith(_PARTS) for child in path.iterdir())
+    if taken or path.is_file():
+        raise ConfigError(f"{path} is there already, and is no empty folder: name another one")
 
 
 def _converter(decoder: Decoder | None) -> Callable[[Tensor], Tensor]:
@@ -108,25 +175,129 @@ def _finite(samples: Tensor) -> Tensor:
     return samples
 
 
-def _write_archive(
-    path: Path, names: tuple[str, str], shape: tuple[int, ...], parts: Iterator[Tensor], labels: Tensor | None
-) -> None:
-    """Write arrays to a file as `numpy.savez` would, the first one part by part."""
-    with replaced(path) as partial, zipfile.ZipFile(partial, "w") as archive:
-        with archive.open(f"{names[0]}.npy", "w", force_zip64=True) as file:
-            for number, part in enumerate(parts):
-                array = part.numpy()
-                if number == 0:
-                    descr = np.lib.format.dtype_to_descr(array.dtype)
-                    header = {"descr": descr, "fortran_order": False, "shape": shape}
-                    np.lib.format.write_array_header_1_0(file, header)
-                file.write(array.tobytes())
-        if labels is not None:
-            with archive.open(f"{names[1]}.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array(file, labels.numpy())
+@attrs.frozen(eq=False)
+class _Block:
+    """Samples that are drawn together."""
+
+    number: int
+    condition: Condition
+    size: int
+
+    def rows(self) -> Iterator[tuple[int, int | None]]:
+        """The number of each sample among all, and its class."""
+        labels = self.condition.labels
+        for i in range(self.size):
+            yield self.number * BLOCK + i, None if labels is None else int(labels[i])
 
 
-def _write_folder(folder: Path, parts: Iterator[Tensor]) -> None:
-    with replaced_folder(folder) as partial:
-        for number, pixels in enumerate(image for part in parts for image in part.numpy()):
-            Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(partial / f"{number:06d}.png")
+@attrs.frozen
+class _Form(ABC):
+    """How blocks of samples become files."""
+
+    parts: Path
+    """The folder for them until all are there."""
+
+    @abstractmethod
+    def has(self, block: _Block) -> bool:
+        """Whether the block is there whole."""
+
+    @abstractmethod
+    def keep(self, block: _Block, values: Tensor) -> None:
+        """Write a block: bytes (n, H, W, C) or floats (n, ...)."""
+
+    def finish(self, path: Path, blocks: Sequence[_Block], phase: Phase) -> None:
+        """Wait for all blocks, and put them together at a path."""
+        for block in blocks:
+            wait_for(block.number, self.parts, lambda block=block: self.has(block) or None)  # type: ignore[misc]
+            phase.advance(block.size)
+        for left in [p for p in self.parts.rglob(".*") if p.is_file()]:  # by killed processes, and the lock
+            left.unlink()
+        if path.is_dir():
+            for child in list(self.parts.iterdir()):
+                child.rename(path / child.name)
+            self.parts.rmdir()
+        else:
+            self.parts.rename(path)
+
+
+@attrs.frozen
+class _Archive(_Form):
+    """An archive of NumPy: the samples, and their classes."""
+
+    names: tuple[str, str]
+
+    def has(self, block: _Block) -> bool:
+        return self._read(block) is not None
+
+    def keep(self, block: _Block, values: Tensor) -> None:
+        write_tensors(self._path(block), {"values": values}, hashed=True)
+
+    def finish(self, path: Path, blocks: Sequence[_Block], phase: Phase) -> None:
+        """Write the file as `numpy.savez` would, the samples part by part."""
+        with replaced(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+            with archive.open(f"{self.names[0]}.npy", "w", force_zip64=True) as file:
+                for block in blocks:
+                    array = wait_for(block.number, self.parts, functools.partial(self._read, block)).numpy()
+                    if block.number == 0:
+                        shape = (sum(block.size for block in blocks), *array.shape[1:])
+                        descr = np.lib.format.dtype_to_descr(array.dtype)
+                        header = {"descr": descr, "fortran_order": False, "shape": shape}
+                        np.lib.format.write_array_header_1_0(file, header)
+                    file.write(array.tobytes())
+                    phase.advance(block.size)
+            labels = [block.condition.labels for block in blocks if block.condition.labels is not None]
+            if labels:
+                with archive.open(f"{self.names[1]}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, torch.cat(labels).numpy())
+
+    def _path(self, block: _Block) -> Path:
+        return self.parts / f"{block.number:05d}.safetensors"
+
+    def _read(self, block: _Block) -> Tensor | None:
+        return (read_tensors(self._path(block)) or {}).get("values")
+
+
+@attrs.frozen
+class _Pictures(_Form):
+    """PNG files, in a folder for each class if there are classes."""
+
+    num_classes: int | None
+
+    def has(self, block: _Block) -> bool:
+        return all(self._path(*row).is_file() for row in block.rows())
+
+    def keep(self, block: _Block, values: Tensor) -> None:
+        for row, pixels in zip(block.rows(), values, strict=True):
+            with replaced(self._path(*row)) as partial:
+                partial.write_bytes(_png(pixels))
+
+    def _path(self, number: int, label: int | None) -> Path:
+        digits = len(str((self.num_classes or 1) - 1))
+        return self.parts / ("" if label is None else f"{label:0{digits}d}") / f"{number:06d}.png"
+
+
+@attrs.frozen
+class _Shards(_Form):
+    """Tar files, one for each block, of PNG files and classes."""
+
+    def has(self, block: _Block) -> bool:
+        return self._path(block).is_file()
+
+    def keep(self, block: _Block, values: Tensor) -> None:
+        with replaced(self._path(block)) as partial, tarfile.open(partial, "w") as shard:
+            for (number, label), pixels in zip(block.rows(), values, strict=True):
+                files = {"png": _png(pixels)} | ({} if label is None else {"cls": str(label).encode()})
+                for kind, data in files.items():
+                    entry = tarfile.TarInfo(f"{number:06d}.{kind}")
+                    entry.size = len(data)
+                    shard.addfile(entry, io.BytesIO(data))
+
+    def _path(self, block: _Block) -> Path:
+        return self.parts / f"{block.number:05d}.tar"
+
+
+def _png(pixels: Tensor) -> bytes:
+    """An image (H, W, C) as a PNG file."""
+    array, file = pixels.numpy(), io.BytesIO()
+    Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).save(file, "PNG")
+    return file.getvalue()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from flowdistill.evaluation.pictures import images_of
 from flowdistill.guidance import GuidedTeacher
@@ -23,7 +21,7 @@ from flowdistill.plumbing.registry import SEARCH_STRATEGIES, VERIFIERS
 from flowdistill.runs.blocks import collect
 from flowdistill.runs.loading import load_teacher
 from flowdistill.runs.run import Run, on_device
-from flowdistill.runs.sampling import check_counts, default_batch_size, make_condition
+from flowdistill.runs.sampling import Labels, check_counts, default_batch_size, labels_as_json, make_condition
 from flowdistill.searching.result import SearchResult
 from flowdistill.searching.strategies import SearchStrategy
 from flowdistill.searching.trials import PricedModel, Trials, evaluation_flops
@@ -42,7 +40,7 @@ def search(
     strategy: str | SearchStrategy = "best_of",
     proposer: Literal["student", "teacher"] = "student",
     num_samples: int = 64,
-    labels: int | Sequence[int] | Tensor | None = None,
+    labels: Labels = None,
     teacher_steps: int = 16,
     guidance: float | None = None,
     seed: int = 0,
@@ -109,7 +107,7 @@ def search(
     place = find_device(device)
     student = on_device(run.student, place)
     model = on_device(_teacher(teacher, run, guidance), place)
-    condition = make_condition(model.num_classes, num_samples, labels, guidance)
+    condition = make_condition(model.num_classes, num_samples, labels, guidance, seed)
     unit = evaluation_flops(model, condition)
     bf16 = evaluation is not None and evaluation.precision == "bf16"
     expensive = PricedModel(model, unit, condition, bf16)
@@ -141,7 +139,7 @@ def search(
         "teacher": None if teacher is None else str(teacher),
         "teacher_steps": teacher_steps,
         "guidance": guidance,
-        "labels": None if labels is None else torch.as_tensor(labels).tolist(),
+        "labels": labels_as_json(labels),
         "seed": seed,
     }
     folder = run.folder(
