@@ -42,6 +42,7 @@ from flowdistill.plumbing.errors import (
     TrainingInterrupted,
 )
 from flowdistill.plumbing.registry import (
+    CALLBACKS,
     DATASETS,
     DECODERS,
     FEATURES,
@@ -58,6 +59,7 @@ from flowdistill.plumbing.registry import (
     TIME_SAMPLERS,
     VELOCITY_ESTIMATORS,
     VERIFIERS,
+    register_callback,
     register_dataset,
     register_decoder,
     register_features,
@@ -90,6 +92,7 @@ if TYPE_CHECKING:
     from flowdistill.searching import SearchResult, SearchStrategy, search
     from flowdistill.solvers import Solver
     from flowdistill.training import Training
+    from flowdistill.training.callbacks import Callback, Logger
     from flowdistill.training.planning import Plan, plan
     from flowdistill.training.trainer import TrainResult, train
 
@@ -98,8 +101,10 @@ __version__ = "0.1.0"
 # These are imported when they are first asked for: loading a model needs none of them.
 _HOMES = {
     "Averaging": "flowdistill.ema",
+    "Callback": "flowdistill.training.callbacks",
     "Dataset": "flowdistill.data",
     "FeatureExtractor": "flowdistill.evaluation.features",
+    "Logger": "flowdistill.training.callbacks",
     "Plan": "flowdistill.training.planning",
     "SearchResult": "flowdistill.searching",
     "SearchStrategy": "flowdistill.searching",
@@ -117,6 +122,8 @@ _HOMES = {
 
 __all__ = [
     "Averaging",
+    "CALLBACKS",
+    "Callback",
     "CheckpointError",
     "CheckpointWriteError",
     "Condition",
@@ -137,6 +144,7 @@ __all__ = [
     "Guidance",
     "Jump",
     "Jumps",
+    "Logger",
     "METRICS",
     "NETWORKS",
     "NULL_LABEL",
@@ -179,6 +187,7 @@ __all__ = [
     "load_flow_map",
     "load_teacher",
     "plan",
+    "register_callback",
     "register_dataset",
     "register_decoder",
     "register_features",

@@ -15,7 +15,8 @@ from runs import command, write
 
 import flowdistill
 from flowdistill import NETWORKS, TEACHERS
-from flowdistill.cli import main
+from flowdistill.cli import main, parser
+from flowdistill.plumbing import config
 from flowdistill.plumbing.config import methods, recipes, settings
 from flowdistill.plumbing.registry import REGISTRIES
 
@@ -231,3 +232,75 @@ def test_a_lack_of_memory_is_told_in_one_line(error, monkeypatch, capsys):
         main(["train", "meanflow", "--on", "plane"])
     assert ended.value.code == 1
     assert capsys.readouterr().err.startswith("flowdistill: error: the memory does not suffice (")
+
+
+def test_bare_words_of_bindings_are_text(folder):
+    done = command("plan", "ring.gin", "--gin.train.precision=bf16", cwd=folder)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "read"),
+    [
+        ("a.b=bf16", "a.b='bf16'"),
+        ("a.b = /data/my files/x-1.pt", "a.b ='/data/my files/x-1.pt'"),
+        ("a.b=C:/x", "a.b='C:/x'"),
+        *((same, same) for same in (
+            "a.b=1e-3", "a.b=-3", "a.b=True", "a.b=None", "a.b=none", "a.b=@AdamW", "a.b=%c", "a.b='x'", "a.b=(1, 2)",
+            "a.b=[x]", "a.b=", "a.b={'x': 1}", "a.b=\"x\"", "a.b=1 # why",
+        )),
+    ],
+)  # fmt: skip
+def test_what_is_quoted(typed, read):
+    assert config.quoted(typed) == read
+
+
+def test_paths_that_are_not_there_are_answered_as_paths(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    for arguments in (["convert", "no/such.pt", "x"], ["convert", "such.pt", "x"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        message = capsys.readouterr().err
+        assert "there is no such file" in message
+        assert len(message) < 500
+    with pytest.raises(SystemExit):
+        main(["train", "--gin_file", str(folder)])
+    assert "is a folder, and no gin file" in capsys.readouterr().err
+
+
+def test_every_option_has_help_and_its_default():
+    (action,) = (a for a in parser()._actions if hasattr(a, "choices") and a.choices and "train" in a.choices)
+    for name, each in action.choices.items():
+        for option in each._actions:
+            assert option.help, (name, option.dest)
+    text = " ".join(action.choices["evaluate"].format_help().split())
+    for told in ("(default: fid)", "(default: 10000)", "(default: 0)", "(default: 1)"):
+        assert told in text
+
+
+def test_a_finished_run_prints_what_it_measured(folder):
+    few = ["--gin.train.steps=2", "--gin.evaluation.num_samples=20", "--workdir", "measured"]
+    done = command("train", "meanflow", "--on", "plane", *few, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "measured/report.md\n"
+    rows = json.loads((folder / "measured" / "evaluation.json").read_text())["rows"]
+    for name, row in rows.items():
+        (line,) = (line for line in done.stderr.splitlines() if line.strip().startswith(name + "  "))
+        assert line.split()[-len(row) :] == [f"{value:.3g}" for value in row.values()]
+
+
+@pytest.mark.slow
+def test_the_doctor(tmp_path):
+    """Extras are there, missing, or broken; another process is asked, since a broken one may die."""
+    for name, code in (("wandb", "import os; os.abort()"), ("onnxscript", "raise RuntimeError('of another build')")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(code)
+    done = command("doctor", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[0]: line for line in done.stdout.splitlines()}
+    assert lines["flowdistill"].endswith(flowdistill.__version__)
+    assert torch.__version__ in lines["torch"]
+    assert lines["[hub]"].endswith("works")
+    assert "RuntimeError: of another build" in lines["[onnx]"]
+    assert "does not work" in lines["[wandb]"]
+    assert "pip install 'flowdistill[clip]'" in lines["[clip]"]

@@ -110,3 +110,19 @@ def test_a_data_set_of_a_user_trains_a_teacher(tmp_path):
         (tmp_path / name).write_text(body)
     trained = command("train", "--gin_file", "stripes.gin", "--gin.train.steps=3", "--workdir", "run", cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
+
+
+def test_a_loop_of_a_user_trains_a_student(tmp_path):
+    (tmp_path / "loop.py").write_text(blocks("docs/own_loop.md")["loop.py"])
+    done = subprocess.run([sys.executable, "loop.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    errors = [float(line.split()[1]) for line in done.stdout.splitlines() if re.fullmatch(r"\d+ [\d.]+", line)]
+    assert len(errors) == 5
+    assert errors[-1] < 0.5 * errors[0]
+
+
+def test_a_hook_of_a_user_is_called(tmp_path):
+    (tmp_path / "nearest.py").write_text(blocks("docs/logging.md")["nearest.py"])
+    done = subprocess.run([sys.executable, "nearest.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["100", "200", "300"]

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+from flowdistill.cli.doctor import doctor_command
 from flowdistill.cli.listing import cite_command, list_command, show_command
 from flowdistill.plumbing.errors import ConfigError, FlowDistillError, TrainingInterrupted
 
@@ -26,15 +27,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             stream.reconfigure(errors="replace")  # letters that the terminal's encoding does not have
     given = list(sys.argv[1:] if arguments is None else arguments)
     bindings = [a.removeprefix("--gin.") for a in given if a.startswith("--gin.")]
-    parser = _parser()
+    commands = parser()
     if malformed := [b for b in bindings if "=" not in b]:
         name = f"--gin.{malformed[0]}"
         following = given[given.index(name) + 1 :][:1]
         value = "VALUE" if not following or following[0].startswith("-") else following[0]
-        parser.error(f"{name} lacks its value: write {name}={value}")
-    options = parser.parse_args([a for a in given if not a.startswith("--gin.")])
+        commands.error(f"{name} lacks its value: write {name}={value}")
+    options = commands.parse_args([a for a in given if not a.startswith("--gin.")])
     if bindings and options.command not in (_train, _plan, _search, _bench):
-        parser.error("--gin.NAME=VALUE belongs to train, plan, search and bench")
+        commands.error("--gin.NAME=VALUE belongs to train, plan, search and bench")
+    if bindings:
+        from flowdistill.plumbing.config import quoted
+
+        bindings = [quoted(binding) for binding in bindings]
     options.bindings = bindings
     if options.command in (_train, _plan, _search, _bench):
         sys.path.append(os.getcwd())  # a gin file may import the user's own modules
@@ -105,18 +110,36 @@ def _warning(message: Warning | str, category: type[Warning], *place: Any) -> st
 _format_warning = warnings.formatwarning
 
 
-def _parser() -> argparse.ArgumentParser:
+class _Help(argparse.HelpFormatter):
+    """Help that ends with the default, where there is one and the words do not tell it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, default = action.help, action.default
+        told = default is None or default is False or default in ([], argparse.SUPPRESS)
+        if not text or not action.option_strings or told or "default" in text:
+            return text
+        words = " ".join(map(str, default)) if isinstance(default, list) else default
+        return f"{text} (default: {words})".replace("%", "%%")
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=_Help, **options)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the command line, for tools that make completions or pages of it."""
     from flowdistill import __version__
 
-    parser = argparse.ArgumentParser(
-        prog="flowdistill", description="Distil flow and diffusion models into one-step generators."
-    )
+    parser = _Parser(prog="flowdistill", description="Distil flow and diffusion models into one-step generators.")
     parser.add_argument("--version", action="version", version=f"flowdistill {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a method on a setting, or a whole recipe")
     train.add_argument("--workdir", help="the run directory; by default runs/ and the recipe's name")
-    train.add_argument("--resume", choices=["auto", "never"], default="auto")
+    train.add_argument(
+        "--resume", choices=["auto", "never"], default="auto", help="never: refuse a directory with a run"
+    )
     train.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
     train.add_argument("--timeout", type=float, default=600, help="seconds that processes wait for one another")
     train.add_argument("--dry_run", action="store_true", help="print the plan of the recipe and train nothing")
@@ -131,9 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--gin_file", action="append", default=[], help="a gin file, read after the others; repeatable"
         )
-        command.add_argument(
-            "--gpu", default="h200", help="the GPU at whose measured speed a plan states hours (default: h200)"
-        )
+        command.add_argument("--gpu", default="h200", help="the GPU at whose measured speed a plan states hours")
         command.add_argument("--flops", type=float, help="FLOP/s at which a plan states hours, in place of --gpu")
         command.add_argument("--memory", type=float, metavar="GIB", help="of a device: a plan says which batch fits")
         command.epilog = "--gin.NAME=VALUE sets a binding, as in --gin.train.steps=100; repeatable"
@@ -143,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
         "action": argparse.BooleanOptionalAction,
         "help": "jump to data and noise again at each step; by default as the student needs it",
     }
+    batch_size: Any = {"type": int, "help": "samples at a time; by default 100 on a CPU, else 500"}
     labels: Any = {
         "nargs": "+",
         "help": "a class for all, one for each sample, a file of them, in_turn (the default), balanced or random",
@@ -150,17 +172,17 @@ def _parser() -> argparse.ArgumentParser:
     sample = commands.add_parser("sample", help="draw samples of a run's student")
     sample.add_argument("run", help="a run directory, a checkpoint in it, or a released student's file")
     sample.add_argument("--num_samples", type=int, help="by default 64, or as many as there are labels")
-    sample.add_argument("--steps", type=int, default=1)
+    sample.add_argument("--steps", type=int, default=1, help="jumps from noise to data")
     sample.add_argument("--renoise", **renoise)
     sample.add_argument("--labels", **labels)
-    sample.add_argument("--guidance", type=float)
-    sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--batch_size", type=int)
+    sample.add_argument("--guidance", type=float, help="guidance scale, of a student that takes one")
+    sample.add_argument("--seed", type=int, default=0, help="of noise and random labels")
+    sample.add_argument("--batch_size", **batch_size)
     sample.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
     sample.add_argument(
         "--out",
         default="samples.png",
-        help="a .png picture of all, an .npz file as ADM's evaluator reads it, or a folder/",
+        help="a .png picture of all, an .npz file as ADM's evaluator reads it, or a folder/ of pictures",
     )
     sample.add_argument("--shards", action="store_true", help="write a folder's pictures into tar files")
     sample.add_argument("--raw", action="store_true", help="numbers as the model makes them, such as latents")
@@ -168,17 +190,17 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="measure a run's student")
     evaluate.add_argument("run", help="a run directory, a checkpoint in it, or a released student's file")
-    evaluate.add_argument("--metrics", nargs="+", default=["fid"])
-    evaluate.add_argument("--num_samples", type=int, default=10_000)
-    evaluate.add_argument("--steps", type=int, default=1)
+    evaluate.add_argument("--metrics", nargs="+", default=["fid"], help="as flowdistill list metrics shows")
+    evaluate.add_argument("--num_samples", type=int, default=10_000, help="of the student")
+    evaluate.add_argument("--steps", type=int, default=1, help="jumps from noise to data")
     evaluate.add_argument("--renoise", **renoise)
     evaluate.add_argument("--labels", **labels)
-    evaluate.add_argument("--guidance", type=float)
-    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--guidance", type=float, help="guidance scale, of a student that takes one")
+    evaluate.add_argument("--seed", type=int, default=0, help="of noise and random labels")
     evaluate.add_argument("--features", help="digits, inception, ...; by default those of the run's own evaluation")
     evaluate.add_argument("--weights", help="the file of the features' network, such as Inception's")
     evaluate.add_argument("--reference", help="a folder, a .zip, .npz, .npy or .pkl file, or the name of a data set")
-    evaluate.add_argument("--batch_size", type=int)
+    evaluate.add_argument("--batch_size", **batch_size)
     evaluate.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
     evaluate.add_argument("--bootstrap", type=int, default=0, help="random halves from which to estimate spreads")
     evaluate.set_defaults(command=_evaluate)
@@ -192,12 +214,12 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument(
         "--proposer", choices=["student", "teacher"], default="student", help="what noises are tried by"
     )
-    search.add_argument("--num_samples", type=int, default=64)
+    search.add_argument("--num_samples", type=int, default=64, help="that are searched for")
     search.add_argument("--labels", **labels)
     search.add_argument("--teacher_steps", type=int, default=16, help="of Euler's method")
-    search.add_argument("--guidance", type=float)
-    search.add_argument("--seed", type=int, default=0)
-    search.add_argument("--batch_size", type=int)
+    search.add_argument("--guidance", type=float, help="guidance scale of teacher and student")
+    search.add_argument("--seed", type=int, default=0, help="of the noises")
+    search.add_argument("--batch_size", **batch_size)
     search.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
     search.add_argument("--out", help="a folder for the result; by default one in RUN/searches")
     search.epilog = "--gin.NAME=VALUE sets up the verifier and the strategy, as in --gin.zero_order.radius=0.5"
@@ -243,12 +265,15 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser(
         "show", help="show a method, a setting or a recipe, or the documentation of something registered"
     )
-    show.add_argument("kind")
-    show.add_argument("name")
+    show.add_argument("kind", help="methods, settings, recipes, objectives, ...")
+    show.add_argument("name", help="as flowdistill list KIND shows it")
     show.set_defaults(command=show_command)
 
+    doctor = commands.add_parser("doctor", help="print versions and devices, and which optional parts work")
+    doctor.set_defaults(command=doctor_command)
+
     cite = commands.add_parser("cite", help="print the BibTeX of what a run or gin file uses")
-    cite.add_argument("source", metavar="RUN|GIN_FILE")
+    cite.add_argument("source", metavar="RUN", help="a run directory, or a gin file")
     cite.set_defaults(command=cite_command)
 
     for command in (sample, evaluate, search, export):
@@ -280,8 +305,27 @@ def _train(options: argparse.Namespace) -> None:
     )
     if rank_and_world()[0] == 0:
         with contextlib.suppress(OSError):  # nobody reads it, and the training has ended well
+            _print_evaluation(result.workdir)
             print(result.workdir / "report.md", flush=True)
     _abandon(sys.stdout)
+
+
+def _print_evaluation(workdir: Path) -> None:
+    """Print what was measured, if anything was, as a table on standard error."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    from flowdistill.runs.records import read_evaluation
+
+    measured = read_evaluation(workdir)
+    if measured is None:
+        return
+    columns = list(dict.fromkeys(name for row in measured["rows"].values() for name in row))
+    table = Table("", *(name.replace("_", " ") for name in columns), box=SIMPLE)
+    for name, row in measured["rows"].items():
+        table.add_row(name, *(f"{row[column]:.3g}" if column in row else "" for column in columns))
+    Console(stderr=True).print(f"{measured['num_samples']:,} samples each", table, highlight=False)
 
 
 def _plan(options: argparse.Namespace) -> None:

@@ -143,7 +143,7 @@ def _curves(records: Sequence[Mapping[str, float]]) -> dict[str, tuple[np.ndarra
     """Steps and finite values of the metrics that a person wants to see, by their names."""
     curves: dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = {}
     for name in dict.fromkeys(key for record in records for key in record):
-        if name == "step" or name.endswith(("_evaluations", "_per_second")):
+        if name in ("step", "learning_rate") or name.endswith(("_evaluations", "_per_second", "_gib")):
             continue
         points = [(r["step"], r[name]) for r in records if name in r and math.isfinite(r[name])]
         if len({value for _, value in points}) < 2:

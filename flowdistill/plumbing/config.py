@@ -11,6 +11,7 @@ import copy
 import functools
 import importlib
 import io
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -142,6 +143,8 @@ def find_gin_file(name: str | Path) -> Path:
     for root in (Path(), *recipe_roots()):
         if (root / name).is_file():
             return root / name
+    if Path(name).is_dir():
+        raise ConfigError(f"{name} is a folder, and no gin file")
     raise unknown_name("gin file", str(name), gin_files())
 
 
@@ -260,6 +263,28 @@ def _included(name: str, folder: Path | None) -> Path:
     if folder is not None and (folder / name).is_file():
         return folder / name
     return find_gin_file(name)
+
+
+def quoted(binding: str) -> str:
+    """A binding as people type it: with quotes around a value that is a bare word or a path.
+
+    Examples:
+        >>> quoted("train.precision=bf16"), quoted("train.steps=10"), quoted("train.objective=@meanflow()")
+        ("train.precision='bf16'", 'train.steps=10', 'train.objective=@meanflow()')
+    """
+    name, _, value = binding.partition("=")
+    text = value.strip()
+    if not _BARE.fullmatch(text) or text.lower() in _CONSTANTS:
+        return binding
+    try:
+        list(_pieces(binding, "", None))
+    except ConfigError:
+        return f"{name}={text!r}"
+    return binding
+
+
+_BARE = re.compile(r"[^\s'\"()\[\]{},@%#\\=][^'\"()\[\]{},@%#\\=]*")
+_CONSTANTS = {"none", "null", "true", "false"}  # which people write in many ways, and mean as such
 
 
 @contextlib.contextmanager

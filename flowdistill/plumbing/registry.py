@@ -17,6 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, TypeVar
 
 import attrs
@@ -69,10 +70,16 @@ def load_all() -> None:
 
 
 def unknown_name(kind: str, name: str, known: list[str]) -> ConfigError:
-    """The error for a name that is not known, which lists the nearest matches."""
+    """The error for a name that is not known, which lists the nearest matches, or the first of those that are known."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known)) or 'none'}"
-    return ConfigError(f"unknown {kind} {name!r}: {hint}")
+    first, more = ", ".join(sorted(known)[:_MOST_NAMES]) or "none", len(known) - _MOST_NAMES
+    others = f" and {more} more, which flowdistill list shows" if more > 0 else ""
+    missing = ", and there is no such file" if "/" in name or Path(name).suffix else ""
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {first}{others}"
+    return ConfigError(f"unknown {kind} {name!r}{missing}: {hint}")
+
+
+_MOST_NAMES = 10  # in one message
 
 
 def _plural(kind: str) -> str:
@@ -259,6 +266,7 @@ SOLVERS = Registry("solver")
 DECODERS = Registry("decoder")
 VERIFIERS = Registry("verifier", home="flowdistill.searching.verifiers")
 SEARCH_STRATEGIES = Registry("search strategy", home="flowdistill.searching.strategies")
+CALLBACKS = Registry("callback", home="flowdistill.training.loggers")
 FEATURES = Registry(  # digits and mnist are data sets as well
     "feature extractor", gin_suffix="_features", home="flowdistill.evaluation.features"
 )
@@ -268,7 +276,7 @@ REGISTRIES = {
     for registry in (
         TEACHERS, FLOW_MAPS, OBJECTIVES, VELOCITY_ESTIMATORS, TARGET_VELOCITIES, STATE_SOURCES,
         TIME_SAMPLERS, PAIRS, NETWORKS, DATASETS, METRICS, SOLVERS, DECODERS, FEATURES, VERIFIERS,
-        SEARCH_STRATEGIES,
+        SEARCH_STRATEGIES, CALLBACKS,
     )
 }  # fmt: skip
 """All registries by the plural of their kind, as the command line names them."""
@@ -289,3 +297,4 @@ register_decoder = DECODERS.register
 register_features = FEATURES.register
 register_verifier = VERIFIERS.register
 register_search_strategy = SEARCH_STRATEGIES.register
+register_callback = CALLBACKS.register

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ from flowdistill.plumbing.statements import Statement
 from flowdistill.runs.loading import is_released, load_flow_map, released_students
 from flowdistill.runs.pretrained import check_free, write_weights
 from flowdistill.runs.programs import PROGRAMS
+from flowdistill.runs.records import read_evaluation
 from flowdistill.runs.run import Run
 from flowdistill.runs.student_folders import description, load_student
 
@@ -122,7 +122,7 @@ def _origin(run: Run) -> dict[str, Any]:
             "teacher": _teachers(bindings),
             "steps": run.meta.step,
             "guidance": run.scales,
-            "evaluation": _evaluation(run.workdir / "evaluation.json"),
+            "evaluation": read_evaluation(run.workdir),
         }
     versions = {"flowdistill": sys.modules["flowdistill"].__version__, "torch": torch.__version__}
     return {**known, "versions": {**versions, "python": platform.python_version()}}
@@ -145,16 +145,6 @@ def _teachers(bindings: Sequence[Statement]) -> list[str]:
             found.append(part)
             waiting += [reference.part for b in bindings if b.part == part for reference in b.references]
     return [name for name in found if name in known]
-
-
-def _evaluation(path: Path) -> dict[str, Any] | None:
-    """What the run measured at its end, by how many samples; None if it did not."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        rows = {name: {key: float(value) for key, value in row.items()} for name, row in found["rows"].items()}
-        return {"num_samples": int(found["num_samples"]), "rows": rows}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
-        return None
 
 
 def _picture(student: FlowMap, path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""The records of a training: ``metrics.jsonl`` in its run directory."""
+"""What a training has recorded in its run directory: ``metrics.jsonl`` and ``evaluation.json``."""
 
 from __future__ import annotations
 
@@ -37,3 +37,13 @@ def record_of(line: bytes) -> dict[str, Any] | None:
 def _is_number(value: Any) -> bool:
     """Whether a value is a number that arrays can hold."""
     return isinstance(value, float) or (type(value) is int and 0 <= value < 2**63)
+
+
+def read_evaluation(workdir: Path) -> dict[str, Any] | None:
+    """The rows of metrics that a run measured at its end, and of how many samples; None if there are none."""
+    try:
+        found = json.loads((workdir / "evaluation.json").read_text(encoding="utf-8"))
+        rows = {name: {key: float(value) for key, value in row.items()} for name, row in found["rows"].items()}
+        return {"num_samples": int(found["num_samples"]), "rows": rows}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
+        return None

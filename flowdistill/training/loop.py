@@ -6,7 +6,7 @@ import contextlib
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,7 @@ class Loop:
         self._first_bad = torch.full((), -1, device=self.device)
         self._started = time.monotonic()
         self._saving: Future[Path] | None = None
+        self.on_saved: Callable[[Path], object] = lambda path: None  # of the first process, for whole checkpoints
         self.origin = ""  # in words, of a run that starts from another
 
     @classmethod
@@ -297,6 +298,8 @@ class Loop:
     def record(self) -> dict[str, float]:
         """The averages of the metrics since the last call, with speed and counted evaluations, over all processes.
 
+        The learning rate is the student's at the last step, and the memory what this process has taken of its GPU.
+
         Raises:
             NonFiniteError: a loss or gradient was NaN or infinite.
             CheckpointWriteError: the last checkpoint could not be finished.
@@ -305,6 +308,9 @@ class Loop:
         by_first(lambda: self._finish_saving() if self._saving and self._saving.done() else None)
         now = time.monotonic()
         record = {name: total / count for name, (total, count) in self._totals().items()}
+        record["learning_rate"] = float(self.trained.optimizer.param_groups[0]["lr"])
+        if self.device.type == "cuda":
+            record["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         record["steps_per_second"] = (self.step - self._recorded) / max(now - self._started, 1e-9)
         record |= {name: float(count) for name, count in self.counters.items()}
         self._sums, self._counts, self._recorded, self._started = {}, Counter(), self.step, now
@@ -414,7 +420,7 @@ class Loop:
         if self._saving is not None:
             wait([self._saving])  # an interrupt leaves it to `close`
             saving, self._saving = self._saving, None
-            saving.result()
+            self.on_saved(saving.result())
 
     def close(self) -> None:
         """Wait, in this process, for a checkpoint on its way; that it fails is a warning, since another error came."""

@@ -1,11 +1,9 @@
-"""What a run tells while it runs: metrics.jsonl, TensorBoard events, and a progress bar."""
+"""What a run tells while it runs: metrics.jsonl, and a progress bar."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import socket
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -34,7 +32,6 @@ class RunLog:
 
     def __init__(self, workdir: Path, first_step: int, steps: int) -> None:
         self._workdir, self._path = workdir, workdir / "metrics.jsonl"
-        self._board = _Board(workdir / "tensorboard", first_step + 1)
         self._name, self._first_step, self._steps = workdir.name, first_step, steps
         self._speed, self._last_line = "", time.monotonic()
         self._open = contextlib.ExitStack()
@@ -91,8 +88,6 @@ class RunLog:
         """Log the averages of the steps since the last record."""
         with self.tolerating("metrics.jsonl"), self._path.open("a") as file:
             file.write(json.dumps({"step": step, **record}) + "\n")
-        with self.tolerating("tensorboard"):
-            self._board.write(step, record)
         self._speed = f"loss {record['loss']:.4g}  {record['steps_per_second']:.1f} steps/s"
         now = time.monotonic()
         if not self._console.is_terminal and (now - self._last_line > 10 or step == self._steps):
@@ -103,40 +98,3 @@ class RunLog:
     def say(self, message: str) -> None:
         """Print a line above the bar."""
         self._console.print(message, highlight=False, markup=False, soft_wrap=True)
-
-
-class _Board:
-    """A file of TensorBoard's events, which is opened for each record: `SummaryWriter` dies with its file.
-
-    Args:
-        folder: of the file.
-        purge_step: TensorBoard hides what earlier files say of this step and later ones.
-    """
-
-    def __init__(self, folder: Path, purge_step: int) -> None:
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
-        self._path, self._purge_step = folder / name, purge_step
-
-    def write(self, step: int, record: Mapping[str, float]) -> None:
-        """Append a record."""
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        now = time.time()
-        events = [
-            Event(wall_time=now, step=step, summary=Summary(value=[Summary.Value(tag=k, simple_value=v)]))
-            for k, v in record.items()
-        ]
-        if not self._path.exists():
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            start = SessionLog(status=SessionLog.START)
-            events = [
-                Event(wall_time=now, file_version="brain.Event:2"),
-                Event(wall_time=now, step=self._purge_step, session_log=start),
-                *events,
-            ]
-        with self._path.open("ab") as file:
-            writer = RecordWriter(file)
-            for event in events:
-                writer.write(event.SerializeToString())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import NoneType
 from typing import Any, Literal, TypeAlias
 
@@ -21,6 +21,8 @@ from flowdistill.plumbing.distributed import rank_and_world
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.fields import at_least, of_type, short
 from flowdistill.states import Prior
+from flowdistill.training.callbacks import Callback
+from flowdistill.training.loggers import TensorBoard
 from flowdistill.training.optimization import Schedule
 
 OptimizerBuilder: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -35,6 +37,11 @@ def _clip(instance: Any, field: attrs.Attribute[Any], value: float | None) -> No
 def _builder(instance: Any, field: attrs.Attribute[Any], value: Any) -> None:
     if value is not None and not callable(value):
         raise ValueError(f"{field.name} must build an optimiser, as @AdamW does, not {short(value)}")
+
+
+def _callbacks(instance: Any, field: attrs.Attribute[Any], value: Any) -> None:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(callback, Callback) for callback in value):
+        raise ValueError(f"callbacks must be a list of callbacks, such as [@tensorboard()], not {short(value)}")
 
 
 @gin.register("train")
@@ -103,6 +110,8 @@ class Training:
     """Steps between checkpoints."""
     keep_checkpoints: int = attrs.field(default=2, validator=at_least(1))
     """The newest checkpoints that are kept."""
+    callbacks: Sequence[Callback] = attrs.field(factory=lambda: (TensorBoard(),), validator=_callbacks)
+    """Whatever is told of the training as it goes, such as loggers."""
     evaluation: Evaluation | None = attrs.field(default=None, validator=of_type(Evaluation, NoneType))
     """What is measured at the end; None measures nothing, whatever is bound to ``evaluation``."""
 

@@ -21,7 +21,9 @@ from flowdistill.plumbing.errors import ConfigError, NonFiniteError, TrainingInt
 from flowdistill.plumbing.files import locked, write_text
 from flowdistill.plumbing.progress import progress
 from flowdistill.plumbing.randomness import random_state_kept
+from flowdistill.plumbing.registry import CALLBACKS
 from flowdistill.runs.checkpoints import checkpoint_paths, newest_whole, read_meta, remove_left
+from flowdistill.training.callbacks import Callback, Callbacks
 from flowdistill.training.loop import Loop, configured_loop
 from flowdistill.training.run_log import RunLog
 from flowdistill.training.stopping import StopSignals
@@ -55,6 +57,7 @@ def train(
     device: str | torch.device | None = None,
     report: bool = True,
     timeout: float = 600.0,
+    callbacks: Sequence[Callback] = (),
 ) -> TrainResult:
     """Train a method on a setting, or as gin files say, and leave a run directory.
 
@@ -74,6 +77,7 @@ def train(
         device: where to train; by default the first GPU (of each rank its own), else the CPU.
         report: whether to end with ``report.md``, its pictures and figures; without, nothing is measured.
         timeout: the seconds that several processes wait for one of them that gives no sign of life.
+        callbacks: hooks into the training, beside those of ``train.callbacks``.
 
     Raises:
         ConfigError: the configuration cannot work, or ``workdir`` holds a run of another one or is in use.
@@ -118,10 +122,13 @@ def train(
                 by_first(own)
             saved = by_first(lambda: _claim(loop, resume, operative))
             first = rank_and_world()[0] == 0
-            checkpoint, metrics = _run(loop, saved, operative, report)
+            told = Callbacks([*loop.training.callbacks, *callbacks] if first else [])
+            owned.callback(told.tell, "close")
+            checkpoint, metrics = _run(loop, saved, operative, report, told)
         # The others have nothing more to do, and do not wait.
-        if report and first:
-            metrics |= _report(loop)
+        figures = _report(loop) if report and first else {}
+        told.tell("on_end", loop, figures)
+        metrics |= figures
     return TrainResult(
         flow_map=loop.result.requires_grad_(False),
         workdir=folder,
@@ -151,7 +158,9 @@ def _check_agreement(operative: str) -> None:
             raise error
 
 
-def _run(loop: Loop, saved: Path | None, operative: str, report: bool) -> tuple[Path, dict[str, float]]:
+def _run(
+    loop: Loop, saved: Path | None, operative: str, report: bool, told: Callbacks
+) -> tuple[Path, dict[str, float]]:
     """Train from a checkpoint, or from the start, to the end: the last checkpoint and record.
 
     Raises:
@@ -161,6 +170,8 @@ def _run(loop: Loop, saved: Path | None, operative: str, report: bool) -> tuple[
     if saved is not None:
         by_each(functools.partial(loop.load, saved))
     loop.agree()
+    by_first(lambda: told.start(loop, operative))
+    loop.on_saved = functools.partial(told.tell, "on_checkpoint", loop)
     begun = loop.step
     record: dict[str, float] = {}
     first, stopped = rank_and_world()[0] == 0, False
@@ -173,12 +184,14 @@ def _run(loop: Loop, saved: Path | None, operative: str, report: bool) -> tuple[
             while loop.step < steps and not stopped:
                 with progress("taking the first step", None) if loop.step == begun else contextlib.nullcontext():
                     loop.train_step()
+                told.step(loop)
                 stopped = signals.asked()
                 last = loop.step == steps
                 if last or loop.step % run.log_every == 0:
                     record = loop.record()
                     if log is not None:
                         log.write(loop.step, record)
+                        told.tell("on_record", loop, record)
                 if log is not None:
                     log.advance(loop.step)
                 if last or stopped or loop.step % run.checkpoint_every == 0:
@@ -189,7 +202,7 @@ def _run(loop: Loop, saved: Path | None, operative: str, report: bool) -> tuple[
                         if last or stopped:
                             loop.finish_saving()
                 if run.sample_every and (last or loop.step % run.sample_every == 0):
-                    by_first(lambda: _draw_pictures(loop, log))
+                    by_first(lambda: _draw_pictures(loop, log, told))
             stopped = signals.asked_at_last() or stopped
         if log is not None and report and run.evaluation is not None and not stopped:
             log.say(f"measuring {run.evaluation.num_samples} samples of each model")
@@ -202,11 +215,14 @@ def _run(loop: Loop, saved: Path | None, operative: str, report: bool) -> tuple[
     return saved, record
 
 
-def _draw_pictures(loop: Loop, log: RunLog | None) -> None:
+def _draw_pictures(loop: Loop, log: RunLog | None, told: Callbacks) -> None:
     """Write a picture of the student's samples, where there is a log; nothing there ends a training."""
     if log is not None:
+        path = loop.workdir / "samples" / f"step_{loop.step:08d}.png"
         with log.tolerating("pictures of samples"):
-            save_samples(loop.result, loop.workdir / "samples" / f"step_{loop.step:08d}.png", loop.training.seed)
+            save_samples(loop.result, path, loop.training.seed)
+        if path.is_file():
+            told.tell("on_picture", loop, path)
 
 
 def _report(loop: Loop) -> dict[str, float]:
@@ -252,14 +268,14 @@ def _keep_configuration(workdir: Path, operative: str) -> None:
 def _what_trains(configuration: str, source: str) -> list[str]:
     """The bindings of a configuration that a run must keep.
 
-    The number of steps, the evaluation and the decoder of latents are left out: a run may be continued beyond its end,
-    be measured again, and be given what draws its images.
+    The number of steps, the evaluation, the callbacks and the decoder of latents are left out: a run may be continued
+    beyond its end, be measured again, be shown elsewhere, and be given what draws its images.
     """
     return [
         str(binding)
         for binding in config.statements_of(configuration, source)
-        if binding.name not in ("train.steps", "train.evaluation")
-        and binding.part != "evaluation"
+        if binding.name not in ("train.steps", "train.evaluation", "train.callbacks")
+        and binding.part not in ("evaluation", *CALLBACKS.names())
         and not binding.part.endswith("_features")
         and binding.parameter != "vae"
     ]
