@@ -1,5 +1,6 @@
 """Model folders and files fetched from a hub."""
 
+import base64
 import hashlib
 import http.server
 import json
@@ -46,6 +47,49 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         return self.wfile.write(content) if with_body else None
 
+    def do_POST(self):
+        """Make a repository, say how its files are to come, or take a commit of them."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.requests.append((self.command, self.path))
+        parts = self.path.partition("?")[0].strip("/").split("/")
+        if self.headers.get("Authorization") != "Bearer hf_secret":
+            return self._say(401, {"error": "who are you?"})
+        if parts == ["api", "repos", "create"]:
+            asked = json.loads(body)
+            name = "/".join(filter(None, (asked.get("organization"), asked["name"])))
+            private = asked.get("private") or asked.get("visibility") == "private"  # old and new clients
+            self.server.visibilities.append("private" if private else "public")
+            self.server.repositories.setdefault(name, {})
+            return self._say(200, {"url": f"http://{self.headers['Host']}/{name}", "id": name, "name": name})
+        if parts == ["api", "validate-yaml"]:  # of the model card
+            return self._say(200, {"errors": [], "warnings": []})
+        name = "/".join(parts[2:4])
+        if parts[4] == "preupload":
+            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+                     for file in json.loads(body)["files"]]  # fmt: skip
+            return self._say(200, {"files": files})
+        lines = [json.loads(line) for line in body.splitlines()]
+        self.server.repositories[name] |= {
+            line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"
+        }
+        commit = "0123456789abcdef0123456789abcdef01234567"
+        return self._say(
+            200,
+            {
+                "commitUrl": f"http://{self.headers['Host']}/{name}/commit/{commit}",
+                "commitOid": commit,
+                "success": True,
+            },
+        )
+
+    def _say(self, code, answer):
+        content = json.dumps(answer).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
     def log_message(self, *_args):
         pass
 
@@ -53,7 +97,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.requests, server.repositories = [], {}
+    server.requests, server.repositories, server.visibilities = [], {}, []
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
@@ -153,3 +197,47 @@ def test_a_path_is_taken_before_a_repository_of_its_name(tmp_path, monkeypatch):
     for missing in ("nothing.pt", "owner/nothing.pt", "owner/model/more.pt", "/nothing"):
         with pytest.raises(CheckpointError, match=f"^there is no file {missing}$"):
             locate(missing)
+
+
+PUSH = """
+import json, flowdistill
+from flowdistill.flow_maps import NetworkFlowMap
+from flowdistill.networks import MLP
+student = NetworkFlowMap(MLP(dim=2, hidden_size=8), "anchored")
+def attempt(*args, **kwargs):
+    try:
+        return str(flowdistill.export(student, *args, **kwargs))
+    except flowdistill.FlowDistillError as error:
+        return f"{type(error).__name__}: {error}"
+said = [attempt("hf://someone/mine", private=True), attempt("hf://mine"), attempt("hf://someone/again")]
+x = flowdistill.sample(student, 3).tolist()
+y = flowdistill.sample(flowdistill.load_flow_map("hf://someone/mine"), 3).tolist()
+json.dump({"said": said, "same": x == y}, open("results.json", "w"))
+"""
+
+
+def test_a_student_is_written_to_the_hub_and_read_from_there(tmp_path, hub):
+    endpoint = f"http://127.0.0.1:{hub.server_port}"
+    place = {"HF_ENDPOINT": endpoint, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
+    done = python(PUSH, tmp_path, **place, HF_HOME=tmp_path / "home", HF_TOKEN="hf_secret")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["said"][0] == "hf://someone/mine"
+    assert "a repository is hf://OWNER/NAME" in results["said"][1]
+    assert results["same"]
+    assert hub.repositories["someone/mine"].keys() == {"README.md", "config.json", "model.safetensors", "samples.png"}
+    assert hub.visibilities == ["private", "public"]
+    assert b"# mine\n" in hub.repositories["someone/mine"]["README.md"]
+
+
+@pytest.mark.slow
+def test_a_hub_that_refuses_a_student_is_told(tmp_path, hub):
+    endpoint = f"http://127.0.0.1:{hub.server_port}"
+    place = {"HF_ENDPOINT": endpoint, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    done = python(PUSH, tmp_path, **place, HF_HOME=tmp_path / "home", HF_TOKEN="hf_other")
+    assert "CheckpointError" in done.stderr  # there is nothing to read back
+    (tmp_path / "again.py").write_text(PUSH.partition("y = ")[0] + "print(said)")
+    done = python((tmp_path / "again.py").read_text(), tmp_path, **place, HF_HOME=tmp_path / "home", HF_TOKEN="hf_x")
+    assert done.returncode == 0, done.stderr
+    assert "CheckpointWriteError: the hub does not take hf://someone/mine: " in done.stdout
+    assert hub.repositories == {}

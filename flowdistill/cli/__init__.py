@@ -242,7 +242,10 @@ def parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="write a student as a folder that loads without its run or teacher")
     export.add_argument("run", metavar="SRC", help="a run directory, a checkpoint in it, or a released student's file")
-    export.add_argument("folder", metavar="DST", type=Path, help="for the weights, their description and a model card")
+    export.add_argument(
+        "folder", metavar="DST", help="a folder for all of it, or hf://OWNER/NAME on the HuggingFace hub"
+    )
+    export.add_argument("--private", action="store_true", help="make a repository on the hub a private one")
     export.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="of the stored weights")
     export.add_argument(
         "--programs", nargs="+", choices=["torch", "onnx"], default=[], help="for those without flowdistill"
@@ -520,7 +523,8 @@ def _bench(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from flowdistill.runs.exporting import export
 
-    print(export(_run(options), options.folder, dtype=options.dtype, programs=options.programs))
+    how = {"dtype": options.dtype, "programs": options.programs, "private": options.private}
+    print(export(_run(options), options.folder, **how))
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import re
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +15,9 @@ import torch
 
 from flowdistill.interfaces import FlowMap, Objective
 from flowdistill.plumbing import config
-from flowdistill.plumbing.errors import CheckpointWriteError, ConfigError
+from flowdistill.plumbing.errors import CheckpointWriteError, ConfigError, in_one_line
 from flowdistill.plumbing.files import replaced_folder, write_json, write_text
+from flowdistill.plumbing.progress import progress
 from flowdistill.plumbing.registry import OBJECTIVES, TEACHERS
 from flowdistill.plumbing.statements import Statement
 from flowdistill.runs.loading import is_released, load_flow_map, released_students
@@ -59,7 +62,8 @@ def export(
     *,
     dtype: Literal["float32", "float16"] = "float32",
     programs: Sequence[str] = (),
-) -> Path:
+    private: bool = False,
+) -> Path | str:
     """Write a student as a folder that loads without its run, its teacher, or a gin file.
 
     ``model.safetensors`` holds the weights, the averaged ones of a run. ``config.json`` describes the student, and its
@@ -69,19 +73,21 @@ def export(
     Args:
         source: a run directory, a checkpoint in it, or a `Run`; a student, as `load_flow_map` gives it; or the file of
             a released one.
-        folder: where to; it must not exist, or be empty.
+        folder: where to; it must not exist, or be empty. ``"hf://OWNER/NAME"`` is a repository of the HuggingFace hub,
+            which is made if it is not there; it needs the user to be logged in there.
         dtype: in which weights are stored; they are always loaded as float32.
         programs: write the student's jump X(x, t, s) also as a program for those who do not have this library: "torch"
             as ``student.pt2`` of `torch.export`, "onnx" as ``student.onnx``. Further inputs are the labels of a
             conditional student, and the scales of one that takes guidance. Weights are in float32.
+        private: whether a repository that is made is private.
 
     Returns:
-        The folder.
+        The folder, or the name of the repository as it was given.
 
     Raises:
         CheckpointError: the source cannot be read.
         ConfigError: nothing registered builds such a student, the folder is taken, or there is no such program.
-        CheckpointWriteError: the disk refused; nothing half-written is left.
+        CheckpointWriteError: the disk or the hub refused; nothing half-written is left.
 
     Examples:
         >>> flowdistill.export("runs/digits", "digits-one-step")  # doctest: +SKIP
@@ -89,6 +95,8 @@ def export(
         >>> flowdistill.load_flow_map("digits-one-step").sample_shape  # doctest: +SKIP
         (1, 8, 8)
     """
+    if (repository := str(folder)).startswith("hf://"):
+        return _pushed(source, repository, private, dtype=dtype, programs=programs)
     folder = Path(folder)
     check_free(folder)
     if unknown := set(programs) - PROGRAMS.keys():
@@ -110,6 +118,26 @@ def export(
     except OSError as error:
         raise CheckpointWriteError(f"cannot write {folder}: {error}; nothing was left there") from error
     return folder
+
+
+def _pushed(source: Run | FlowMap | str | Path, repository: str, private: bool, **how: Any) -> str:
+    """Write a student to a repository of the HuggingFace hub, as one commit."""
+    name = repository.removeprefix("hf://")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ConfigError(f"a repository is hf://OWNER/NAME, not {repository}")
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise ConfigError(f"writing to {repository} needs huggingface_hub: pip install 'flowdistill[hub]'") from None
+    with tempfile.TemporaryDirectory() as place:
+        folder = export(source, Path(place) / name.partition("/")[2], **how)
+        try:
+            with progress(f"sending {repository}", None):
+                HfApi().create_repo(name, private=private, exist_ok=True)
+                HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message="A student of flowdistill")
+        except Exception as error:  # of a name, of rights, or any of the libraries that speak HTTP for the hub's
+            raise CheckpointWriteError(f"the hub does not take {repository}: {in_one_line(error)}") from error
+    return repository
 
 
 def _origin(run: Run) -> dict[str, Any]:

@@ -188,7 +188,8 @@ def convert(
             raise
         from flowdistill.runs.exporting import export
 
-        return export(student, folder, dtype=dtype)
+        export(student, folder, dtype=dtype)
+        return Path(folder)
     return save_model(loaded, folder, dtype)
 
 
