@@ -126,9 +126,31 @@ class StableDiffusionVae(Decoder):
 
     def latents(self, samples: Tensor) -> Tensor:
         """The raw latents that the autoencoder expects, (samples - bias) / scale."""
-        scale, bias = (torch.as_tensor(v, dtype=samples.dtype, device=samples.device) for v in (self.scale, self.bias))
-        scale, bias = (v if v.ndim == 3 else v.reshape(-1, 1, 1) for v in (scale, bias))
+        scale, bias = self._affine(samples)
         return (samples - bias) / scale
+
+    def _affine(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and bias as tensors that fit a batch of latents."""
+        scale, bias = (torch.as_tensor(v, dtype=like.dtype, device=like.device) for v in (self.scale, self.bias))
+        return tuple(v if v.ndim == 3 else v.reshape(-1, 1, 1) for v in (scale, bias))  # type: ignore[return-value]
+
+    def autoencoder(self, device: torch.device | str = "cpu") -> Any:
+        """The autoencoder, which is loaded once; ConfigError if none was given, or it cannot be loaded."""
+        if self.vae is None:
+            raise ConfigError("latents need an autoencoder: load the teacher with vae='stabilityai/sd-vae-ft-ema'")
+        return _load_vae(self.vae).to(device)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the autoencoder's posterior on the scale of samples, of images in [-1, 1].
+
+        Raises:
+            ConfigError: see `decode`.
+        """
+        vae, (black, white) = self.autoencoder(images.device), self.pixel_range
+        posterior = vae.encode((images.float() * (white - black) + (white + black)) / 2).latent_dist
+        scale, bias = self._affine(posterior.mean)
+        return posterior.mean * scale + bias, posterior.std * scale.abs()
 
     @torch.no_grad()
     def decode(self, samples: Tensor) -> Tensor:
@@ -137,9 +159,7 @@ class StableDiffusionVae(Decoder):
         Raises:
             ConfigError: no autoencoder was given, it cannot be loaded, or diffusers is not installed.
         """
-        if self.vae is None:
-            raise ConfigError("latents need an autoencoder: load the teacher with vae='stabilityai/sd-vae-ft-ema'")
-        vae = _load_vae(self.vae).to(samples.device)
+        vae = self.autoencoder(samples.device)
         decoded = torch.cat([vae.decode(latent).sample for latent in torch.split(self.latents(samples.float()), 1)])
         black, white = self.pixel_range
         return (2 * decoded - (white + black)) / (white - black)
@@ -147,6 +167,16 @@ class StableDiffusionVae(Decoder):
     def to_uint8(self, images: Tensor) -> Tensor:
         """See `Decoder.to_uint8`."""
         return quantize(images, self.rounding)
+
+
+_EDM2_MEAN, _EDM2_STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)
+EDM2_LATENTS: dict[str, Any] = {
+    "scale": tuple(1 / std for std in _EDM2_STD),
+    "bias": tuple(-mean / std for mean, std in zip(_EDM2_MEAN, _EDM2_STD, strict=True)),
+    "pixel_range": (0.0, 1.0),
+    "rounding": "down",
+}
+"""The fields of `StableDiffusionVae` for EDM2's latents, which are standardised channel by channel."""
 
 
 @functools.cache

@@ -200,7 +200,7 @@ def test_no_pictures_are_shards_of_a_file(digits, tmp_path):
         write_samples(digits, tmp_path / "x.npz", 5, shards=True)
 
 
-def test_our_own_references_read_both(digits, tmp_path, monkeypatch):
+def test_our_own_references_read_all_of_them(digits, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_samples(digits, tmp_path / "x.npz", N)
     write_samples(digits, tmp_path / "x", N)
@@ -209,6 +209,8 @@ def test_our_own_references_read_both(digits, tmp_path, monkeypatch):
     torch.testing.assert_close(load_images(tmp_path / "x.npz", "digits").features, wanted)
     order = sorted(range(N), key=lambda i: (i % 10, i))  # a folder is read class by class
     torch.testing.assert_close(load_images(tmp_path / "x", "digits").features, wanted[order])
+    write_samples(digits, tmp_path / "y", N, shards=True)
+    torch.testing.assert_close(load_images(tmp_path / "y", "digits").features, wanted)
 
 
 def test_colours_are_decoded_as_the_models_authors_round(digits, tmp_path):

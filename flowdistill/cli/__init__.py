@@ -261,6 +261,20 @@ def parser() -> argparse.ArgumentParser:
         convert.add_argument(f"--{name}", type=int, help="of a SiT whose file does not tell it, see sit_teacher")
     convert.set_defaults(command=_convert)
 
+    encode = commands.add_parser("encode", help="write the latents of images, for trainings from data")
+    encode.add_argument("images", metavar="SRC", help="a folder of images or of tar files, or a .zip or .tar file")
+    encode.add_argument("folder", metavar="DST", help="for the shards of latents; named again, it is continued")
+    encode.add_argument("--vae", required=True, help="the autoencoder, such as stabilityai/sd-vae-ft-ema")
+    encode.add_argument("--scale", choices=["sit", "edm2"], default="sit", help="whose teachers the latents are for")
+    encode.add_argument("--size", type=int, default=256, help="height and width of the images, in pixels")
+    encode.add_argument("--flips", action="store_true", help="encode the mirror images as well")
+    encode.add_argument("--draw", action="store_true", help="store one draw, in place of mean and standard deviation")
+    encode.add_argument("--seed", type=int, default=0, help="of these draws")
+    encode.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="of what is stored")
+    encode.add_argument("--batch_size", type=int, help="images at a time; by default 4 on a CPU, else 32")
+    encode.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
+    encode.set_defaults(command=_encode)
+
     listing = commands.add_parser("list", help="list methods, settings and recipes, and what is registered")
     listing.add_argument("kind", nargs="?", help="methods, settings, recipes, objectives, ...; by default all")
     listing.set_defaults(command=list_command)
@@ -525,6 +539,18 @@ def _export(options: argparse.Namespace) -> None:
 
     how = {"dtype": options.dtype, "programs": options.programs, "private": options.private}
     print(export(_run(options), options.folder, **how))
+
+
+def _encode(options: argparse.Namespace) -> None:
+    from flowdistill.data.encoding import encode
+    from flowdistill.decoders import EDM2_LATENTS, StableDiffusionVae
+    from flowdistill.runs.sampling import check_counts
+
+    check_counts(batch_size=options.batch_size)
+    decoder = StableDiffusionVae(vae=options.vae, **(EDM2_LATENTS if options.scale == "edm2" else {}))
+    names = ("size", "flips", "draw", "seed", "dtype", "batch_size", "device")
+    encode(options.images, options.folder, decoder, **{name: getattr(options, name) for name in names})
+    print(options.folder)
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import tarfile
 import warnings
 import zipfile
 from collections import Counter
@@ -22,12 +23,15 @@ from flowdistill.plumbing.files import file_parts
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 """The ends of the names of image files, in small letters."""
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none of which Pillow runs a program for
-_LIST = "dataset.json"
+_LIST, _CLASS = "dataset.json", ".cls"
 _MOST_BYTES = 1 << 28  # of one file in an archive
 
 
 class ImageFiles:
-    """The image files in a folder or in a zip archive, however deep, in the order of their names.
+    """The image files in a folder or in an archive, however deep, in the order of their names.
+
+    An archive is a ``.zip`` or a ``.tar`` file. A folder of ``.tar`` files, without images of its own, is read as if
+    each were a folder. Of the files in archives only those that are asked for are read.
 
     Hidden files and files that do not end in one of `SUFFIXES` are left out, and a warning counts them. Links to
     folders are followed. Of an animation the first picture is read. As ADM, torch-fidelity and clean-fid read images,
@@ -39,22 +43,41 @@ class ImageFiles:
     Raises:
         DataError: it cannot be read, or holds no images.
 
+    Examples:
+        >>> files = ImageFiles(Path("imagenet/train"))  # doctest: +SKIP
+        >>> len(files), files.names[0], files.labels[0]  # doctest: +SKIP
+        (1281167, 'n01440764/n01440764_10026.JPEG', 0)
+
     Attributes:
         names: the names of the files, relative to the path, with slashes.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._archive: zipfile.ZipFile | None = None
+        self._members: dict[str, tuple[Path, int, int]] = {}  # of tar files: where a file begins, and its size
         try:
-            self._archive = None if path.is_dir() else zipfile.ZipFile(path)
-            found = _below(path) if self._archive is None else self._archive.namelist()
+            if path.is_dir():
+                found = _below(path)
+                tars = [name for name in found if _kind(name) == ".tar"]
+                if tars and not any(_kind(name) in SUFFIXES for name in found):
+                    self._members = _members(path, tars)
+                    found = list(self._members)
+            elif path.suffix.lower() == ".tar":
+                self._members = _members(path.parent, [path.name], folders=False)
+                found = list(self._members)
+            else:
+                self._archive = zipfile.ZipFile(path)
+                found = self._archive.namelist()
         except Exception as error:  # of a damaged archive, many
             raise DataError(f"{path} cannot be read: {in_one_line(error)}") from None
         files = sorted(name for name in found if not name.endswith("/"))
         kinds = {name: _kind(name) for name in files}
+        self._classes = sorted(name for name in self._members if kinds[name] == _CLASS)
         self.names = [name for name, kind in kinds.items() if kind in SUFFIXES]
         self._listed = _LIST in kinds
-        others = Counter(kind for name, kind in kinds.items() if kind not in SUFFIXES and name != _LIST)
+        ours = {*SUFFIXES, *([_CLASS] if self._members else [])}
+        others = Counter(kind for name, kind in kinds.items() if kind not in ours and name != _LIST)
         left_out = ", ".join(f"{count} {kind}" for kind, count in others.most_common(5))
         if not self.names:
             beside = f", only others ({left_out})" if left_out else ""
@@ -88,11 +111,16 @@ class ImageFiles:
 
     @cached_property
     def listed_labels(self) -> list[int] | None:
-        """The class of each image, from 0 on, as the ``dataset.json`` of EDM's tool lists them; None where it does not.
+        """The class of each image, from 0 on, as files say it; None where they do not.
+
+        Such files are the ``dataset.json`` of EDM's tool and, in tar files, one that ends in ``.cls`` beside each
+        image, as WebDataset has it.
 
         Raises:
-            DataError: the list is damaged, or lacks an image.
+            DataError: they are damaged, or an image lacks a class.
         """
+        if self._classes:
+            return [self._class_beside(name) for name in self.names]
         if not self._listed:
             return None
         try:
@@ -110,30 +138,48 @@ class ImageFiles:
 
     @cached_property
     def labels(self) -> list[int] | None:
-        """The class of each image: as ``dataset.json`` lists them, or else the subfolders in the order of their names.
+        """The class of each image: as files list them, or else the subfolders in the order of their names.
 
-        None where ``dataset.json`` has none, and where no image is in a subfolder.
+        A tar file in a folder of them is a subfolder. None where ``dataset.json`` has no classes, where no image is in
+        a subfolder, and where tar files have numbers for names.
 
         Raises:
-            DataError: images lie beside subfolders with images, or a subfolder has none.
+            DataError: images lie beside subfolders with images, a subfolder has none, or an image lacks a class that
+                others have.
         """
-        if self._listed:
+        if self._listed or self._classes:
             return self.listed_labels
         tops = [name.split("/")[0] if "/" in name else "" for name in self.names]
         classes = sorted(set(tops))
-        if classes == [""]:
+        if classes == [""] or (self._members and all(top.isdecimal() for top in classes)):
             return None
         if not classes[0]:
             raise DataError(f"{self.path} holds images beside folders of classes, such as {classes[1]}: move them")
-        if self._archive is None:
+        if self._archive is None and not self._members:
             folders = {entry.name for entry in os.scandir(self.path) if entry.is_dir() and entry.name[0] != "."}
             if empty := sorted(folders - set(classes)):
                 raise DataError(f"{self.path} holds folders of classes without images, such as {empty[0]}: remove them")
         numbers = {name: number for number, name in enumerate(classes)}
         return [numbers[top] for top in tops]
 
+    def _class_beside(self, name: str) -> int:
+        """The class of an image in a tar file, by the file beside it."""
+        beside = f"{name[: -len(PurePosixPath(name).suffix)]}{_CLASS}"
+        try:
+            with self._open(beside) as file:
+                label = int(file.read(20))
+        except (KeyError, ValueError):
+            raise DataError(f"{self.path / beside} is missing, or holds no class") from None
+        if not 0 <= label < 10**6:
+            raise DataError(f"{self.path / beside} holds {label}: classes are whole numbers from 0 on")
+        return label
+
     def parts(self) -> Iterator[bytes]:
         """The bytes of all that is read, for a fingerprint."""
+        for path in sorted({path for path, _, _ in self._members.values()}):
+            yield from file_parts(path)
+        if self._members:
+            return
         if self._archive is not None:
             yield from file_parts(self.path)
             return
@@ -146,6 +192,13 @@ class ImageFiles:
                 raise DataError(f"{path} cannot be read: {in_one_line(error)}") from None
 
     def _open(self, name: str) -> IO[bytes]:
+        if self._members:
+            path, start, size = self._members[name]
+            if size > _MOST_BYTES:
+                raise ValueError("it is too large for an image")
+            with path.open("rb") as file:
+                file.seek(start)
+                return io.BytesIO(file.read(size))
         if self._archive is None:
             return (self.path / name).open("rb")
         if self._archive.getinfo(name).file_size > _MOST_BYTES:
@@ -172,6 +225,18 @@ def _below(folder: Path) -> list[str]:
             if target in seen or f"{target}{os.sep}".startswith(f"{own}{os.sep}"):
                 folders.remove(name)
             seen.add(target)
+    return found
+
+
+def _members(folder: Path, tars: list[str], folders: bool = True) -> dict[str, tuple[Path, int, int]]:
+    """The files in tar files by their names, to which the name of the tar file is prefixed as that of a folder."""
+    found = {}
+    for tar in sorted(tars):
+        prefix = f"{tar[: -len('.tar')]}/" if folders else ""
+        with tarfile.open(folder / tar, "r:") as archive:
+            for member in archive:
+                if member.isreg() and not member.issparse():
+                    found[prefix + member.name.removeprefix("./")] = (folder / tar, member.offset_data, member.size)
     return found
 
 

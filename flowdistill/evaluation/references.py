@@ -95,7 +95,7 @@ def load_images(
     they are computed again, with a warning.
 
     Args:
-        source: a folder or a ``.zip`` archive of image files of one size, as `flowdistill.data.image_files.ImageFiles`
+        source: a folder or a ``.zip`` or ``.tar`` archive of image files of one size, as `flowdistill.data.image_files.ImageFiles`
             reads them; a ``.npy`` file of images (N, H, W, C), uint8; an ``.npz`` file with such images ``arr_0``, as
             ADM publishes them, or with ``mu`` (D,) and ``sigma`` (D, D), as EDM does, or with both: then ``fid`` is
             measured against the latter; a ``.pkl`` file of such statistics, as EDM2 publishes them; a data set of
@@ -116,13 +116,13 @@ def load_images(
     extractor, published = load_features(features), None
     if isinstance(source, ImageDataset):
         digest, batches = _digest_of_dataset(source, decoder), _of_dataset(source, decoder)
-    elif (path := Path(source)).is_dir() or (path.is_file() and path.suffix.lower() == ".zip"):
+    elif (path := Path(source)).is_dir() or (path.is_file() and path.suffix.lower() in (".zip", ".tar")):
         files = ImageFiles(path)
         digest, batches = fingerprint(files.parts()), _of_files(files, extractor.channels)
     elif path.is_file():
         kind = path.suffix.lower()
         if kind not in (".npz", ".npy", ".pkl"):
-            raise DataError(f"{path} is no reference: a file ends in .npz, .npy, .zip or .pkl")
+            raise DataError(f"{path} is no reference: a file ends in .npz, .npy, .zip, .tar or .pkl")
         if kind == ".pkl":
             return SampleSet(None, moments=pickled_moments(path, extractor))
         if kind == ".npz":

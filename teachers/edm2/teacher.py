@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flowdistill.decoders import Pixels, StableDiffusionVae
+from flowdistill.decoders import EDM2_LATENTS, Pixels, StableDiffusionVae
 from flowdistill.interfaces import Decoder
 from flowdistill.networks.edm2 import EDM2, SIZES
 from flowdistill.plumbing.dry import files_unread
@@ -27,9 +27,6 @@ VARIANTS = [
     for unconditional, pixels, size in itertools.product(("", "-uncond"), (512, 64), SIZES)
 ]
 """The published architectures: ``edm2-s-512``, ``edm2-xs-512-uncond``, ``edm2-s-64``, ..."""
-
-_LATENT_MEAN = (5.81, 3.25, 0.12, -2.15)
-_LATENT_STD = (4.17, 4.62, 3.71, 3.28)
 
 
 @register_teacher("edm2_teacher", variants=VARIANTS)
@@ -72,13 +69,7 @@ class EDM2Teacher(NetworkTeacher):
         fill_module(network, tensors, path, assign=True)
         decoder: Decoder = Pixels(scale=network.data_scale)
         if network.sample_shape[0] == 4:
-            decoder = StableDiffusionVae(
-                vae=vae,
-                scale=tuple(1 / std for std in _LATENT_STD),
-                bias=tuple(-mean / std for mean, std in zip(_LATENT_MEAN, _LATENT_STD, strict=True)),
-                pixel_range=(0.0, 1.0),
-                rounding="down",
-            )
+            decoder = StableDiffusionVae(vae=vae, **EDM2_LATENTS)
         super().__init__(network, decoder, null_label=False)  # the authors dropped no labels
 
 

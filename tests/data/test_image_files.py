@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import tarfile
 import warnings
 import zipfile
 
@@ -276,3 +277,99 @@ def test_an_unreadable_subfolder_is_not_left_out_silently(classes, monkeypatch):
     monkeypatch.setattr(os, "scandir", refusing)
     with pytest.raises(DataError, match="Permission denied"):
         ImageFiles(classes)
+
+
+# Tar files.
+
+
+def packed(path, files):
+    """A tar file of files by their names; images, or bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items():
+            data = io.BytesIO()
+            if isinstance(content, bytes):
+                data.write(content)
+            else:
+                Image.fromarray(content).save(data, "PNG")
+            entry = tarfile.TarInfo(name)
+            entry.size = data.tell()
+            data.seek(0)
+            archive.addfile(entry, data)
+    return path
+
+
+def test_a_tar_file_for_each_class(tmp_path):
+    """As ImageNet is published."""
+    packed(tmp_path / "n2.tar", {"b.PNG": RAMP, "a.png": GREY})
+    packed(tmp_path / "n1.tar", {"./c.png": GREY[::-1]})
+    files = ImageFiles(tmp_path)
+    assert files.names == ["n1/c.png", "n2/a.png", "n2/b.PNG"]
+    assert files.labels == [0, 1, 1]
+    np.testing.assert_array_equal(files.read(0, 1), GREY[::-1])
+    np.testing.assert_array_equal(files.read(2, 3), RAMP)
+    before = b"".join(files.parts())
+    packed(tmp_path / "n1.tar", {"c.png": GREY})
+    assert b"".join(ImageFiles(tmp_path).parts()) != before
+
+
+def test_shards_of_webdataset(tmp_path):
+    packed(tmp_path / "x" / "00001.tar", {"2.png": GREY, "2.cls": b"1\n", "3.png": GREY, "3.cls": b"7"})
+    packed(tmp_path / "x" / "00000.tar", {"0.cls": b"4", "0.png": RAMP, "0.json": b"{}"})
+    with pytest.warns(RuntimeWarning, match=r"3 images are read, and 1 other files are left out \(1 \.json\)"):
+        files = ImageFiles(tmp_path / "x")
+    assert files.labels == [4, 1, 7]
+    for name, content in {"missing": {}, "a word": {"0.cls": b"cat"}, "negative": {"0.cls": b"-1"}}.items():
+        packed(tmp_path / name / "00000.tar", {"0.png": GREY, **content, "1.png": GREY, "1.cls": b"1"})
+        with pytest.raises(DataError, match=r"0\.cls"):
+            _ = ImageFiles(tmp_path / name).labels
+
+
+def test_tar_files_without_classes_and_one_alone(tmp_path):
+    for number in range(2):
+        packed(tmp_path / "shards" / f"{number:05d}.tar", {f"{number}.png": GREY})
+    assert ImageFiles(tmp_path / "shards").labels is None
+    assert ImageFiles(packed(tmp_path / "flat.tar", {"a.png": GREY})).labels is None
+    deep = ImageFiles(packed(tmp_path / "deep.tar", {"bees/a.png": GREY, "ants/b.png": RAMP}))
+    assert (deep.names, deep.labels) == (["ants/b.png", "bees/a.png"], [0, 1])
+    np.testing.assert_array_equal(deep.read(0, 3), RAMP)
+
+
+def test_tar_files_that_are_damaged_or_hostile(tmp_path):
+    whole = packed(tmp_path / "a.tar", {"a.png": RAMP, "b.png": RAMP}).read_bytes()
+    for place in (5, 100, 150, 500):
+        (tmp_path / "b.tar").write_bytes(whole[:place] + b"\xff\xfe\xfd" + whole[place + 3 :])
+        with pytest.raises(DataError):
+            ImageFiles(tmp_path / "b.tar").read(0, 3)
+    (tmp_path / "b.tar").write_bytes(whole[:700])
+    with pytest.raises(DataError):
+        ImageFiles(tmp_path / "b.tar").read(0, 3)
+    (tmp_path / "b.tar").write_bytes(b"")
+    with pytest.raises(DataError):
+        ImageFiles(tmp_path / "b.tar")
+    # A link is no image, and what it leads to is not read.
+    with tarfile.open(tmp_path / "c.tar", "w") as archive:
+        entry = tarfile.TarInfo("secret.png")
+        entry.type, entry.linkname = tarfile.SYMTYPE, str(saved(tmp_path, "outside.png", Image.fromarray(GREY)))
+        archive.addfile(entry)
+    with pytest.raises(DataError, match="holds no images"):
+        ImageFiles(tmp_path / "c.tar")
+    files = ImageFiles(packed(tmp_path / "bomb.tar", {"a.png": png_bomb()}))
+    with pytest.raises(DataError, match="is not a whole image"):
+        files.read(0, 3)
+
+
+def test_tar_files_beside_images_are_left_out(tmp_path):
+    packed(tmp_path / "x" / "a.tar", {"a.png": GREY})
+    saved(tmp_path / "x", "b.png", Image.fromarray(GREY))
+    with pytest.warns(RuntimeWarning, match=r"1 other files are left out \(1 \.tar\)"):
+        assert ImageFiles(tmp_path / "x").names == ["b.png"]
+
+
+def test_a_data_set_of_tar_files(tmp_path):
+    packed(tmp_path / "x" / "n1.tar", {"a.png": RAMP})
+    packed(tmp_path / "x" / "n2.tar", {"a.png": RAMP[::-1].copy()})
+    images, labels = ImageFolder(tmp_path / "x", 8).sample(20, torch.Generator().manual_seed(0))
+    one = torch.from_numpy(RAMP).permute(2, 0, 1) / 127.5 - 1
+    wanted = torch.where(labels.reshape(-1, 1, 1, 1) == 0, one, one.flip(1))
+    torch.testing.assert_close(images, wanted)
