@@ -21,6 +21,7 @@ from flowdistill.decoders import Pixels, StableDiffusionVae
 from flowdistill.evaluation import load_images, sample_set
 from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.networks import EDM2
+from flowdistill.plumbing.files import locked
 from flowdistill.runs import evaluating, writing
 from flowdistill.runs.exporting import export
 from flowdistill.runs.sampling import LABELS, make_condition, read_labels
@@ -154,11 +155,21 @@ def test_a_call_that_was_interrupted_is_continued(digits, tmp_path, monkeypatch,
 def test_an_interrupted_call_into_an_empty_folder_is_continued(digits, tmp_path, monkeypatch):
     draw = writing.draw
     monkeypatch.setattr(writing, "draw", lambda *args, **kwargs: exec("raise KeyboardInterrupt"))
-    with pytest.raises(KeyboardInterrupt):
-        write_samples(digits, tmp_path, 5)
+    for seed in (0, 1):
+        with pytest.raises(KeyboardInterrupt):
+            write_samples(digits, tmp_path, 5, seed=seed)
     monkeypatch.setattr(writing, "draw", draw)
     write_samples(digits, tmp_path, 5)
     assert sorted(contents(tmp_path)) == [f"{i}/{i:06d}.png" for i in range(5)]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_parts_that_another_process_is_writing_stay(digits, tmp_path):
+    with locked(tmp_path / "x.npz.parts-01"):
+        write_samples(digits, tmp_path / "x.npz", 5)
+        assert (tmp_path / "x.npz.parts-01").is_dir()
+    write_samples(digits, tmp_path / "x.npz", 5)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
 
 
 @pytest.mark.parametrize(("name", "how"), FORMS)

@@ -136,11 +136,19 @@ def write_samples(
         if rank == 0:
             with progress(f"writing {path}", num_samples) as phase:
                 form.finish(path, blocks, phase)
-            for left in [p for p in path.parent.iterdir() if p.name.startswith(path.name + _PARTS)]:
-                discard(left)
+    if rank == 0:
+        _discard_parts(path)
 
 
 _PARTS = ".parts-"
+
+
+def _discard_parts(path: Path) -> None:
+    """Remove the parts of all calls for a path, but for those that another process is writing."""
+    inside = [p for p in path.iterdir() if p.name.startswith(_PARTS)] if path.is_dir() else []
+    for parts in [*inside, *(p for p in path.parent.iterdir() if p.name.startswith(path.name + _PARTS))]:
+        with contextlib.suppress(ConfigError), locked(parts):
+            discard(parts)
 
 
 def _check_free(path: Path) -> None:
