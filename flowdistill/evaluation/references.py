@@ -95,11 +95,11 @@ def load_images(
     they are computed again, with a warning.
 
     Args:
-        source: a folder or a ``.zip`` or ``.tar`` archive of image files of one size, as `flowdistill.data.image_files.ImageFiles`
-            reads them; a ``.npy`` file of images (N, H, W, C), uint8; an ``.npz`` file with such images ``arr_0``, as
-            ADM publishes them, or with ``mu`` (D,) and ``sigma`` (D, D), as EDM does, or with both: then ``fid`` is
-            measured against the latter; a ``.pkl`` file of such statistics, as EDM2 publishes them; a data set of
-            images, or its registered name.
+        source: a folder or a ``.zip`` or ``.tar`` archive of image files of one size, as
+            `flowdistill.data.image_files.ImageFiles` reads them; a ``.npy`` file of images (N, H, W, C), uint8; an
+            ``.npz`` file with such images ``arr_0``, as ADM publishes them, or with ``mu`` (D,) and ``sigma`` (D, D),
+            as EDM does, or with both: then ``fid`` is measured against the latter; a ``.pkl`` file of such statistics,
+            as EDM2 publishes them; a data set of images, or its registered name.
         features: a feature extractor or its name.
         decoder: turns samples of a data set into images.
         device: where features are computed.
