@@ -25,6 +25,9 @@ KINDS = [
 ]
 
 
+FEW = ["train.steps = 2", "train.batch_size = 8", "evaluation.num_samples = 40", "evaluation.teacher_steps = (1,)"]
+
+
 def same(one, other, steps=1):
     """Whether two students make the same samples, to the bit."""
     g = torch.Generator().manual_seed(0)
@@ -37,8 +40,7 @@ def same(one, other, steps=1):
 def run(tmp_path_factory):
     """A run on the digits, whose teacher can be lost."""
     folder = tmp_path_factory.mktemp("export")
-    few = ["train.steps = 2", "train.batch_size = 8", "evaluation.num_samples = 40", "evaluation.teacher_steps = (1,)"]
-    flowdistill.train("freeflow", on="digits", gin_bindings=few, workdir=folder / "run")
+    flowdistill.train("freeflow", on="digits", gin_bindings=FEW, workdir=folder / "run")
     return folder / "run"
 
 
@@ -179,6 +181,21 @@ def test_a_record_that_is_damaged_is_left_out(tmp_path, run, text):
     export(tmp_path / "run", tmp_path / "student")
     assert json.loads((tmp_path / "student" / "config.json").read_text())["origin"]["evaluation"] is None
     assert "At the end of the training" not in (tmp_path / "student" / "README.md").read_text()
+
+
+def test_a_run_without_what_trains_it_further_is_used_as_before(tmp_path, run):
+    thin = tmp_path / "thin"
+    shutil.copytree(run, thin)
+    (checkpoint,) = (thin / "checkpoints").iterdir()
+    for path in checkpoint.iterdir():
+        if path.name not in ("meta.json", "student.safetensors", "ema.safetensors"):
+            path.unlink()
+    assert torch.equal(flowdistill.sample(thin, 3), flowdistill.sample(run, 3))
+    again = load_student(export(thin, tmp_path / "student"))
+    assert same(Run(run).student, again)
+    further = [*FEW, "train.steps = 3"]
+    with pytest.raises(CheckpointError, match="lacks"):
+        flowdistill.train("freeflow", on="digits", gin_bindings=further, workdir=thin, report=False)
 
 
 @pytest.mark.slow
