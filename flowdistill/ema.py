@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 import attrs
@@ -16,12 +17,29 @@ from torch import nn
 _M = TypeVar("_M", bound=nn.Module)
 
 
+def _widths(value: Sequence[float]) -> tuple[float, ...]:
+    widths = tuple(value) if isinstance(value, (list, tuple)) else ()
+    if not widths or not all(isinstance(width, (int, float)) for width in widths):
+        raise ValueError(f"relative_widths must be a list of widths, such as (0.05, 0.1), not {value!r}")
+    return widths
+
+
 class Averaging(ABC):
     """How far the average keeps its old value at each update."""
 
     @abstractmethod
     def decay_at(self, update: int) -> float:
         """The weight of the old average at update number 0, 1, 2, ..."""
+
+    @property
+    def tracks(self) -> Sequence[Averaging]:
+        """The averages that a run keeps at once, of which the first is its result."""
+        return (self,)
+
+    @property
+    def keeps_past(self) -> bool:
+        """Whether the averages of past checkpoints stay when these are deleted."""
+        return False
 
 
 @gin.register("ema", module="training")
@@ -64,6 +82,42 @@ class PowerEma(Averaging):
     def decay_at(self, update: int) -> float:
         """(1 - 1/(n + 1))^(gamma + 1) at update n."""
         return float((1 - 1 / (update + 1)) ** (self.gamma + 1))
+
+
+@gin.register("post_hoc_ema", module="training")
+@attrs.frozen(kw_only=True)
+class PostHocEma(Averaging):
+    """Power-function averages of several widths, from which one of any width follows when the training is over.
+
+    Each checkpoint leaves them in ``averages/`` of the run directory, where they stay. ``flowdistill evaluate RUN --ema
+    0.1`` and ``flowdistill.Run(run, ema=0.1)`` take the average of relative width 0.1 (Karras et al. 2024, EDM2,
+    section 3.2). The first width is that of the run's own result.
+
+    Examples:
+        >>> [track.relative_width for track in PostHocEma().tracks]
+        [0.05, 0.1]
+    """
+
+    relative_widths: tuple[float, ...] = attrs.field(default=(0.05, 0.1), converter=_widths)
+    """The widths sigma_rel that are kept, in (0, 0.28); EDM2 keeps 0.05 and 0.1."""
+
+    @functools.cached_property
+    def _tracks(self) -> tuple[PowerEma, ...]:
+        return tuple(PowerEma(relative_width=width) for width in self.relative_widths)
+
+    @property
+    def tracks(self) -> Sequence[PowerEma]:
+        """An average of each width."""
+        return self._tracks
+
+    @property
+    def keeps_past(self) -> bool:
+        """True: an average of another width is made of them."""
+        return True
+
+    def decay_at(self, update: int) -> float:
+        """That of the first width."""
+        return self._tracks[0].decay_at(update)
 
 
 class AveragedModel(Generic[_M]):

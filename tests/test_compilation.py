@@ -108,7 +108,7 @@ def test_student_teacher_and_their_copies_are_compiled_and_the_average_is_not(tm
         loop = configured_loop(tmp_path / "run", "cpu")
     (online,) = loop.objective.modules().values()
     assert loop.student.network._backend == online.network._backend == online.network.network._backend == "eager"
-    assert loop.average.module.network._backend is None
+    assert loop.averages["ema"].module.network._backend is None
 
 
 def test_an_unknown_backend_is_told_by_a_plan_too(tmp_path):

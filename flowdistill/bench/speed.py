@@ -207,8 +207,8 @@ def _by_hand(loop: Loop) -> _Call:
         torch.nn.utils.clip_grad_norm_(trained.parameters, training.gradient_clip or float("inf"))
         trained.optimizer.step()
         trained.optimizer.zero_grad(set_to_none=True)
-        if loop.average is not None:
-            loop.average.update(loop.step)
+        for average in loop.averages.values():
+            average.update(loop.step)
 
     return call
 

@@ -294,6 +294,9 @@ def parser() -> argparse.ArgumentParser:
     cite.set_defaults(command=cite_command)
 
     for command in (sample, evaluate, search, export):
+        command.add_argument(
+            "--ema", type=float, help="relative width of the average of the weights, of a run with @post_hoc_ema()"
+        )
         released = command.add_argument_group("of a student that others have released, whose file stands for the run")
         released.add_argument("--student", help="what the file is, such as dmf-xl/2-256; by default what it says")
         released.add_argument("--vae", help="the autoencoder, such as stabilityai/sd-vae-ft-ema")
@@ -380,11 +383,14 @@ def _run(options: argparse.Namespace) -> Run:
     from flowdistill.runs.student_folders import is_student
 
     told = {name: getattr(options, name) for name in ("vae", *_OPEN) if getattr(options, name) is not None}
+    alone = told or options.student or is_released(options.run) or is_student(Path(options.run))
+    if options.ema is not None and alone:
+        raise ConfigError("--ema chooses an average of a run, and a student alone has none")
     if options.student is not None:
         return Run.of(load_flow_map(options.student, checkpoint=options.run, **told))
-    if told or is_released(options.run) or is_student(Path(options.run)):
+    if alone:
         return Run.of(load_flow_map(options.run, **told))
-    return Run(options.run, allow_imports=options.allow_imports)
+    return Run(options.run, allow_imports=options.allow_imports, ema=options.ema)
 
 
 def _sample(options: argparse.Namespace) -> None:

@@ -78,10 +78,11 @@ class Meta:
 
 def checkpoint_paths(workdir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first: the folders with exactly the names that this module gives."""
-    return _checkpoints_in(workdir / "checkpoints")
+    return checkpoints_in(workdir / "checkpoints")
 
 
-def _checkpoints_in(folder: Path) -> list[Path]:
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The folders of steps in a folder, oldest first."""
     found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=_step)
 
@@ -243,7 +244,7 @@ def earlier_whole(checkpoint: Path) -> Path | None:
     """The newest checkpoint before this one, in the same folder, that is whole; None if there is none."""
     if not has_checkpoint_name(checkpoint):
         return None
-    for path in reversed(_checkpoints_in(checkpoint.parent)):
+    for path in reversed(checkpoints_in(checkpoint.parent)):
         if _step(path) < _step(checkpoint):
             with contextlib.suppress(CheckpointError):
                 verify_checkpoint(path)

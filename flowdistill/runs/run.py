@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from flowdistill.ema import PostHocEma
 from flowdistill.flow_maps import build_flow_map
 from flowdistill.interfaces import FlowMap, Objective, Teacher
 from flowdistill.plumbing.caches import cached
@@ -24,6 +25,7 @@ from flowdistill.plumbing.files import file_fingerprint, fill_module, json_finge
 from flowdistill.plumbing.randomness import ONE_AT_A_TIME
 from flowdistill.plumbing.registry import STATE_SOURCES
 from flowdistill.plumbing.statements import Reference
+from flowdistill.runs.averages import post_hoc
 from flowdistill.runs.checkpoints import (
     Meta,
     checkpoint_paths,
@@ -50,6 +52,8 @@ class Run:
     Args:
         path: a run directory, whose newest checkpoint is taken, or a checkpoint in it.
         allow_imports: whether the modules that its configuration imports may be imported, and so executed.
+        ema: the relative width of the average of the student's weights, of a run with ``train.ema = @post_hoc_ema()``;
+            None is the average that the run results in.
 
     Attributes:
         workdir: the run directory.
@@ -63,8 +67,8 @@ class Run:
         (torch.Size([4, 2]), {'w2': 0.09, 'w2_noise_floor': 0.05})
     """
 
-    def __init__(self, path: str | Path, allow_imports: bool = False) -> None:
-        self._path, self._allow_imports = Path(path), allow_imports
+    def __init__(self, path: str | Path, allow_imports: bool = False, ema: float | None = None) -> None:
+        self._path, self._allow_imports, self._ema = Path(path), allow_imports, ema
         self._is_checkpoint = (self._path / "meta.json").is_file() or has_checkpoint_name(self._path)
         if not self._is_checkpoint and not (self._path / "config.gin").is_file():
             raise CheckpointError(f"{path} is neither a run directory nor a checkpoint in one")
@@ -160,14 +164,24 @@ class Run:
         """The trained student in evaluation mode, with averaged weights where an average was kept.
 
         Raises:
-            CheckpointError: the checkpoint is missing, damaged, or of another architecture.
+            CheckpointError: the checkpoint, or an average, is missing, damaged, or of another architecture.
+            ConfigError: the run keeps no averages for another width, or they do not make it up.
         """
-        weights = self.tensors("ema") or self.tensors("student")
+        weights = self._averaged() if self._ema is not None else self.tensors("ema") or self.tensors("student")
         teacher = self.teacher
         with ONE_AT_A_TIME, torch.random.fork_rng(), self.config.in_force("train.flow_map"):
             student = build_flow_map(self.config.build("train.flow_map"), teacher)
         fill_module(student, weights, self.checkpoint)
         return student.eval().requires_grad_(False)
+
+    def _averaged(self) -> dict[str, Tensor]:
+        """The student's weights averaged over the width that was asked for."""
+        averaging, width = self.config.build("train.ema"), self._ema
+        if not isinstance(averaging, PostHocEma):
+            raise ConfigError(f"{self.workdir} was trained without train.ema = @post_hoc_ema(): it has one average")
+        if not (isinstance(width, (int, float)) and 0 < width < 0.28):
+            raise ConfigError(f"the relative width of an average is between 0 and 0.28, not {width}")
+        return post_hoc(self.workdir, averaging, width, self.meta.step)
 
     @cached_property
     def objective(self) -> Objective | None:
@@ -197,7 +211,8 @@ class Run:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """The hashes of the weights and of the configuration: stored results are known by them."""
-        return {"weights": self.meta.sha256, "config": file_fingerprint(self.workdir / "config.gin")}
+        averaged = {} if self._ema is None else {"ema": self._ema}
+        return {"weights": self.meta.sha256, "config": file_fingerprint(self.workdir / "config.gin"), **averaged}
 
     def folder(self, kind: str, **settings: Any) -> Path:
         """The folder for what a job stores, in the run directory.

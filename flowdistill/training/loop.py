@@ -36,6 +36,7 @@ from flowdistill.plumbing.files import fill_module, load_module
 from flowdistill.plumbing.gin_errors import errors_located
 from flowdistill.plumbing.precision import tf32
 from flowdistill.plumbing.randomness import ONE_AT_A_TIME, step_generator, stream_seed
+from flowdistill.runs.averages import keep_averages, names_of
 from flowdistill.runs.checkpoints import (
     check_kept,
     checkpoint_path,
@@ -108,7 +109,8 @@ class Loop:
             for name, module in self._extra.items()
             if any(p.requires_grad for p in module.parameters())
         }
-        self.average = None if training.ema is None else AveragedModel(student, training.ema)
+        tracks = () if training.ema is None else training.ema.tracks
+        self.averages = dict(zip(names_of(len(tracks)), (AveragedModel(student, t) for t in tracks), strict=False))
         self._names = set(student.state_dict())
         self._sums: dict[str, Tensor] = {}
         self._counts: Counter[str] = Counter()
@@ -168,7 +170,7 @@ class Loop:
     @property
     def result(self) -> FlowMap:
         """The averaged student, or the student itself where no average is kept, in evaluation mode."""
-        return (self.student if self.average is None else self.average.module).eval()
+        return (self.averages["ema"].module if self.averages else self.student).eval()
 
     @property
     def progress(self) -> float:
@@ -262,8 +264,8 @@ class Loop:
             )
         norm = self._update("student", self.trained, factor)
         self._add({"gradient_norm": norm})
-        if self.average is not None:
-            self.average.update(self.step)
+        for average in self.averages.values():
+            average.update(self.step)
         self.objective.after_step(self.step)
         for number in range(self.objective.auxiliary_updates if self.auxiliary else 0):
             stream = f" {number}" if number else ""
@@ -380,8 +382,8 @@ class Loop:
         return error
 
     def _modules(self) -> dict[str, nn.Module]:
-        average = {} if self.average is None else {"ema": self.average.module}
-        return {"student": self.student, **average, **self._extra}
+        averages = {name: average.module for name, average in self.averages.items()}
+        return {"student": self.student, **averages, **self._extra}
 
     def _all_trained(self) -> dict[str, _Trained]:
         return {"student": self.trained, **self.auxiliary}
@@ -420,7 +422,10 @@ class Loop:
         if self._saving is not None:
             wait([self._saving])  # an interrupt leaves it to `close`
             saving, self._saving = self._saving, None
-            self.on_saved(saving.result())
+            saved = saving.result()
+            if self.training.ema is not None and self.training.ema.keeps_past:
+                keep_averages(saved, len(self.averages))
+            self.on_saved(saved)
 
     def close(self) -> None:
         """Wait, in this process, for a checkpoint on its way; that it fails is a warning, since another error came."""

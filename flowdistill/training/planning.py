@@ -202,7 +202,7 @@ def _memory(loop: Loop, models: Mapping[str, nn.Module], activations: int) -> di
     trained = [loop.trained, *loop.auxiliary.values()]
     sizes["gradients"] = sum(p.nbytes for module in trained for p in module.parameters)
     sizes["optimisers"] = sum(round(_state(part.builder) * sum(p.nbytes for p in part.parameters)) for part in trained)
-    sizes["average"] = 0 if loop.average is None else _bytes(loop.average.module)
+    sizes["average"] = sum(_bytes(average.module) for average in loop.averages.values())
     sizes["activations"] = activations
     return sizes
 

@@ -394,6 +394,6 @@ def parts_of(loop):
     return {
         "teacher": loop.teacher,
         "student": loop.student,
-        "average": loop.average.module,
+        "average": loop.averages["ema"].module,
         "online": loop.objective.modules()["online"],
     }

@@ -54,7 +54,7 @@ def test_all_networks_are_taken(first, tmp_path, path):
     gin_file = write(tmp_path / "ring.gin", start=repr(str(first / path)), seed=1)
     loop, saved = begun(gin_file, "AdamW.lr = 1e-4"), networks(first)
     assert equal(loop.student, saved["student"])
-    assert equal(loop.average.module, saved["ema"])
+    assert equal(loop.averages["ema"].module, saved["ema"])
     assert equal(loop.objective.modules()["online"], saved["online"])
     assert not torch.equal(next(iter(saved["student"].values())), next(iter(saved["ema"].values())))
     assert (loop.step, loop.trained.optimizer.state_dict()["state"]) == (0, {})
@@ -64,7 +64,7 @@ def test_all_networks_are_taken(first, tmp_path, path):
 def test_a_run_without_an_average_gives_its_student(tmp_path):
     flowdistill.train(write(tmp_path / "one.gin", ema=None), workdir=tmp_path / "one", report=False)
     loop = begun(write(tmp_path / "two.gin", start=repr(str(tmp_path / "one"))))
-    assert equal(loop.average.module, dict(loop.student.state_dict()))
+    assert equal(loop.averages["ema"].module, dict(loop.student.state_dict()))
     assert "ema" not in loop.origin
 
 
