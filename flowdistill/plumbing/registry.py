@@ -74,7 +74,7 @@ def unknown_name(kind: str, name: str, known: list[str]) -> ConfigError:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     first, more = ", ".join(sorted(known)[:_MOST_NAMES]) or "none", len(known) - _MOST_NAMES
     others = f" and {more} more, which flowdistill list shows" if more > 0 else ""
-    missing = ", and there is no such file" if "/" in name or Path(name).suffix else ""
+    missing = ", and there is no such file" if Path(name).suffix else ""
     hint = f"did you mean {' or '.join(near)}?" if near else f"known: {first}{others}"
     return ConfigError(f"unknown {kind} {name!r}{missing}: {hint}")
 

@@ -106,7 +106,13 @@ def _described(value: Any) -> Any:
         name, arguments = value.built_by()
         return {"flow_map": name, "arguments": _described(arguments)}
     if isinstance(value, VelocityNetwork):
-        return {"network": NETWORKS.name_of(type(value)), "arguments": _described(value.arguments)}
+        try:
+            name = NETWORKS.name_of(type(value))
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error}: a student of it, as one that begins as an exact teacher, needs its run"
+            ) from None
+        return {"network": name, "arguments": _described(value.arguments)}
     if isinstance(value, Decoder):
         name = DECODERS.name_of(type(value))
         return {"decoder": name, "arguments": _described(attrs.asdict(value))}  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 import builtins
 import json
 import struct
+import time
 
 import pytest
 from runs import command, write
@@ -188,7 +189,11 @@ def test_a_run_of_wandb_without_a_network(tmp_path, monkeypatch):
     bindings = ["train.callbacks = [@wandb()]", "wandb.project = 'one-step'"]
     result = digits(tmp_path, *bindings)
     digits(tmp_path, *bindings, "train.steps = 8", report=False)
-    found = offline_records(tmp_path / "wandb")
+    for _ in range(300):  # another process of W&B's writes them
+        found = offline_records(tmp_path / "wandb")
+        if sum(record.HasField("exit") for record in found) == 2:
+            break
+        time.sleep(0.1)
     runs = [record.run for record in found if record.HasField("run")]
     assert {run.run_id for run in runs} == {(tmp_path / "wandb.id").read_text().strip()}
     assert {(run.project, run.display_name) for run in runs} == {("one-step", tmp_path.name)}
