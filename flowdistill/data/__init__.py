@@ -5,6 +5,7 @@ from flowdistill.data.datasets import Blank, Dataset, Digits, ExactSamples, Imag
 from flowdistill.data.image_folder import ImageFolder
 from flowdistill.data.latents import Latents
 from flowdistill.data.mnist import FashionMnist, IdxImages, Mnist
+from flowdistill.data.torch_dataset import TorchDataset
 
 __all__ = [
     "Blank",
@@ -18,4 +19,5 @@ __all__ = [
     "Latents",
     "Mnist",
     "RandomAffine",
+    "TorchDataset",
 ]

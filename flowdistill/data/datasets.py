@@ -47,7 +47,7 @@ class ImageDataset(Dataset):
     """
 
     def __init__(self, images: Tensor | ArrayLike, labels: Tensor | ArrayLike | None = None) -> None:
-        self.images = _in_range(torch.as_tensor(images))
+        self.images = in_range(torch.as_tensor(images))
         self.labels: Tensor | None = None
         self.sample_shape = tuple(self.images.shape[1:])
         if labels is not None:
@@ -64,7 +64,7 @@ class ImageDataset(Dataset):
         return self.images[rows], None if self.labels is None else self.labels[rows]
 
 
-def _in_range(images: Tensor) -> Tensor:
+def in_range(images: Tensor) -> Tensor:
     """Images as float32 in [-1, 1]."""
     if images.ndim != 4 or not images.numel():
         raise DataError(f"images have the shape (N, C, H, W), not {tuple(images.shape)}")
