@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +22,6 @@ from flowdistill.decoders import Pixels, StableDiffusionVae
 from flowdistill.evaluation import load_images, sample_set
 from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.networks import EDM2
-from flowdistill.plumbing.files import locked
 from flowdistill.runs import evaluating, writing
 from flowdistill.runs.exporting import export
 from flowdistill.runs.sampling import LABELS, make_condition, read_labels
@@ -124,7 +124,7 @@ FORMS = [("x.npz", {}), ("x", {}), ("x", {"shards": True})]
 
 @pytest.mark.parametrize(("name", "how"), FORMS)
 def test_a_call_that_was_interrupted_is_continued(digits, tmp_path, monkeypatch, name, how):
-    """Though the parts of another call lie beside, and one of its own is damaged."""
+    """By the same call alone, though one of its parts is damaged."""
     write_samples(digits, tmp_path / "whole" / name, 1100, **how)
     out, drawn, draw = tmp_path / "again" / name, [], writing.draw
 
@@ -139,13 +139,14 @@ def test_a_call_that_was_interrupted_is_continued(digits, tmp_path, monkeypatch,
         write_samples(digits, out, 1100, **how)
     assert not out.exists()
     (parts,) = out.parent.iterdir()
-    assert parts.name.startswith(f"{name}.parts-")
+    assert parts.name == f"{name}.parts"
+    with pytest.raises(ConfigError, match=r"\.parts holds a part of other samples"):
+        write_samples(digits, out, 1100, seed=1, **how)
     if name == "x.npz":
         first = parts / "00000.safetensors"
         first.write_bytes(first.read_bytes()[:-1])
     else:
         next(path for path in sorted(parts.rglob("*")) if path.suffix in (".png", ".tar")).unlink()
-    (out.parent / f"{name}.parts-0123").mkdir()
     write_samples(digits, out, 1100, **how)
     assert drawn == [0, 1, 2, 0, 2]
     assert [path.name for path in out.parent.iterdir()] == [name]
@@ -155,21 +156,38 @@ def test_a_call_that_was_interrupted_is_continued(digits, tmp_path, monkeypatch,
 def test_an_interrupted_call_into_an_empty_folder_is_continued(digits, tmp_path, monkeypatch):
     draw = writing.draw
     monkeypatch.setattr(writing, "draw", lambda *args, **kwargs: exec("raise KeyboardInterrupt"))
-    for seed in (0, 1):
-        with pytest.raises(KeyboardInterrupt):
-            write_samples(digits, tmp_path, 5, seed=seed)
+    with pytest.raises(KeyboardInterrupt):
+        write_samples(digits, tmp_path, 5)
     monkeypatch.setattr(writing, "draw", draw)
+    moved, rename = [], Path.rename
+
+    def interrupted(path, target):
+        moved.append(path)
+        if len(moved) == 3:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_samples(digits, tmp_path, 5)
+    monkeypatch.setattr(Path, "rename", rename)
+    assert 0 < len(list(tmp_path.glob("*.png")) + list(tmp_path.glob("[0-9]"))) < 5
     write_samples(digits, tmp_path, 5)
     assert sorted(contents(tmp_path)) == [f"{i}/{i:06d}.png" for i in range(5)]
     assert not list(tmp_path.glob(".*"))
 
 
-def test_parts_that_another_process_is_writing_stay(digits, tmp_path):
-    with locked(tmp_path / "x.npz.parts-01"):
-        write_samples(digits, tmp_path / "x.npz", 5)
-        assert (tmp_path / "x.npz.parts-01").is_dir()
-    write_samples(digits, tmp_path / "x.npz", 5)
-    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
+def test_a_place_that_is_taken_is_left_alone(digits, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine.txt").write_text("mine")
+    for name in ("link", "taken", "taken/mine.txt"):
+        with pytest.raises(ConfigError, match="is there already"):
+            write_samples(digits, tmp_path / name, 5)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    write_samples(digits, tmp_path / "taken", 600)
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.parametrize(("name", "how"), FORMS)
@@ -197,8 +215,9 @@ def test_two_calls_at_once_do_not_mix(digits, tmp_path, monkeypatch):
 
     def meanwhile(*args, **kwargs):
         monkeypatch.setattr(writing, "draw", draw)
-        with pytest.raises(ConfigError, match=rf"process {os.getpid()} on .* is using"):
-            write_samples(digits, tmp_path / "x.npz", 5)
+        for seed in (0, 1):
+            with pytest.raises(ConfigError, match=rf"process {os.getpid()} on .* is using"):
+                write_samples(digits, tmp_path / "x.npz", 5, seed=seed)
         return draw(*args, **kwargs)
 
     monkeypatch.setattr(writing, "draw", meanwhile)

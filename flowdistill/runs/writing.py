@@ -21,7 +21,15 @@ from flowdistill.decoders import as_bytes
 from flowdistill.interfaces import Condition, Decoder, FlowMap, Jumps
 from flowdistill.plumbing.distributed import find_device, rank_and_world
 from flowdistill.plumbing.errors import ConfigError, NonFiniteError
-from flowdistill.plumbing.files import discard, json_fingerprint, locked, read_tensors, replaced, write_tensors
+from flowdistill.plumbing.files import (
+    discard,
+    json_fingerprint,
+    locked,
+    read_tensors,
+    replaced,
+    write_tensors,
+    write_text,
+)
 from flowdistill.plumbing.progress import Phase, progress
 from flowdistill.runs.blocks import BLOCK, block_sizes, wait_for
 from flowdistill.runs.run import Run, on_device
@@ -59,9 +67,9 @@ def write_samples(
     class in a file that ends in ``.cls``, as WebDataset reads them. Samples that are not images, such as points in the
     plane, are ``samples`` (N, ...), float32, and ``labels`` (N,) in the file.
 
-    Samples are drawn in blocks of 500, which lie beside ``out`` in a folder ``OUT.parts-...`` until all are there. So
-    they are never in memory together, and the same call continues one that was interrupted. Under torchrun the ranks
-    share the blocks out, and the first puts them together.
+    Samples are drawn in blocks of 500, which lie beside ``out`` in a folder ``OUT.parts`` until all are there, or in
+    ``out`` if that is a folder already. So they are never in memory together, and the same call continues one that was
+    interrupted. Under torchrun the ranks share the blocks out, and the first puts them together.
 
     Args:
         run: a run directory, a checkpoint in it, or a `Run`; or a student, as `load_flow_map` gives it.
@@ -80,7 +88,8 @@ def write_samples(
     Raises:
         CheckpointError: the run cannot be read.
         ConfigError: arguments that do not fit the student, latents that nothing decodes, samples that are no images for
-            a folder, a folder that is not empty, or another process that writes the same.
+            a folder, a folder that is not empty, another process that writes to the same place, or parts of other
+            samples there.
         DataError: another rank gave no sign for an hour.
         NonFiniteError: samples are NaN or infinite.
     """
@@ -90,8 +99,11 @@ def write_samples(
     archive = path.suffix == ".npz" and not path.is_dir()
     if archive and shards:
         raise ConfigError(f"shards are files in a folder, and {path} names a file")
-    if rank == 0 and not archive:
-        _check_free(path)
+    parts = path / _PARTS if path.is_dir() else path.with_name(path.name + _PARTS)
+    if not archive and not _is_free(path, parts):
+        if rank > 0:  # the first tells
+            return
+        raise ConfigError(f"{path} is there already, and is no empty folder: name another one")
     run = Run.of(run)
     check_guidance(run, guidance)
     student = on_device(run.student, find_device(device))
@@ -103,14 +115,12 @@ def write_samples(
     condition = make_condition(student.num_classes, num_samples, labels, guidance, seed)
     again = student.jumps is Jumps.TO_DATA if renoise is None else renoise
 
-    # Where its parts lie until they are all there.
+    # How its parts are written.
     job = {
         **run.identity,
         "form": [num_samples, raw, shards],
         "drawn": [steps, labels_as_json(labels), guidance, seed, again],
     }
-    name = f"{_PARTS}{json_fingerprint(job)[:16]}"
-    parts = path / name if path.is_dir() else path.with_name(path.name + name)
     form: _Form
     if archive:
         form = _Archive(parts, names=("arr_0", "arr_1") if images else ("samples", "labels"))
@@ -121,6 +131,10 @@ def write_samples(
     blocks = [_Block(number, condition[number * BLOCK :][:n], n) for number, n in enumerate(block_sizes(num_samples))]
     size = batch_size or default_batch_size(next(student.parameters()).device)
     with locked(parts) if rank == 0 else contextlib.nullcontext():
+        _claim(parts, json_fingerprint(job))
+        if form.settling:  # when an earlier call was interrupted
+            form.settle(path)
+            return
         missing = [block for block in blocks[rank::world] if not form.has(block)]
         with progress("drawing samples", sum(block.size for block in missing), unit="samples") as phase:
             for block in missing:
@@ -136,26 +150,28 @@ def write_samples(
         if rank == 0:
             with progress(f"writing {path}", num_samples) as phase:
                 form.finish(path, blocks, phase)
-    if rank == 0:
-        _discard_parts(path)
 
 
-_PARTS = ".parts-"
+_PARTS, _JOB, _SETTLING = ".parts", ".job", ".settling"
 
 
-def _discard_parts(path: Path) -> None:
-    """Remove the parts of all calls for a path, but for those that another process is writing."""
-    inside = [p for p in path.iterdir() if p.name.startswith(_PARTS)] if path.is_dir() else []
-    for parts in [*inside, *(p for p in path.parent.iterdir() if p.name.startswith(path.name + _PARTS))]:
-        with contextlib.suppress(ConfigError), locked(parts):
-            discard(parts)
+def _is_free(path: Path, parts: Path) -> bool:
+    """Whether a folder can be written at a path, which may be empty but for the parts of an interrupted call."""
+    if not path.is_dir():
+        return not (path.exists() or path.is_symlink())
+    return (parts / _SETTLING).is_file() or all(child == parts for child in path.iterdir())
 
 
-def _check_free(path: Path) -> None:
-    """ConfigError if a folder cannot be written at a path; the parts of an interrupted call may be there."""
-    taken = path.is_dir() and any(not child.name.startswith(_PARTS) for child in path.iterdir())
-    if taken or path.is_file():
-        raise ConfigError(f"{path} is there already, and is no empty folder: name another one")
+def _claim(parts: Path, job: str) -> None:
+    """Make a folder that of the parts of a job; ConfigError if it holds those of another one."""
+    path = parts / _JOB
+    if not path.is_file():
+        write_text(path, job)
+    elif path.read_text(encoding="utf-8", errors="replace") != job:
+        raise ConfigError(
+            f"{parts} holds a part of other samples, whose command was interrupted: give that command again to "
+            "continue it, remove the folder, or name another --out"
+        )
 
 
 def _converter(decoder: Decoder | None) -> Callable[[Tensor], Tensor]:
@@ -218,13 +234,24 @@ class _Form(ABC):
         for block in blocks:
             wait_for(block.number, self.parts, lambda block=block: self.has(block) or None)  # type: ignore[misc]
             phase.advance(block.size)
-        for left in [p for p in self.parts.rglob(".*") if p.is_file()]:  # by killed processes, and the lock
-            left.unlink()
+        (self.parts / _SETTLING).touch()
+        self.settle(path)
+
+    @property
+    def settling(self) -> bool:
+        """Whether all blocks were there, and have begun to move to their place."""
+        return (self.parts / _SETTLING).is_file()
+
+    def settle(self, path: Path) -> None:
+        """Move all files to their place."""
+        for left in [p for p in self.parts.rglob(".*") if p.is_file() and p.name != _SETTLING]:
+            left.unlink()  # those of killed processes, the lock, and the job
         if path.is_dir():
-            for child in list(self.parts.iterdir()):
+            for child in [child for child in self.parts.iterdir() if child.name != _SETTLING]:
                 child.rename(path / child.name)
-            self.parts.rmdir()
+            discard(self.parts)
         else:
+            (self.parts / _SETTLING).unlink()
             self.parts.rename(path)
 
 
@@ -257,6 +284,7 @@ class _Archive(_Form):
             if labels:
                 with archive.open(f"{self.names[1]}.npy", "w", force_zip64=True) as file:
                     np.lib.format.write_array(file, torch.cat(labels).numpy())
+        discard(self.parts)
 
     def _path(self, block: _Block) -> Path:
         return self.parts / f"{block.number:05d}.safetensors"
