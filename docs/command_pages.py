@@ -51,14 +51,17 @@ def _names(action: argparse.Action) -> str:
     metavar = action.metavar or action.dest
     if not action.option_strings:
         return f"`{metavar}`"
-    values = action.choices or ([] if action.nargs == 0 else [metavar])
+    values = action.choices or (
+        [] if action.nargs == 0 else [metavar if isinstance(metavar, tuple) else metavar.upper()]
+    )
     takes = "" if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction) else _words(values)
     return ", ".join(f"`{' '.join(filter(None, (name, takes)))}`" for name in action.option_strings)
 
 
 def _words(values: Any) -> str:
-    return "\\|".join(map(str, values)).upper() if not isinstance(values, tuple) else " ".join(values)
+    return " ".join(values) if isinstance(values, tuple) else "\\|".join(map(str, values))
 
 
 def _help(command: argparse.ArgumentParser, action: argparse.Action) -> str:
-    return command._get_formatter()._expand_help(action).replace("|", "\\|") if action.help else ""
+    needed = "**Needed.** " if action.option_strings and action.required else ""
+    return needed + command._get_formatter()._expand_help(action).replace("|", "\\|") if action.help else ""

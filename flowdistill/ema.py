@@ -19,8 +19,8 @@ _M = TypeVar("_M", bound=nn.Module)
 
 def _widths(value: Sequence[float]) -> tuple[float, ...]:
     widths = tuple(value) if isinstance(value, (list, tuple)) else ()
-    if not widths or not all(isinstance(width, (int, float)) for width in widths):
-        raise ValueError(f"relative_widths must be a list of widths, such as (0.05, 0.1), not {value!r}")
+    if not widths or not all(isinstance(width, (int, float)) and 0 < width < 0.28 for width in widths):
+        raise ValueError(f"relative_widths must be a list of widths between 0 and 0.28, not {value!r}")
     return widths
 
 

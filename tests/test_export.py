@@ -183,6 +183,19 @@ def test_a_record_that_is_damaged_is_left_out(tmp_path, run, text):
     assert "At the end of the training" not in (tmp_path / "student" / "README.md").read_text()
 
 
+def test_a_card_tells_no_figures_of_other_weights(tmp_path, run):
+    """Such as those of the end of a run, of an earlier step; the average is told."""
+    assert "noise floor" in (export(run, tmp_path / "a") / "README.md").read_text()
+    bindings = [*FEW, "train.steps = 4", "train.checkpoint_every = 1", "train.ema = @post_hoc_ema()"]
+    flowdistill.train("freeflow", on="digits", gin_bindings=bindings, workdir=tmp_path / "run")
+    earlier = sorted((tmp_path / "run" / "checkpoints").iterdir())[0]
+    for number, other in enumerate((earlier, Run(tmp_path / "run", ema=0.08))):
+        folder = export(other, tmp_path / f"other{number}")
+        assert "noise floor" not in (folder / "README.md").read_text()
+        told = json.loads((folder / "config.json").read_text())["origin"]
+        assert (told["evaluation"], told.get("ema")) == (None, [None, 0.08][number])
+
+
 def test_a_run_without_what_trains_it_further_is_used_as_before(tmp_path, run):
     thin = tmp_path / "thin"
     shutil.copytree(run, thin)

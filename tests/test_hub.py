@@ -30,7 +30,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def _answer(self, with_body):
         self.server.requests.append((self.command, self.path))
-        parts = self.path.strip("/").split("/")
+        parts = self.path.partition("?")[0].strip("/").split("/")
+        if parts[:2] == ["api", "models"] and "tree" in parts:  # the files of a repository
+            files = self.server.repositories["/".join(parts[2:4])]
+            return self._say(200, [{"type": "file", "path": p, "size": len(c), "oid": "0"} for p, c in files.items()])
         repository, file = "/".join(parts[:2]), "/".join(parts[4:])
         if repository == "someone/torn":
             return self.connection.close()
@@ -72,6 +75,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.server.repositories[name] |= {
             line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"
         }
+        for line in lines:
+            if line["key"] == "deletedFile":
+                self.server.repositories[name].pop(line["value"]["path"], None)
         commit = "0123456789abcdef0123456789abcdef01234567"
         return self._say(
             200,
@@ -218,6 +224,7 @@ json.dump({"said": said, "same": x == y}, open("results.json", "w"))
 
 def test_a_student_is_written_to_the_hub_and_read_from_there(tmp_path, hub):
     endpoint = f"http://127.0.0.1:{hub.server_port}"
+    hub.repositories["someone/mine"] = {"student.onnx": b"of another student", "LICENSE": b"mine"}
     place = {"HF_ENDPOINT": endpoint, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
     done = python(PUSH, tmp_path, **place, HF_HOME=tmp_path / "home", HF_TOKEN="hf_secret")
     assert done.returncode == 0, done.stderr
@@ -225,7 +232,9 @@ def test_a_student_is_written_to_the_hub_and_read_from_there(tmp_path, hub):
     assert results["said"][0] == "hf://someone/mine"
     assert "a repository is hf://OWNER/NAME" in results["said"][1]
     assert results["same"]
-    assert hub.repositories["someone/mine"].keys() == {"README.md", "config.json", "model.safetensors", "samples.png"}
+    written = {"README.md", "config.json", "model.safetensors", "samples.png"}
+    assert hub.repositories["someone/mine"].keys() == {*written, "LICENSE"}
+    assert b"load_flow_map('hf://someone/mine')" in hub.repositories["someone/mine"]["README.md"]
     assert hub.visibilities == ["private", "public"]
     assert b"# mine\n" in hub.repositories["someone/mine"]["README.md"]
 

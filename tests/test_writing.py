@@ -323,6 +323,9 @@ def test_the_same_labels_are_measured(digits, tmp_path, monkeypatch):
         assert torch.equal(seen[-1].labels, wanted)
     with pytest.raises(ConfigError, match="in_turn, balanced, random, not 'ordered'"):
         flowdistill.evaluate(digits, num_samples=30, labels="ordered", features="digits")
+    for labels in (10**20, [10**20] * 30, ["cat"] * 30, -1, object()):
+        with pytest.raises(ConfigError, match=r"labels must be 30 integers \(or one\) in \[0, 10\)"):
+            flowdistill.sample(digits, 30, labels=labels)
 
 
 def test_scales_that_were_not_trained_are_told(tmp_path):
@@ -339,6 +342,8 @@ def test_scales_that_were_not_trained_are_told(tmp_path):
                 call(place, 2, guidance=9.0)
             with pytest.raises(ConfigError, match="finite number, not nan"):
                 call(place, 2, guidance=float("nan"))
+        done = command("sample", place, "--num_samples", 2, "--guidance", 9, "--out", "x.png", cwd=tmp_path)
+        assert (done.returncode, "scales from 1 to 2.5, not with 9" in done.stderr) == (0, True)
 
 
 def test_files_of_labels(tmp_path):
@@ -349,7 +354,8 @@ def test_files_of_labels(tmp_path):
     np.save(tmp_path / "floats.npy", np.ones(3))
     np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
     (tmp_path / "empty.npy").write_bytes(b"")
-    for name in ("words.txt", "floats.npy", "objects.npy", "empty.npy", "."):
+    (tmp_path / "empty.txt").write_text("\n")
+    for name in ("words.txt", "floats.npy", "objects.npy", "empty.npy", "empty.txt", "."):
         with pytest.raises(ConfigError, match="holds no list of classes"):
             read_labels(tmp_path / name)
     with pytest.raises(ConfigError, match="there is no file"):

@@ -70,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _abandon(sys.stdout)
         sys.exit(_fail(error, 1))
     except KeyboardInterrupt:
-        sys.exit(_fail("interrupted; run the same command again to continue from the last checkpoint", 130))
+        whence = "from the last checkpoint" if options.command is _train else "with what is kept of it"
+        sys.exit(_fail(f"interrupted; run the same command again to continue {whence}", 130))
     sys.exit(0)
 
 
@@ -325,27 +326,31 @@ def _train(options: argparse.Namespace) -> None:
     )
     if rank_and_world()[0] == 0:
         with contextlib.suppress(OSError):  # nobody reads it, and the training has ended well
-            _print_evaluation(result.workdir)
+            _print_evaluation(result.workdir, result.steps)
             print(result.workdir / "report.md", flush=True)
     _abandon(sys.stdout)
 
 
-def _print_evaluation(workdir: Path) -> None:
-    """Print what was measured, if anything was, as a table on standard error."""
+def _print_evaluation(workdir: Path, step: int) -> None:
+    """Print what was measured at the last step, if anything was, as a table on standard error."""
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
     from flowdistill.runs.records import read_evaluation
 
-    measured = read_evaluation(workdir)
+    measured = read_evaluation(workdir, step)
     if measured is None:
         return
     columns = list(dict.fromkeys(name for row in measured["rows"].values() for name in row))
     table = Table("", *(name.replace("_", " ") for name in columns), box=SIMPLE)
     for name, row in measured["rows"].items():
         table.add_row(name, *(f"{row[column]:.3g}" if column in row else "" for column in columns))
-    Console(stderr=True).print(f"{measured['num_samples']:,} samples each", table, highlight=False)
+    width = None if sys.stderr is not None and sys.stderr.isatty() else _WIDE
+    Console(stderr=True, width=width).print(f"{measured['num_samples']:,} samples each", table, highlight=False)
+
+
+_WIDE = 200  # letters of a line where no terminal says how many there are
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -388,6 +393,8 @@ def _run(options: argparse.Namespace) -> Run:
         raise ConfigError("--ema chooses an average of a run, and a student alone has none")
     if options.student is not None:
         return Run.of(load_flow_map(options.student, checkpoint=options.run, **told))
+    if is_student(Path(options.run)) and not told:
+        return Run.of(options.run)
     if alone:
         return Run.of(load_flow_map(options.run, **told))
     return Run(options.run, allow_imports=options.allow_imports, ema=options.ema)
@@ -550,13 +557,15 @@ def _export(options: argparse.Namespace) -> None:
 def _encode(options: argparse.Namespace) -> None:
     from flowdistill.data.encoding import encode
     from flowdistill.decoders import EDM2_LATENTS, StableDiffusionVae
+    from flowdistill.plumbing.distributed import rank_and_world
     from flowdistill.runs.sampling import check_counts
 
     check_counts(batch_size=options.batch_size)
     decoder = StableDiffusionVae(vae=options.vae, **(EDM2_LATENTS if options.scale == "edm2" else {}))
     names = ("size", "flips", "draw", "seed", "dtype", "batch_size", "device")
     encode(options.images, options.folder, decoder, **{name: getattr(options, name) for name in names})
-    print(options.folder)
+    if rank_and_world()[0] == 0:
+        print(options.folder)
 
 
 def _convert(options: argparse.Namespace) -> None:

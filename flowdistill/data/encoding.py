@@ -69,9 +69,12 @@ def encode(
         1281167
     """
     # The images, and what the folder must hold.
-    if size < 1:
-        raise ConfigError(f"images have at least 1 pixel, not {size}")
     files, place, out = ImageFiles(Path(images)), find_device(device), Path(folder)
+    if Path(images).resolve() in (out.resolve(), *out.resolve().parents):
+        raise ConfigError(f"{out} lies in {images}, whose images are read: name another folder")
+    smallest = 2 ** (len(decoder.autoencoder().config.block_out_channels) - 1)  # pixels of a latent
+    if size < smallest or size % smallest:
+        raise ConfigError(f"the size of images is a multiple of {smallest} for this autoencoder, not {size}")
     labels = torch.tensor(files.labels or [0] * len(files))
     total = len(files) * (2 if flips else 1)
     shape = decoder.encode(torch.zeros(1, 3, size, size, device=place))[0].shape[1:]
@@ -131,15 +134,18 @@ def _images(pixels: list[np.ndarray[Any, np.dtype[np.uint8]]], device: torch.dev
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
     """Write how the shards are made; ConfigError if the folder holds anything that was not made so."""
     path = folder / _SETTINGS
-    if path.is_file():
+    others = folder.is_dir() and any(p.name[0] != "." and p != path for p in folder.iterdir())
+    if path.is_file():  # asked after the others, since another process may write both
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError):
             found = {}
         differing = [name for name in settings if not isinstance(found, dict) or found.get(name) != settings[name]]
         if differing:
-            raise ConfigError(f"{folder} holds latents of another {differing[0]}: name another folder")
-    elif folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+            raise ConfigError(
+                f"{folder} holds latents that were made otherwise ({', '.join(differing)} differ): name another folder"
+            )
+    elif others:
         raise ConfigError(f"{folder} is there already, and holds no latents of this command: name another folder")
     else:
         write_json(path, settings)

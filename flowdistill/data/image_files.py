@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import tarfile
 import warnings
 import zipfile
@@ -24,6 +25,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 """The ends of the names of image files, in small letters."""
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none of which Pillow runs a program for
 _LIST, _CLASS = "dataset.json", ".cls"
+_SHARD = re.compile(r"(.*[-_.])?\d+")  # a name of one of several tar files that is no class
 _MOST_BYTES = 1 << 28  # of one file in an archive
 
 
@@ -56,12 +58,13 @@ class ImageFiles:
         self.path = path
         self._archive: zipfile.ZipFile | None = None
         self._members: dict[str, tuple[Path, int, int]] = {}  # of tar files: where a file begins, and its size
+        self._tars = False  # whether there are several
         try:
             if path.is_dir():
                 found = _below(path)
                 tars = [name for name in found if _kind(name) == ".tar"]
                 if tars and not any(_kind(name) in SUFFIXES for name in found):
-                    self._members = _members(path, tars)
+                    self._members, self._tars = _members(path, tars), True
                     found = list(self._members)
             elif path.suffix.lower() == ".tar":
                 self._members = _members(path.parent, [path.name], folders=False)
@@ -141,7 +144,7 @@ class ImageFiles:
         """The class of each image: as files list them, or else the subfolders in the order of their names.
 
         A tar file in a folder of them is a subfolder. None where ``dataset.json`` has no classes, where no image is in
-        a subfolder, and where tar files have numbers for names.
+        a subfolder, and where the tar files of a folder are numbered, as in ``train-00000.tar``.
 
         Raises:
             DataError: images lie beside subfolders with images, a subfolder has none, or an image lacks a class that
@@ -151,7 +154,7 @@ class ImageFiles:
             return self.listed_labels
         tops = [name.split("/")[0] if "/" in name else "" for name in self.names]
         classes = sorted(set(tops))
-        if classes == [""] or (self._members and all(top.isdecimal() for top in classes)):
+        if classes == [""] or (self._tars and all(_SHARD.fullmatch(top) for top in classes)):
             return None
         if not classes[0]:
             raise DataError(f"{self.path} holds images beside folders of classes, such as {classes[1]}: move them")
@@ -235,8 +238,11 @@ def _members(folder: Path, tars: list[str], folders: bool = True) -> dict[str, t
         prefix = f"{tar[: -len('.tar')]}/" if folders else ""
         with tarfile.open(folder / tar, "r:") as archive:
             for member in archive:
+                name = prefix + member.name.removeprefix("./")
                 if member.isreg() and not member.issparse():
-                    found[prefix + member.name.removeprefix("./")] = (folder / tar, member.offset_data, member.size)
+                    found[name] = (folder / tar, member.offset_data, member.size)
+                elif member.islnk() and (linked := prefix + member.linkname.removeprefix("./")) in found:
+                    found[name] = found[linked]
     return found
 
 

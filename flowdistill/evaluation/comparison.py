@@ -181,10 +181,15 @@ def trajectory_errors(student: FlowMap | None, teacher: Teacher | None, evaluati
 
 
 def write_metrics(
-    path: Path, rows: dict[str, dict[str, float]], evaluation: Evaluation, errors: Sequence[ErrorAt] = ()
+    path: Path,
+    rows: dict[str, dict[str, float]],
+    evaluation: Evaluation,
+    errors: Sequence[ErrorAt] = (),
+    step: int | None = None,
 ) -> None:
-    """Write the rows of `compare` and what they rest on as a JSON file, all at once."""
-    record = {"num_samples": evaluation.num_samples, "seed": evaluation.seed, "machine": machine(), "rows": rows}
+    """Write the rows of `compare` and what they rest on, such as the step of the training, as a JSON file."""
+    record: dict[str, Any] = {} if step is None else {"step": step}
+    record |= {"num_samples": evaluation.num_samples, "seed": evaluation.seed, "machine": machine(), "rows": rows}
     record |= {"trajectory_errors": [attrs.asdict(error) for error in errors]} if errors else {}
     write_json(path, record)
 

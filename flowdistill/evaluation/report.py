@@ -80,7 +80,7 @@ def write_report(
                 "",
             ]
             lines += [*table({"student": {f"{error.delta:g}": error.mean for error in errors}}), ""]
-        write_metrics(workdir / "evaluation.json", rows, evaluation, errors)
+        write_metrics(workdir / "evaluation.json", rows, evaluation, errors, records[-1]["step"] if records else 0)
 
     # The training.
     if loss_curves(records, plots / "curves.png"):

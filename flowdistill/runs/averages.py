@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowdistill.ema import PostHocEma, PowerEma
 from flowdistill.plumbing.errors import CheckpointError, ConfigError
-from flowdistill.plumbing.files import load_tensors
+from flowdistill.plumbing.files import load_tensors, replaced_folder
 from flowdistill.runs.checkpoints import checkpoints_in, verify_checkpoint
 
 _FOLDER = "averages"
@@ -27,16 +27,18 @@ def names_of(count: int) -> list[str]:
 def keep_averages(checkpoint: Path, count: int) -> None:
     """Keep the averages of a checkpoint in ``averages/`` of its run, where they stay when the checkpoint is deleted.
 
-    The files are links to those of the checkpoint, which take no further place while it is there.
+    The files are links to those of the checkpoint, which take no further place while it is there. A folder that is
+    there already stays.
     """
     folder = checkpoint.parent.parent / _FOLDER / checkpoint.name
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (*(f"{name}.safetensors" for name in names_of(count)), "meta.json"):
-        (folder / name).unlink(missing_ok=True)
-        try:
-            os.link(checkpoint / name, folder / name)
-        except OSError:  # a file system without links
-            shutil.copyfile(checkpoint / name, folder / name)
+    if folder.is_dir():
+        return
+    with replaced_folder(folder) as partial:
+        for name in (*(f"{name}.safetensors" for name in names_of(count)), "meta.json"):
+            try:
+                os.link(checkpoint / name, partial / name)
+            except OSError:  # a file system without links
+                shutil.copyfile(checkpoint / name, partial / name)
 
 
 def post_hoc(workdir: Path, averaging: PostHocEma, relative_width: float, step: int) -> dict[str, Tensor]:
@@ -44,7 +46,7 @@ def post_hoc(workdir: Path, averaging: PostHocEma, relative_width: float, step: 
 
     Among all sums of stored averages it is the one whose profile is nearest to the wanted one: with p_i(tau) for the
     weight that the stored average i gives to the student at the time tau, it minimises
-    integral (sum_i x_i p_i - p)^2 over x (EDM2, arXiv 2312.02696, section 3.2).
+    integral (sum_i x_i p_i - p)^2 over x (EDM2, arXiv 2312.02696, section 3.2), here with sum_i x_i = 1.
 
     Args:
         workdir: the run directory.
@@ -74,6 +76,8 @@ def post_hoc(workdir: Path, averaging: PostHocEma, relative_width: float, step: 
     # The sum, file by file, in float64; what is no floating-point number is the newest.
     total: dict[str, Tensor] = {}
     for (path, name, _), factor in zip(stored, factors, strict=True):
+        if factor == 0:
+            continue
         verify_checkpoint(path, f"{name}.safetensors")
         for key, value in load_tensors(path / f"{name}.safetensors").items():
             if not value.is_floating_point():
@@ -86,7 +90,7 @@ def post_hoc(workdir: Path, averaging: PostHocEma, relative_width: float, step: 
 
 
 def coefficients(ends: Sequence[float], gammas: Sequence[float], end: float, gamma: float) -> tuple[list[float], float]:
-    """The factors x of stored averages in the sum that is nearest to a wanted one, and how near that is.
+    """The factors x of stored averages, with the sum 1, in the sum that is nearest to a wanted one; and how near.
 
     The profile of an average that ends at t is p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1) on [0, t].
 
@@ -110,9 +114,11 @@ def coefficients(ends: Sequence[float], gammas: Sequence[float], end: float, gam
     products = g[:, None] * g[None, :] * power / (g[:, None] + g[None, :] - 1)
     norms = np.sqrt(np.diag(products))
     cosines = products / norms[:, None] / norms[None, :]
-    x, *_ = np.linalg.lstsq(cosines[:-1, :-1], cosines[:-1, -1], rcond=1e-12)
+    units = norms[-1] / norms[:-1]
+    system = np.block([[cosines[:-1, :-1], units[:, None]], [units[None, :], np.zeros((1, 1))]])  # Lagrange's
+    x = np.linalg.lstsq(system, np.array([*cosines[:-1, -1], 1.0]), rcond=1e-12)[0][:-1]
     left = 1 - 2 * x @ cosines[:-1, -1] + x @ cosines[:-1, :-1] @ x
-    factors = x * norms[-1] / norms[:-1]
+    factors = x * units
     return [round(float(factor), 12) + 0.0 for factor in factors], round(float(np.sqrt(max(left, 0.0))), 7)
 
 

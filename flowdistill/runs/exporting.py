@@ -87,7 +87,7 @@ def export(
     Raises:
         CheckpointError: the source cannot be read.
         ConfigError: nothing registered builds such a student, the folder is taken, or there is no such program.
-        CheckpointWriteError: the disk or the hub refused; nothing half-written is left.
+        CheckpointWriteError: the disk or the hub refused; nothing half-written is left, but for an empty repository.
 
     Examples:
         >>> flowdistill.export("runs/digits", "digits-one-step")  # doctest: +SKIP
@@ -97,7 +97,18 @@ def export(
     """
     if (repository := str(folder)).startswith("hf://"):
         return _pushed(source, repository, private, dtype=dtype, programs=programs)
-    folder = Path(folder)
+    return _written(source, Path(folder), str(folder), dtype=dtype, programs=programs)
+
+
+def _written(
+    source: Run | FlowMap | str | Path,
+    folder: Path,
+    place: str,
+    *,
+    dtype: Literal["float32", "float16"],
+    programs: Sequence[str],
+) -> Path:
+    """Write the folder; ``place`` is where its card says that it is loaded from."""
     check_free(folder)
     if unknown := set(programs) - PROGRAMS.keys():
         raise ConfigError(f"programs are {' or '.join(PROGRAMS)}, not {', '.join(sorted(map(str, unknown)))}")
@@ -114,7 +125,8 @@ def export(
             drawn = _picture(again, partial / "samples.png")
             for name in programs:
                 PROGRAMS[name](again, partial)
-            write_text(partial / "README.md", _card(folder.name, student, described["origin"], run.objective, drawn))
+            card = _card(folder.name, place, student, described["origin"], run.objective, drawn)
+            write_text(partial / "README.md", card)
     except OSError as error:
         raise CheckpointWriteError(f"cannot write {folder}: {error}; nothing was left there") from error
     return folder
@@ -130,11 +142,16 @@ def _pushed(source: Run | FlowMap | str | Path, repository: str, private: bool, 
     except ImportError:
         raise ConfigError(f"writing to {repository} needs huggingface_hub: pip install 'flowdistill[hub]'") from None
     with tempfile.TemporaryDirectory() as place:
-        folder = export(source, Path(place) / name.partition("/")[2], **how)
+        folder = _written(source, Path(place) / name.partition("/")[2], repository, **how)
         try:
             with progress(f"sending {repository}", None):
                 HfApi().create_repo(name, private=private, exist_ok=True)
-                HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message="A student of flowdistill")
+                HfApi().upload_folder(
+                    repo_id=name,
+                    folder_path=folder,
+                    commit_message="A student of flowdistill",
+                    delete_patterns=["student.*", "samples.png"],  # of another student, which this one may not have
+                )
         except Exception as error:  # of a name, of rights, or any of the libraries that speak HTTP for the hub's
             raise CheckpointWriteError(f"the hub does not take {repository}: {in_one_line(error)}") from error
     return repository
@@ -150,7 +167,8 @@ def _origin(run: Run) -> dict[str, Any]:
             "teacher": _teachers(bindings),
             "steps": run.meta.step,
             "guidance": run.scales,
-            "evaluation": read_evaluation(run.workdir),
+            "evaluation": None if run.ema is not None else read_evaluation(run.workdir, run.meta.step),
+            **({} if run.ema is None else {"ema": run.ema}),
         }
     versions = {"flowdistill": sys.modules["flowdistill"].__version__, "torch": torch.__version__}
     return {**known, "versions": {**versions, "python": platform.python_version()}}
@@ -182,7 +200,9 @@ def _picture(student: FlowMap, path: Path) -> bool:
     return path.is_file()
 
 
-def _card(name: str, student: FlowMap, origin: Mapping[str, Any], objective: Objective | None, drawn: bool) -> str:
+def _card(
+    name: str, place: str, student: FlowMap, origin: Mapping[str, Any], objective: Objective | None, drawn: bool
+) -> str:
     """The model card."""
     from flowdistill.evaluation.report import table
 
@@ -212,7 +232,7 @@ def _card(name: str, student: FlowMap, origin: Mapping[str, Any], objective: Obj
         title=name,
         what=f"A flow map{labels}, which makes samples of noise in one step, by the library flowdistill.",
         picture="\n![Samples of one step](samples.png)\n" if drawn else "",
-        place=name,
+        place=place if place.startswith("hf://") else name,
         arguments=arguments,
         shape=" x ".join(map(str, student.sample_shape)),
         facts="\n".join(facts) + "\n",

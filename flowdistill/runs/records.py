@@ -39,10 +39,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, float) or (type(value) is int and 0 <= value < 2**63)
 
 
-def read_evaluation(workdir: Path) -> dict[str, Any] | None:
-    """The rows of metrics that a run measured at its end, and of how many samples; None if there are none."""
+def read_evaluation(workdir: Path, step: int) -> dict[str, Any] | None:
+    """The rows of metrics that a run measured when it ended at a step, and of how many samples; None if it did not."""
     try:
         found = json.loads((workdir / "evaluation.json").read_text(encoding="utf-8"))
+        if found["step"] != step:
+            return None
         rows = {name: {key: float(value) for key, value in row.items()} for name, row in found["rows"].items()}
         return {"num_samples": int(found["num_samples"]), "rows": rows}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):

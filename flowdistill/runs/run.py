@@ -57,6 +57,7 @@ class Run:
 
     Attributes:
         workdir: the run directory.
+        ema: as it was given.
 
     Raises:
         CheckpointError: the path is neither.
@@ -68,7 +69,7 @@ class Run:
     """
 
     def __init__(self, path: str | Path, allow_imports: bool = False, ema: float | None = None) -> None:
-        self._path, self._allow_imports, self._ema = Path(path), allow_imports, ema
+        self._path, self._allow_imports, self.ema = Path(path), allow_imports, ema
         self._is_checkpoint = (self._path / "meta.json").is_file() or has_checkpoint_name(self._path)
         if not self._is_checkpoint and not (self._path / "config.gin").is_file():
             raise CheckpointError(f"{path} is neither a run directory nor a checkpoint in one")
@@ -167,7 +168,7 @@ class Run:
             CheckpointError: the checkpoint, or an average, is missing, damaged, or of another architecture.
             ConfigError: the run keeps no averages for another width, or they do not make it up.
         """
-        weights = self._averaged() if self._ema is not None else self.tensors("ema") or self.tensors("student")
+        weights = self._averaged() if self.ema is not None else self.tensors("ema") or self.tensors("student")
         teacher = self.teacher
         with ONE_AT_A_TIME, torch.random.fork_rng(), self.config.in_force("train.flow_map"):
             student = build_flow_map(self.config.build("train.flow_map"), teacher)
@@ -176,7 +177,7 @@ class Run:
 
     def _averaged(self) -> dict[str, Tensor]:
         """The student's weights averaged over the width that was asked for."""
-        averaging, width = self.config.build("train.ema"), self._ema
+        averaging, width = self.config.build("train.ema"), self.ema
         if not isinstance(averaging, PostHocEma):
             raise ConfigError(f"{self.workdir} was trained without train.ema = @post_hoc_ema(): it has one average")
         if not (isinstance(width, (int, float)) and 0 < width < 0.28):
@@ -211,7 +212,7 @@ class Run:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """The hashes of the weights and of the configuration: stored results are known by them."""
-        averaged = {} if self._ema is None else {"ema": self._ema}
+        averaged = {} if self.ema is None else {"ema": self.ema}
         return {"weights": self.meta.sha256, "config": file_fingerprint(self.workdir / "config.gin"), **averaged}
 
     def folder(self, kind: str, **settings: Any) -> Path:
@@ -229,7 +230,7 @@ class _StudentAlone(Run):
 
     def __init__(self, student: FlowMap, scales: tuple[float, float] | None = None) -> None:
         self.student, self.scales = student, scales
-        self.teacher = self.objective = self.evaluation = None
+        self.teacher = self.objective = self.evaluation = self.ema = None
         self.workdir = Path()
 
     def __repr__(self) -> str:

@@ -106,7 +106,10 @@ def make_condition(num_classes: int | None, n: int, labels: Labels, guidance: fl
         raise ConfigError("the model is unconditional and takes no labels")
     if isinstance(labels, str):
         return attrs.evolve(condition, labels=_chosen(labels, num_classes, n, seed))
-    chosen = torch.as_tensor(labels)
+    try:
+        chosen = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # of any other object, or of huge numbers
+        raise ConfigError(f"labels must be {n} integers (or one) in [0, {num_classes})") from None
     chosen = chosen.expand(n) if chosen.ndim == 0 else chosen
     if chosen.shape != (n,) or bool(((chosen < 0) | (chosen >= num_classes)).any()):
         raise ConfigError(f"labels must be {n} integers (or one) in [0, {num_classes})")
@@ -137,8 +140,12 @@ def read_labels(path: Path) -> list[int]:
             array = np.load(path, allow_pickle=False)
             if array.ndim != 1 or array.dtype.kind not in "iu":
                 raise ValueError(f"an array {array.shape} of {array.dtype}")
-            return [int(label) for label in array]
-        return [int(label) for label in path.read_text(encoding="utf-8").split()]
+            labels = [int(label) for label in array]
+        else:
+            labels = [int(label) for label in path.read_text(encoding="utf-8").split()]
+        if not labels:
+            raise ValueError("it is empty")
+        return labels
     except FileNotFoundError:
         raise ConfigError(f"labels are classes, {', '.join(LABELS)}, or a file: there is no file {path}") from None
     except (OSError, ValueError, EOFError) as error:

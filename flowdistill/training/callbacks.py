@@ -51,7 +51,7 @@ class Callback:
         """After the last step and the report, with the metrics of the evaluation; none if nothing was measured."""
 
     def close(self) -> None:
-        """When the training has ended, however it did."""
+        """When the training has ended, however it did; called if `on_start` went well, and its errors are warnings."""
 
 
 class Logger(Callback):
@@ -66,6 +66,7 @@ class Callbacks:
         # most have no hook for a step, and so cost nothing there
         self._steppers = [callback for callback in callbacks if type(callback).on_step is not Callback.on_step]
         self._failed: set[int] = set()
+        self._started: list[Callback] = []
 
     def start(self, loop: Loop, configuration: str) -> None:
         """See `Callback.on_start`; ConfigError if a logger cannot start."""
@@ -76,6 +77,7 @@ class Callbacks:
                 if not isinstance(callback, Logger) or isinstance(error, FlowDistillError):
                     raise
                 raise ConfigError(f"the logger {type(callback).__name__} cannot start: {in_one_line(error)}") from error
+            self._started.append(callback)
 
     def step(self, loop: Loop) -> None:
         """See `Callback.on_step`."""
@@ -86,6 +88,15 @@ class Callbacks:
         """Call a hook by its name."""
         for callback in self._all:
             self._call(callback, hook, *arguments)
+
+    def close(self) -> None:
+        """Close all that have started; what goes wrong there is a warning, since another error may have come before."""
+        for callback in self._started:
+            try:
+                callback.close()
+            except Exception as error:
+                name = type(callback).__name__
+                warnings.warn(f"{name} could not be closed: {in_one_line(error)}", RuntimeWarning, stacklevel=2)
 
     def _call(self, callback: Callback, hook: str, *arguments: object) -> None:
         try:

@@ -14,7 +14,7 @@ import attrs
 from attrs.validators import optional
 
 from flowdistill.plumbing import config
-from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.errors import ConfigError, in_one_line
 from flowdistill.plumbing.fields import of_type
 from flowdistill.plumbing.files import write_text
 from flowdistill.plumbing.registry import register_callback
@@ -176,7 +176,7 @@ class MLflow(Logger):
     experiment: str = attrs.field(default="flowdistill", validator=of_type(str))
     """The experiment that the run belongs to."""
     tracking_uri: str | None = attrs.field(default=None, validator=optional(of_type(str)))
-    """The server or folder; None is ``MLFLOW_TRACKING_URI`` or MLflow's default."""
+    """The server, or a database such as ``sqlite:///mlflow.db``; None is ``MLFLOW_TRACKING_URI`` or MLflow's own."""
 
     _client: Any = attrs.field(default=None, init=False)
     _id: str = attrs.field(default="", init=False)
@@ -190,7 +190,13 @@ class MLflow(Logger):
         self._client = MlflowClient(self.tracking_uri)
         self._id = _identity(loop.workdir / "mlflow.id")
         if self._id:
-            self._client.update_run(self._id, status="RUNNING")
+            try:
+                self._client.update_run(self._id, status="RUNNING")
+            except Exception as error:
+                raise ConfigError(
+                    f"the run of {loop.workdir / 'mlflow.id'} cannot be continued ({in_one_line(error)}): remove the "
+                    "file to begin another one"
+                ) from error
         else:
             found = self._client.get_experiment_by_name(self.experiment)
             experiment = self._client.create_experiment(self.experiment) if found is None else found.experiment_id

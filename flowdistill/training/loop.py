@@ -423,9 +423,13 @@ class Loop:
             wait([self._saving])  # an interrupt leaves it to `close`
             saving, self._saving = self._saving, None
             saved = saving.result()
-            if self.training.ema is not None and self.training.ema.keeps_past:
-                keep_averages(saved, len(self.averages))
+            self._keep_averages(saved)
             self.on_saved(saved)
+
+    def _keep_averages(self, checkpoint: Path) -> None:
+        """Keep the averages of a whole checkpoint, where they are to be kept."""
+        if self.training.ema is not None and self.training.ema.keeps_past and rank_and_world()[0] == 0:
+            keep_averages(checkpoint, len(self.averages))
 
     def close(self) -> None:
         """Wait, in this process, for a checkpoint on its way; that it fails is a warning, since another error came."""
@@ -452,6 +456,7 @@ class Loop:
         states = load_optimizers(checkpoint)
         for name, trained in self._all_trained().items():
             restore(trained.optimizer, states.get(name), trained.builder, checkpoint)
+        self._keep_averages(checkpoint)  # which the process that saved it may not have lived to do
         self.step = self._recorded = meta.step
         self._base_counters = meta.counters
         if rank_and_world()[0] == 0:

@@ -21,7 +21,6 @@ from flowdistill.plumbing.errors import ConfigError, NonFiniteError, TrainingInt
 from flowdistill.plumbing.files import locked, write_text
 from flowdistill.plumbing.progress import progress
 from flowdistill.plumbing.randomness import random_state_kept
-from flowdistill.plumbing.registry import CALLBACKS
 from flowdistill.runs.checkpoints import checkpoint_paths, newest_whole, read_meta, remove_left
 from flowdistill.training.callbacks import Callback, Callbacks
 from flowdistill.training.loop import Loop, configured_loop
@@ -123,7 +122,7 @@ def train(
             saved = by_first(lambda: _claim(loop, resume, operative))
             first = rank_and_world()[0] == 0
             told = Callbacks([*loop.training.callbacks, *callbacks] if first else [])
-            owned.callback(told.tell, "close")
+            owned.callback(told.close)
             checkpoint, metrics = _run(loop, saved, operative, report, told)
         # The others have nothing more to do, and do not wait.
         figures = _report(loop) if report and first else {}
@@ -271,11 +270,13 @@ def _what_trains(configuration: str, source: str) -> list[str]:
     The number of steps, the evaluation, the callbacks and the decoder of latents are left out: a run may be continued
     beyond its end, be measured again, be shown elsewhere, and be given what draws its images.
     """
+    bindings = config.statements_of(configuration, source)
+    callbacks = [r.part for binding in bindings if binding.name == "train.callbacks" for r in binding.references]
     return [
         str(binding)
-        for binding in config.statements_of(configuration, source)
+        for binding in bindings
         if binding.name not in ("train.steps", "train.evaluation", "train.callbacks")
-        and binding.part not in ("evaluation", *CALLBACKS.names())
+        and binding.part not in ("evaluation", *callbacks)
         and not binding.part.endswith("_features")
         and binding.parameter != "vae"
     ]

@@ -329,6 +329,11 @@ def test_tar_files_without_classes_and_one_alone(tmp_path):
     for number in range(2):
         packed(tmp_path / "shards" / f"{number:05d}.tar", {f"{number}.png": GREY})
     assert ImageFiles(tmp_path / "shards").labels is None
+    for name in ("train-00000", "train-00001"):
+        packed(tmp_path / "named" / f"{name}.tar", {"a.png": GREY})
+    assert ImageFiles(tmp_path / "named").labels is None
+    numbered = ImageFiles(packed(tmp_path / "numbered.tar", {"0/a.png": GREY, "1/b.png": RAMP}))
+    assert numbered.labels == [0, 1]
     assert ImageFiles(packed(tmp_path / "flat.tar", {"a.png": GREY})).labels is None
     deep = ImageFiles(packed(tmp_path / "deep.tar", {"bees/a.png": GREY, "ants/b.png": RAMP}))
     assert (deep.names, deep.labels) == (["ants/b.png", "bees/a.png"], [0, 1])
@@ -354,6 +359,13 @@ def test_tar_files_that_are_damaged_or_hostile(tmp_path):
         archive.addfile(entry)
     with pytest.raises(DataError, match="holds no images"):
         ImageFiles(tmp_path / "c.tar")
+    with tarfile.open(packed(tmp_path / "d.tar", {"a.png": RAMP}), "a") as archive:
+        entry = tarfile.TarInfo("b.png")
+        entry.type, entry.linkname = tarfile.LNKTYPE, "a.png"  # another name of a file in the archive
+        archive.addfile(entry)
+    linked = ImageFiles(tmp_path / "d.tar")
+    assert linked.names == ["a.png", "b.png"]
+    np.testing.assert_array_equal(linked.read(1, 3), RAMP)
     files = ImageFiles(packed(tmp_path / "bomb.tar", {"a.png": png_bomb()}))
     with pytest.raises(DataError, match="is not a whole image"):
         files.read(0, 3)

@@ -19,6 +19,7 @@ from flowdistill.networks import MLP
 from flowdistill.runs.averages import coefficients
 from flowdistill.runs.checkpoints import checkpoint_paths
 from flowdistill.runs.exporting import export
+from flowdistill.training import loop
 
 WIDTHS = (0.05, 0.1)
 
@@ -40,7 +41,10 @@ def test_no_other_sum_of_the_stored_profiles_is_nearer(count, width, part):
     wanted = profile(tau, end, gamma)
     made = torch.tensor(factors, dtype=torch.float64) @ stored
     assert float((made - wanted).norm() / wanted.norm()) == pytest.approx(error, abs=2e-3)
-    best = torch.linalg.lstsq(stored.T, wanted[:, None], driver="gelsd").solution[:, 0] @ stored
+    assert sum(factors) == pytest.approx(1.0, abs=1e-9)
+    differences, base = (stored[:-1] - stored[-1]).T, (wanted - stored[-1])[:, None]  # all sums whose factors add up
+    found = torch.linalg.lstsq(differences, base, driver="gelsd").solution[:, 0]
+    best = stored[-1] + differences @ found
     assert float((made - best).norm() / wanted.norm()) < 2e-3
 
 
@@ -126,6 +130,15 @@ def test_a_resumed_run_keeps_the_same_averages(folder, tmp_path):
     assert all(torch.equal(one.state_dict()[name], two.state_dict()[name]) for name in names)
 
 
+def test_averages_that_a_killed_process_did_not_keep_are_kept_by_the_next(tmp_path, monkeypatch):
+    gin_file, binding = write(tmp_path / "ring.gin"), [POST_HOC]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "keep_averages", lambda *_: None)
+        flowdistill.train(gin_file, gin_bindings=[*binding, "train.steps = 8"], workdir=tmp_path / "run", report=False)
+    flowdistill.train(gin_file, gin_bindings=binding, workdir=tmp_path / "run", report=False)
+    assert [path.name for path in sorted((tmp_path / "run/averages").iterdir())] == ["step_00000008", "step_00000012"]
+
+
 def test_what_cannot_be_averaged_is_refused(folder, tmp_path):
     with pytest.raises(ConfigError, match=r"without train\.ema = @post_hoc_ema"):
         _ = Run(folder / "wide", ema=0.1).student
@@ -139,7 +152,7 @@ def test_what_cannot_be_averaged_is_refused(folder, tmp_path):
     damaged = sorted((run / "averages").iterdir())[7] / "ema_2.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     with pytest.raises(CheckpointError, match=r"step_00000160/ema_2\.safetensors is truncated or altered"):
-        _ = Run(run, ema=0.1).student
+        _ = Run(run, ema=0.08).student
     shutil.rmtree(run / "averages")
     with pytest.raises(CheckpointError, match="holds no averages up to step 400"):
         _ = Run(run, ema=0.1).student
