@@ -133,7 +133,8 @@ def write_samples(
     with locked(parts) if rank == 0 else contextlib.nullcontext():
         _claim(parts, json_fingerprint(job))
         if form.settling:  # when an earlier call was interrupted
-            form.settle(path)
+            if rank == 0:
+                form.settle(path)
             return
         missing = [block for block in blocks[rank::world] if not form.has(block)]
         with progress("drawing samples", sum(block.size for block in missing), unit="samples") as phase:
@@ -243,16 +244,17 @@ class _Form(ABC):
         return (self.parts / _SETTLING).is_file()
 
     def settle(self, path: Path) -> None:
-        """Move all files to their place."""
-        for left in [p for p in self.parts.rglob(".*") if p.is_file() and p.name != _SETTLING]:
-            left.unlink()  # those of killed processes, the lock, and the job
+        """Move all files to their place; what says whose they are goes last."""
+        for left in [p for p in self.parts.glob("*/.*") if p.is_file()]:  # by processes that were killed
+            left.unlink()
         if path.is_dir():
-            for child in [child for child in self.parts.iterdir() if child.name != _SETTLING]:
+            for child in [child for child in self.parts.iterdir() if not child.name.startswith(".")]:
                 child.rename(path / child.name)
             discard(self.parts)
         else:
-            (self.parts / _SETTLING).unlink()
             self.parts.rename(path)
+            for left in [child for child in path.iterdir() if child.name.startswith(".")]:
+                left.unlink()
 
 
 @attrs.frozen
