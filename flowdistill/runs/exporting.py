@@ -216,7 +216,7 @@ def _card(
         facts.append(f"It takes guidance scales (`guidance=`), by default {student.guidance:g}{trained}.")
     if student.decoder is not None and not student.decoder.ready:
         facts.append("Its samples are latents: give `load_flow_map` the autoencoder as `vae`.")
-    told = "Its makers released its weights; their licence applies."
+    told = "Nothing is recorded of its training. If others have released these weights, their licence applies."
     if objective is not None:
         teacher = f" from the teacher `{' of '.join(origin['teacher'])}`" if origin["teacher"] else ""
         told = f"It was distilled{teacher} by `{origin['objective']}` in {origin['steps']:,} steps."
