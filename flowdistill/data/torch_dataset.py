@@ -48,12 +48,15 @@ class TorchDataset(Dataset):
         (torch.Size([5, 1, 4, 4]), torch.Size([5]))
     """
 
-    def __init__(self, dataset: Any, num_classes: int | None = None, workers: int = 0) -> None:
+    def __init__(
+        self, dataset: torch.utils.data.Dataset[Any], num_classes: int | None = None, workers: int = 0
+    ) -> None:
         if workers < 0:
             raise DataError(f"the number of workers is at least 0, not {workers}")
-        self.num_classes, self._dataset, self._workers = num_classes, dataset, workers
+        self.num_classes, self._workers = num_classes, workers
+        self._dataset: Any = dataset  # whose __len__ torch does not declare
         try:
-            first = [_read(dataset, number, 0) for number in range(min(len(dataset), _LOOKED_AT))]
+            first = [_read(dataset, number, 0) for number in range(min(len(self._dataset), _LOOKED_AT))]
         except TypeError as error:
             raise DataError(f"{type(dataset).__name__} is no map-style data set: {in_one_line(error)}") from None
         if not first:
