@@ -7,7 +7,7 @@ import random
 import signal
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ class TorchDataset(Dataset):
         if workers < 0:
             raise DataError(f"the number of workers is at least 0, not {workers}")
         self.num_classes, self._workers = num_classes, workers
-        self._dataset: Any = dataset  # whose __len__ torch does not declare
+        self._dataset = cast("Any", dataset)  # whose __len__ torch does not declare
         try:
             first = [_read(dataset, number, 0) for number in range(min(len(self._dataset), _LOOKED_AT))]
         except TypeError as error:
