@@ -211,6 +211,13 @@ def test_a_run_without_what_trains_it_further_is_used_as_before(tmp_path, run):
         flowdistill.train("freeflow", on="digits", gin_bindings=further, workdir=thin, report=False)
 
 
+def test_scales_that_stand_for_each_other_are_unknown(tmp_path, run):
+    shutil.copytree(run, tmp_path / "run")
+    with (tmp_path / "run" / "config.gin").open("a") as file:
+        file.write("prior.guidance = %a\na = %b\nb = %a\n")
+    assert Run(tmp_path / "run").scales is None
+
+
 @pytest.mark.slow
 def test_scales_of_the_training_are_told(tmp_path, run):
     bindings = ["train.steps = 1", "train.batch_size = 4", "train.evaluation = None"]

@@ -110,6 +110,11 @@ def test_shards_hold_the_same_pictures_and_their_classes(digits, tmp_path):
     wanted = pictures(tmp_path / "x")
     assert found.keys() == wanted.keys()
     assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+    # And each is the sample of its number, in the second block as well.
+    write_samples(digits, tmp_path / "z.npz", N, seed=2, labels="random")
+    with np.load(tmp_path / "z.npz") as arrays:
+        for i in range(N):
+            np.testing.assert_array_equal(wanted[f"{arrays['arr_1'][i]}/{i:06d}.png"], arrays["arr_0"][i, ..., 0])
 
 
 def contents(path):

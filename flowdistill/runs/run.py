@@ -205,7 +205,7 @@ class Run:
             if binding.parameter == "guidance" and binding.part in sources:
                 value = binding.value
                 while isinstance(value, Reference):  # a macro, which may stand for another one
-                    value = values.get(value.part)
+                    value = values.pop(value.part, None)  # and never twice for the same
                 return as_range(value)
         return None
 
