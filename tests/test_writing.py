@@ -326,6 +326,10 @@ def test_the_same_labels_are_measured(digits, tmp_path, monkeypatch):
         flowdistill.evaluate(digits, num_samples=30, labels=labels, noise_floor=False, features="digits")
         wanted = make_condition(10, 30, labels, None).labels
         assert torch.equal(seen[-1].labels, wanted)
+    chosen = make_condition(10, 30, "random", None, 3).labels
+    drawn = flowdistill.sample(digits, 30, labels="random", seed=3)
+    assert torch.equal(drawn, flowdistill.sample(digits, 30, labels=chosen, seed=3))
+    assert not torch.equal(drawn, flowdistill.sample(digits, 30, labels=chosen.flip(0), seed=3))
     with pytest.raises(ConfigError, match="in_turn, balanced, random, not 'ordered'"):
         flowdistill.evaluate(digits, num_samples=30, labels="ordered", features="digits")
     for labels in (10**20, [10**20] * 30, ["cat"] * 30, -1, object()):

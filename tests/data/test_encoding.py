@@ -116,6 +116,7 @@ def test_one_draw_in_place_of_the_posterior(vae, images, tmp_path):
         normal = (drawn["latents"].float() - posterior["mean"]) / posterior["std"]
         assert abs(float(normal.mean())) < 0.1
         assert abs(float(normal.std()) - 1) < 0.1
+        assert float((normal[:3] - normal[3:6]).abs().mean()) > 0.5  # of two shards
     assert float((one["latents"] - other["latents"].float()).abs().mean()) > 0.1 * float(posterior["std"].mean())
 
 
