@@ -6,7 +6,7 @@ import functools
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import attrs
 import torch
@@ -18,6 +18,7 @@ from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.registry import register_decoder
 
 Rounding = Literal["nearest", "down"]
+ROUNDINGS = get_args(Rounding)
 
 
 def quantize(images: Tensor, rounding: Rounding) -> Tensor:
@@ -66,7 +67,7 @@ class Pixels(Decoder):
     """The factor by which samples are multiplied to lie in [-1, 1]."""
     crop: int | None = attrs.field(default=None, validator=optional(gt(0)))
     """The height and width of the part in the middle that is the image; None is all of it."""
-    rounding: Rounding = attrs.field(default="nearest", validator=in_(("nearest", "down")))
+    rounding: Rounding = attrs.field(default="nearest", validator=in_(ROUNDINGS))
     """The rounding to bytes, see `quantize`."""
 
     def decode(self, samples: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ class StableDiffusionVae(Decoder):
     pixel_range: tuple[float, float] = attrs.field(default=(-1.0, 1.0), converter=_pair)
     """The values of black and white in the autoencoder's output: (-1, 1) as it was trained, or (0, 1) as EDM2 uses
     it."""
-    rounding: Rounding = attrs.field(default="nearest", validator=in_(("nearest", "down")))
+    rounding: Rounding = attrs.field(default="nearest", validator=in_(ROUNDINGS))
     """The rounding to bytes, see `quantize`."""
 
     @property

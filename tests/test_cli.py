@@ -274,7 +274,7 @@ def test_every_option_has_help_and_its_default():
         for option in each._actions:
             assert option.help, (name, option.dest)
     text = " ".join(action.choices["evaluate"].format_help().split())
-    for told in ("(default: fid)", "(default: 10000)", "(default: 0)", "(default: 1)"):
+    for told in ("by default fid", "(default: plain)", "(default: 0)", "(default: 1)"):
         assert told in text
 
 

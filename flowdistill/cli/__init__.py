@@ -165,6 +165,11 @@ def parser() -> argparse.ArgumentParser:
         "action": argparse.BooleanOptionalAction,
         "help": "jump to data and noise again at each step; by default as the student needs it",
     }
+    times: Any = {
+        "type": float,
+        "nargs": "+",
+        "help": "times from 1 to 0 between which to jump, such as 1 0.55 0; by default the student's own of --steps",
+    }
     batch_size: Any = {"type": int, "help": "samples at a time; by default 100 on a CPU, else 500"}
     labels: Any = {
         "nargs": "+",
@@ -174,6 +179,7 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("run", help="a run directory, a checkpoint in it, or a released student's file")
     sample.add_argument("--num_samples", type=int, help="by default 64, or as many as there are labels")
     sample.add_argument("--steps", type=int, default=1, help="jumps from noise to data")
+    sample.add_argument("--times", **times)
     sample.add_argument("--renoise", **renoise)
     sample.add_argument("--labels", **labels)
     sample.add_argument("--guidance", type=float, help="guidance scale, of a student that takes one")
@@ -191,9 +197,13 @@ def parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="measure a run's student")
     evaluate.add_argument("run", help="a run directory, a checkpoint in it, or a released student's file")
-    evaluate.add_argument("--metrics", nargs="+", default=["fid"], help="as flowdistill list metrics shows")
-    evaluate.add_argument("--num_samples", type=int, default=10_000, help="of the student")
+    evaluate.add_argument(
+        "--protocol", default="plain", help="how figures are made, as flowdistill list protocols shows: what follows"
+    )
+    evaluate.add_argument("--metrics", nargs="+", help="as flowdistill list metrics shows; by default fid")
+    evaluate.add_argument("--num_samples", type=int, help="of the student; by default 10000")
     evaluate.add_argument("--steps", type=int, default=1, help="jumps from noise to data")
+    evaluate.add_argument("--times", **times)
     evaluate.add_argument("--renoise", **renoise)
     evaluate.add_argument("--labels", **labels)
     evaluate.add_argument("--guidance", type=float, help="guidance scale, of a student that takes one")
@@ -204,6 +214,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch_size", **batch_size)
     evaluate.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
     evaluate.add_argument("--bootstrap", type=int, default=0, help="random halves from which to estimate spreads")
+    evaluate.add_argument("--out", help="a JSON file for the figures and all that they rest on")
     evaluate.set_defaults(command=_evaluate)
 
     search = commands.add_parser("search", help="search for noises that a verifier likes, and give them to the teacher")
@@ -227,7 +238,11 @@ def parser() -> argparse.ArgumentParser:
     search.set_defaults(command=_search)
 
     bench = commands.add_parser("bench", help="train and measure the methods of a suite, and write their tables")
-    bench.add_argument("suite", help="toy, digits, mnist, ..., a gin file, or speed: what a step of each method costs")
+    bench.add_argument(
+        "suite",
+        help="toy, digits, mnist, ..., or a gin file; speed: what a step of each method costs; "
+        "imagenet256, imagenet512, or a Python file: released systems whose --files are at hand",
+    )
     bench.add_argument("--quick", action="store_true", help="the quick version of the suite")
     bench.add_argument("--only", nargs="+", default=[], help="parts of the names of rows; others are left out")
     bench.add_argument("--jobs", type=int, default=1, help="trainings at a time")
@@ -238,6 +253,13 @@ def parser() -> argparse.ArgumentParser:
         "--peer", nargs=2, action="append", default=[], metavar=("ADAPTER", "CHECKOUT"),
         help="of speed: another implementation, as in benchmarks/peers, which is imported",
     )  # fmt: skip
+    systems = bench.add_argument_group("of imagenet256, imagenet512 and Python files")
+    systems.add_argument("--files", help="the folder of the files that others have released")
+    systems.add_argument("--protocol", help="how figures are made; by default as the table says")
+    systems.add_argument("--reference", help="what is compared with; by default the protocol's, in --files")
+    systems.add_argument("--num_samples", type=int, help="of each figure; by default the protocol's")
+    systems.add_argument("--weights", help="the file of Inception's weights; by default in --files, or downloaded")
+    systems.add_argument("--batch_size", **batch_size)
     bench.epilog = "--gin.bench.NAME=VALUE changes the suite, any other --gin.NAME=VALUE all trainings"
     bench.set_defaults(command=_bench)
 
@@ -381,14 +403,22 @@ def _recipe(options: argparse.Namespace) -> dict[str, Any]:
 _OPEN = ("num_classes", "num_heads", "early_blocks")
 
 
-def _run(options: argparse.Namespace) -> Run:
-    """The run that the options name, or what stands for it where they name the file or folder of a student."""
+def _run(options: argparse.Namespace, vae: str | None = None) -> Run:
+    """The run that the options name, or what stands for it where they name the file or folder of a student.
+
+    Args:
+        options: of the command line.
+        vae: the autoencoder of a student's file where the options name none.
+    """
     from flowdistill.runs.loading import is_released, load_flow_map
     from flowdistill.runs.run import Run
     from flowdistill.runs.student_folders import is_student
 
     told = {name: getattr(options, name) for name in ("vae", *_OPEN) if getattr(options, name) is not None}
-    alone = told or options.student or is_released(options.run) or is_student(Path(options.run))
+    released = options.student or (is_released(options.run) and not is_student(Path(options.run)))
+    if released and vae is not None:
+        told = {"vae": vae, **told}
+    alone = told or released or is_student(Path(options.run))
     if options.ema is not None and alone:
         raise ConfigError("--ema chooses an average of a run, and a student alone has none")
     if options.student is not None:
@@ -423,7 +453,7 @@ def _sample(options: argparse.Namespace) -> None:
         num_samples = len(labels) if isinstance(labels, list) else 64
     run = _run(options)
     settings: dict[str, Any] = {
-        "steps": options.steps,
+        "steps": options.times or options.steps,
         "labels": labels,
         "guidance": options.guidance,
         "seed": options.seed,
@@ -443,10 +473,12 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from flowdistill.plumbing.registry import FEATURES
+    from flowdistill.evaluation.protocols import vae_of
+    from flowdistill.plumbing.registry import FEATURES, PROTOCOLS
     from flowdistill.runs.evaluating import evaluate
 
-    features = options.features
+    rules = PROTOCOLS.build(options.protocol)
+    features = options.features or rules.features
     if options.weights is not None:
         if features is None:
             raise ConfigError("--weights are of a network: name it by --features")
@@ -454,10 +486,11 @@ def _evaluate(options: argparse.Namespace) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         metrics = evaluate(
-            _run(options),
+            _run(options, vae_of(rules.autoencoder)),
+            protocol=options.protocol,
             metrics=options.metrics,
             num_samples=options.num_samples,
-            steps=options.steps,
+            steps=options.times or options.steps,
             labels=_labels(options),
             guidance=options.guidance,
             seed=options.seed,
@@ -467,6 +500,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             batch_size=options.batch_size,
             device=options.device,
             bootstrap=options.bootstrap,
+            out=options.out,
         )
     for warning in caught:
         print(f"flowdistill: {warning.message}", file=sys.stderr)
@@ -525,8 +559,21 @@ def _labels(options: argparse.Namespace) -> int | str | list[int] | None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from flowdistill.bench import bench, speed
+    from flowdistill.bench import bench, bench_systems, speed
+    from flowdistill.bench.imagenet import TABLES
+    from flowdistill.plumbing.distributed import rank_and_world
 
+    if options.suite in TABLES or options.suite.endswith(".py"):
+        if options.files is None:
+            raise ConfigError(f"{options.suite} measures released files: name their folder by --files")
+        names = ("reference", "protocol", "num_samples", "only", "weights", "batch_size", "device")
+        out = Path(options.out or Path(options.runs) / Path(options.suite).stem)
+        try:
+            bench_systems(options.suite, options.files, out=out, **{name: getattr(options, name) for name in names})
+        finally:
+            if rank_and_world()[0] == 0 and (out / "table.md").is_file():
+                print((out / "table.md").read_text(encoding="utf-8"))
+        return
     if options.suite == "speed":
         rounds = {"rounds": 3} if options.quick else {}
         out = options.out or Path(options.runs) / "speed"

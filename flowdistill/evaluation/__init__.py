@@ -14,6 +14,7 @@ from flowdistill.evaluation.metrics import (
     spread,
     wasserstein2,
 )
+from flowdistill.evaluation.protocols import Protocol
 from flowdistill.evaluation.references import load_images, reference_set
 from flowdistill.evaluation.samples import SampleSet, sample_set
 from flowdistill.evaluation.trajectories import ErrorAt, class_agreement, semigroup_error, trajectory_error
@@ -21,6 +22,7 @@ from flowdistill.evaluation.trajectories import ErrorAt, class_agreement, semigr
 __all__ = [
     "ErrorAt",
     "FeatureExtractor",
+    "Protocol",
     "SampleSet",
     "class_agreement",
     "class_information",

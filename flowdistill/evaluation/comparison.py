@@ -10,9 +10,10 @@ from typing import Any, Literal
 import attrs
 import gin
 import torch
-from attrs.validators import deep_iterable, ge, in_, min_len
+from attrs.validators import deep_iterable, ge, in_, min_len, optional
 from torch import Tensor
 
+from flowdistill.decoders import ROUNDINGS, Rounding
 from flowdistill.evaluation.features import FeatureExtractor
 from flowdistill.evaluation.metrics import measure
 from flowdistill.evaluation.references import NOTHING_TO_COMPARE, reference_set
@@ -25,9 +26,20 @@ from flowdistill.plumbing.flops import Flops
 from flowdistill.plumbing.machine import machine
 from flowdistill.plumbing.progress import progress
 from flowdistill.plumbing.randomness import step_generator
-from flowdistill.plumbing.registry import FEATURES, METRICS
-from flowdistill.runs.sampling import default_batch_size
+from flowdistill.plumbing.registry import FEATURES, METRICS, PROTOCOLS
+from flowdistill.runs.sampling import LABELS, default_batch_size, make_condition
 from flowdistill.solvers import Euler, RungeKutta4
+
+
+def _ruled(name: str, default: Any) -> Any:
+    """What a field is where nothing is bound: as the protocol says, where one is named, and else the default."""
+
+    def value(evaluation: Evaluation) -> Any:
+        rules = None if evaluation.protocol is None else PROTOCOLS.build(evaluation.protocol)
+        return default if rules is None else getattr(rules, name)
+
+    return attrs.Factory(value, takes_self=True)
+
 
 _STEPS: Any = deep_iterable(ge(1), iterable_validator=min_len(1))
 
@@ -37,15 +49,22 @@ _STEPS: Any = deep_iterable(ge(1), iterable_validator=min_len(1))
 class Evaluation:
     """What is measured at the end of a run."""
 
-    metrics: Sequence[str] = ("fid", "precision", "recall", "accuracy")
+    protocol: str | None = None
+    """The name of a `flowdistill.evaluation.Protocol`, which says whatever is not bound of metrics, features,
+    reference, number of samples, labels and rounding."""
+    metrics: Sequence[str] = attrs.field(default=_ruled("metrics", ("fid", "precision", "recall", "accuracy")))
     """The names of registered metrics."""
-    features: str | FeatureExtractor | None = None
+    features: str | FeatureExtractor | None = attrs.field(default=_ruled("features", None))
     """A feature extractor or its name; None compares samples with an exact teacher's own distribution."""
-    reference: str | None = None
+    reference: str | None = attrs.field(default=_ruled("reference", None))
     """A folder or a file of images, published statistics, or the name of a data set, see
     `flowdistill.evaluation.load_images`; None is the features of real data that come with the extractor."""
-    num_samples: int = attrs.field(default=2000, validator=ge(2))
+    num_samples: int = attrs.field(default=_ruled("num_samples", 2000), validator=ge(2))
     """The samples of each model."""
+    labels: str = attrs.field(default=_ruled("labels", "in_turn"), validator=in_(LABELS))
+    """The choice of classes: "in_turn", "balanced" or "random", see `flowdistill.sample`."""
+    rounding: Rounding | None = attrs.field(default=_ruled("rounding", None), validator=optional(in_(ROUNDINGS)))
+    """The rounding of images to bytes, see `flowdistill.decoders.quantize`; None is the model's own."""
     teacher_steps: Sequence[int] = attrs.field(default=(1, 4, 64), validator=_STEPS)
     """The Euler steps at which the teacher is measured beside the student; the last is its best."""
     student_steps: Sequence[int] = attrs.field(default=(1,), validator=_STEPS)
@@ -189,6 +208,7 @@ def write_metrics(
 ) -> None:
     """Write the rows of `compare` and what they rest on, such as the step of the training, as a JSON file."""
     record: dict[str, Any] = {} if step is None else {"step": step}
+    record |= {} if evaluation.protocol is None else {"protocol": evaluation.protocol}
     record |= {"num_samples": evaluation.num_samples, "seed": evaluation.seed, "machine": machine(), "rows": rows}
     record |= {"trajectory_errors": [attrs.asdict(error) for error in errors]} if errors else {}
     write_json(path, record)
@@ -202,14 +222,16 @@ def _drawn(
     size = default_batch_size(device)
     generator = step_generator(evaluation.seed, 0, stream)
     noise = torch.randn((n, *model.sample_shape), generator=generator).to(device)
-    condition = Condition.in_turn(model.num_classes, n, evaluation.guidance).to(device)
+    labels = None if model.num_classes is None else evaluation.labels
+    condition = make_condition(model.num_classes, n, labels, evaluation.guidance, evaluation.seed).to(device)
     total = n * sampler.cost(evaluation.guidance)[0]
     before, parts = sampler.model.evaluations, []
     with progress(f"drawing samples ({name})", total, lambda: sampler.model.evaluations - before):
         for part in (slice(i, i + size) for i in range(0, n, size)):
             with torch.autocast(device.type, torch.bfloat16, enabled=evaluation.precision == "bf16"):
                 samples = sampler(noise[part], condition[part], generator)
-            parts.append(sample_set(samples, condition[part].labels, evaluation.features, model.decoder))
+            told = condition[part].labels
+            parts.append(sample_set(samples, told, evaluation.features, model.decoder, evaluation.rounding))
     return SampleSet.join(parts), (sampler.model.evaluations - before) / n
 
 

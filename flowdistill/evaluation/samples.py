@@ -10,6 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from flowdistill.decoders import Rounding, quantize
 from flowdistill.evaluation.features import FeatureExtractor, load_features
 from flowdistill.evaluation.metrics import Moments, moments
 from flowdistill.interfaces import Decoder
@@ -100,6 +101,7 @@ def sample_set(
     labels: Tensor | None,
     features: str | FeatureExtractor | None,
     decoder: Decoder | None = None,
+    rounding: Rounding | None = None,
 ) -> SampleSet:
     """Samples (N, ...) and what a feature extractor says of them, or of the images they decode to; on the CPU.
 
@@ -108,6 +110,7 @@ def sample_set(
         labels: classes (N,), where there are any.
         features: an extractor or its name; None is the samples themselves.
         decoder: turns samples into images.
+        rounding: of the decoder's images to bytes; None is the decoder's own.
 
     Raises:
         NonFiniteError: samples are not finite.
@@ -120,7 +123,7 @@ def sample_set(
     if features is None:
         return SampleSet(samples.flatten(1).cpu(), labels)
     extractor = load_features(features).to(samples.device)
-    parts = [_extract(extractor, part, decoder) for part in torch.split(samples, _CHUNK)]
+    parts = [_extract(extractor, part, decoder, rounding) for part in torch.split(samples, _CHUNK)]
     logits = [part for _, part in parts if part is not None]
     return SampleSet(
         torch.cat([part for part, _ in parts]),
@@ -129,14 +132,17 @@ def sample_set(
     )
 
 
-def _extract(extractor: FeatureExtractor, samples: Tensor, decoder: Decoder | None) -> tuple[Tensor, Tensor | None]:
+def _extract(
+    extractor: FeatureExtractor, samples: Tensor, decoder: Decoder | None, rounding: Rounding | None
+) -> tuple[Tensor, Tensor | None]:
     images = samples.float() if decoder is None else decoder.decode(samples)
     if images.ndim != 4 or images.shape[1] not in (1, extractor.channels):
         raise DataError(
             f"{type(extractor).__name__} takes images of {extractor.channels} channels, not {tuple(images.shape[1:])}"
         )
     if decoder is not None and extractor.quantized:
-        images = decoder.to_uint8(images).float() / 127.5 - 1
+        pixels = decoder.to_uint8(images) if rounding is None else quantize(images, rounding)
+        images = pixels.float() / 127.5 - 1
     side = extractor.image_size
     if side is not None and images.shape[-2:] != (side, side):
         raise DataError(f"these features are of images of {side} by {side} pixels, not {tuple(images.shape[-2:])}")

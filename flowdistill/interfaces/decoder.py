@@ -15,6 +15,9 @@ class Decoder(ABC):
     Teachers and flow maps carry one; copies of a model share it.
     """
 
+    vae: str | None = None
+    """The autoencoder that decodes latents, where there are any."""
+
     @property
     def ready(self) -> bool:
         """Whether `decode` can be called as things are; False for latents whose autoencoder was not given."""

@@ -262,6 +262,7 @@ PAIRS = Registry("pair law")
 NETWORKS = Registry("network")
 DATASETS = Registry("dataset")
 METRICS = Registry("metric", home="flowdistill.evaluation.metrics")
+PROTOCOLS = Registry("protocol", gin_suffix="_protocol", home="flowdistill.evaluation.protocols")
 SOLVERS = Registry("solver")
 DECODERS = Registry("decoder")
 VERIFIERS = Registry("verifier", home="flowdistill.searching.verifiers")
@@ -275,7 +276,7 @@ REGISTRIES = {
     _plural(registry.kind): registry
     for registry in (
         TEACHERS, FLOW_MAPS, OBJECTIVES, VELOCITY_ESTIMATORS, TARGET_VELOCITIES, STATE_SOURCES,
-        TIME_SAMPLERS, PAIRS, NETWORKS, DATASETS, METRICS, SOLVERS, DECODERS, FEATURES, VERIFIERS,
+        TIME_SAMPLERS, PAIRS, NETWORKS, DATASETS, METRICS, PROTOCOLS, SOLVERS, DECODERS, FEATURES, VERIFIERS,
         SEARCH_STRATEGIES, CALLBACKS,
     )
 }  # fmt: skip
@@ -292,6 +293,7 @@ register_pairs = PAIRS.register
 register_network = NETWORKS.register
 register_dataset = DATASETS.register
 register_metric = METRICS.register
+register_protocol = PROTOCOLS.register
 register_solver = SOLVERS.register
 register_decoder = DECODERS.register
 register_features = FEATURES.register

@@ -11,17 +11,22 @@ import torch
 
 from flowdistill.evaluation.features import FeatureExtractor, load_features
 from flowdistill.evaluation.metrics import measure, spread
+from flowdistill.evaluation.protocols import Protocol
 from flowdistill.evaluation.references import Reference, reference_set, split
 from flowdistill.evaluation.samples import SampleSet, sample_set
 from flowdistill.interfaces import FlowMap, Jumps
+from flowdistill.paths import shifted
 from flowdistill.plumbing.distributed import find_device, rank_and_world
 from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.files import write_json
+from flowdistill.plumbing.machine import machine
 from flowdistill.plumbing.progress import progress
-from flowdistill.plumbing.registry import METRICS
+from flowdistill.plumbing.registry import FEATURES, METRICS, PROTOCOLS
 from flowdistill.runs.blocks import BLOCK, collect
 from flowdistill.runs.run import Run, on_device
 from flowdistill.runs.sampling import (
     Labels,
+    Steps,
     check_counts,
     check_guidance,
     default_batch_size,
@@ -34,9 +39,10 @@ from flowdistill.runs.sampling import (
 def evaluate(
     run: Run | FlowMap | str | Path,
     *,
-    metrics: Sequence[str] = ("fid",),
-    num_samples: int = 10_000,
-    steps: int = 1,
+    protocol: str | Protocol = "plain",
+    metrics: Sequence[str] | None = None,
+    num_samples: int | None = None,
+    steps: Steps = 1,
     labels: Labels = None,
     guidance: float | None = None,
     seed: int = 0,
@@ -47,6 +53,7 @@ def evaluate(
     device: str | torch.device | None = None,
     noise_floor: bool = True,
     bootstrap: int = 0,
+    out: str | Path | None = None,
 ) -> dict[str, float]:
     """Metrics of a run's student against the truth.
 
@@ -56,10 +63,12 @@ def evaluate(
 
     Args:
         run: a run directory, a checkpoint in it, or a `Run`; or a student, as `load_flow_map` gives it.
-        metrics: names that ``flowdistill list metrics`` shows.
-        num_samples: samples of the student, exactly.
+        protocol: how published figures are made, which is all that follows where it is not given, see
+            `flowdistill.evaluation.Protocol`; a name that ``flowdistill list protocols`` shows.
+        metrics: names that ``flowdistill list metrics`` shows; None is the protocol's, which is fid where none is said.
+        num_samples: samples of the student, exactly; None is the protocol's, 10 000 where none is said.
         steps: see `sample`.
-        labels: see `sample`. Where a published figure is to be met, published protocols draw them at ``"random"``.
+        labels: see `sample`.
         guidance: see `sample`.
         seed: of the noise.
         features: a feature extractor or its name, as ``flowdistill list feature_extractors`` shows; None is the one of
@@ -73,6 +82,7 @@ def evaluate(
         noise_floor: measure also a second true set of as many samples: the best that a student can look.
         bootstrap: estimate the spread of each metric over other seeds, from so many random halves of the samples; 0
             does not.
+        out: a JSON file for the figures and all that they rest on: the protocol, and what is other than it says.
 
     Returns:
         The metrics by their names; under ``NAME_noise_floor`` the same between two sets of true samples, one of
@@ -88,18 +98,29 @@ def evaluate(
         >>> flowdistill.evaluate("runs/ring", metrics=("w2",), num_samples=2000)  # doctest: +SKIP
         {'w2': 0.09, 'w2_noise_floor': 0.05}
     """
-    check_counts(num_samples=num_samples, batch_size=batch_size, bootstrap=bootstrap or None)
-    for name in metrics:
-        METRICS.get(name)
-    # What is compared: the student, and the truth as the call names it, or else as the run's own evaluation does.
+    # The protocol, and what the call or the run says in place of it.
+    rules: Protocol = PROTOCOLS.build(protocol) if isinstance(protocol, str) else protocol
     run = Run.of(run)
+    metrics = rules.metrics if metrics is None else metrics
+    num_samples = rules.num_samples if num_samples is None else num_samples
+    labels = rules.labels if labels is None and run.student.num_classes is not None else labels
+    features = rules.features if features is None else features
+    reference = rules.reference if reference is None else reference
     if run.evaluation is not None:
         features = run.evaluation.features if features is None else features
         reference = run.evaluation.reference if reference is None else reference
-    extractor = None if features is None else load_features(features)
+    if rules.shift is not None and isinstance(steps, int):
+        steps = shifted(torch.linspace(1.0, 0.0, steps + 1), rules.shift).tolist()
+    check_counts(num_samples=num_samples, batch_size=batch_size, bootstrap=bootstrap or None)
+    for name in metrics:
+        METRICS.get(name)
     check_guidance(run, guidance)
+
+    # What is compared: the student, and the truth.
+    extractor = None if features is None else load_features(features)
     place = find_device(device)
     flow_map = on_device(run.student, place)
+    renoise = flow_map.jumps is Jumps.TO_DATA if renoise is None else renoise
     condition = make_condition(flow_map.num_classes, num_samples, labels, guidance, seed)
     truth = None
     if rank_and_world()[0] == 0:
@@ -111,7 +132,7 @@ def evaluate(
         rows = condition[block * BLOCK :][:n]
         size = batch_size or default_batch_size(place)
         batches = draw(flow_map, n, rows, block, size, phase, steps=steps, seed=seed, renoise=renoise)
-        return sample_set(torch.cat(list(batches)), rows.labels, extractor, flow_map.decoder)
+        return sample_set(torch.cat(list(batches)), rows.labels, extractor, flow_map.decoder, rules.rounding)
 
     folder = run.folder(
         "evaluations",
@@ -120,8 +141,9 @@ def evaluate(
         steps=steps,
         guidance=guidance,
         seed=seed,
-        renoise=flow_map.jumps is Jumps.TO_DATA if renoise is None else renoise,
-        **({} if labels is None else {"labels": labels_as_json(labels)}),
+        renoise=renoise,
+        **({} if labels in (None, "in_turn") else {"labels": labels_as_json(labels)}),
+        **({} if rules.rounding is None else {"rounding": rules.rounding}),
     )
     with progress("drawing samples", num_samples) as phase:
         generated = collect(SampleSet, folder, num_samples, block_of_samples)
@@ -135,7 +157,38 @@ def evaluate(
         figures |= _noise_floors(metrics, num_samples, truth, again)
     if bootstrap:
         figures |= {f"{name}_std": v for name, v in spread(metrics, generated, truth, bootstrap, seed).items()}
+    if out is not None:
+        settings = {
+            "metrics": list(metrics),
+            "features": None if features is None else _name_of(features),
+            "reference": None if reference is None else str(reference),
+            "num_samples": num_samples,
+            "labels": labels_as_json(labels),
+            "rounding": rules.rounding,
+            "autoencoder": None if flow_map.decoder is None else flow_map.decoder.vae,
+        }
+        record = {
+            "protocol": protocol if isinstance(protocol, str) else None,
+            "otherwise": rules.otherwise(settings),
+            **settings,
+            "steps": steps,
+            "guidance": guidance,
+            "renoise": renoise,
+            "seed": seed,
+            "machine": machine(),
+            "figures": figures,
+        }
+        write_json(Path(out), record)
     return figures
+
+
+def _name_of(features: str | FeatureExtractor) -> str:
+    """The registered name of a feature extractor, or that of its class."""
+    if isinstance(features, str):
+        return features
+    with contextlib.suppress(ConfigError):
+        return FEATURES.name_of(type(features))
+    return type(features).__name__
 
 
 def _noise_floors(metrics: Sequence[str], n: int, truth: SampleSet, again: SampleSet | None) -> dict[str, float]:

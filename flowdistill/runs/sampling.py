@@ -25,13 +25,15 @@ Labels = int | str | Sequence[int] | Tensor | None
 """The classes of samples: one of all, one of each, or how they are chosen."""
 LABELS = ("in_turn", "balanced", "random")
 """How classes can be chosen."""
+Steps = int | Sequence[float]
+"""The jumps from noise to data: their number, or the decreasing times between which they go."""
 
 
 def sample(
     run: Run | FlowMap | str | Path,
     num_samples: int = 64,
     *,
-    steps: int = 1,
+    steps: Steps = 1,
     labels: Labels = None,
     guidance: float | None = None,
     seed: int = 0,
@@ -46,7 +48,8 @@ def sample(
     Args:
         run: a run directory, a checkpoint in it, or a `Run`; or a student, as `load_flow_map` gives it.
         num_samples: how many.
-        steps: jumps from noise to data; an anchored student, as FreeFlow trains it, takes 1.
+        steps: jumps from noise to data, or the times between which they go, such as (1.0, 0.55, 0.0); an anchored
+            student, as FreeFlow trains it, takes 1.
         labels: class of all samples or of each; ``"in_turn"`` (as None) is all classes one after another,
             ``"balanced"`` each of them equally often in random order, ``"random"`` a class at random for each sample.
         guidance: guidance scale, for a student trained over a range of scales; None is the student's own.
@@ -78,7 +81,7 @@ def batches(
     num_samples: int,
     batch_size: int | None,
     *,
-    steps: int,
+    steps: Steps,
     seed: int,
     renoise: bool | None,
 ) -> Generator[Tensor, None, None]:
@@ -183,7 +186,7 @@ def draw(
     size: int,
     phase: Phase,
     *,
-    steps: int,
+    steps: Steps,
     seed: int,
     renoise: bool | None,
 ) -> Generator[Tensor, None, None]:
@@ -194,13 +197,31 @@ def draw(
     like = next(flow_map.parameters())
     shape, fresh = (BLOCK, *flow_map.sample_shape), None
     noise = torch.randn(shape, generator=step_generator(seed, block, "sample"), dtype=like.dtype)
+    times = times_of(flow_map, steps)
     if flow_map.jumps is Jumps.TO_DATA if renoise is None else renoise:
-        times = (max(steps - 1, 0), *shape)
-        fresh = torch.randn(times, generator=step_generator(seed, block, "renoise"), dtype=like.dtype)
+        fresh = torch.randn(
+            (len(times) - 2, *shape), generator=step_generator(seed, block, "renoise"), dtype=like.dtype
+        )
     for part in (slice(i, min(i + size, n)) for i in range(0, n, size)):
-        again = None if fresh is None else fresh[:, part].to(like.device)
-        yield flow_map.sample(noise[part].to(like.device), steps, condition[part].to(like.device), renoise=again)
+        told = condition[part].to(like.device)
+        renoised = None if fresh is None else fresh[:, part].to(like.device)
+        yield flow_map.sample(noise[part].to(like.device), condition=told, times=times, renoise=renoised)
         phase.advance(part.stop - part.start)
+
+
+def times_of(flow_map: FlowMap, steps: Steps) -> Tensor:
+    """The times between which a student jumps: its own grid of a number of steps, or those that are given.
+
+    Raises:
+        ConfigError: no step at all, or times that do not decrease within [0, 1].
+    """
+    if isinstance(steps, int):
+        check_counts(steps=steps)
+        return flow_map.grid(steps)
+    times = torch.tensor([float(time) for time in steps])
+    if len(times) < 2 or bool((times.diff() >= 0).any()) or times[0] > 1 or times[-1] < 0:
+        raise ConfigError(f"steps are a number, or at least two times that decrease from 1 to 0, not {list(steps)}")
+    return times
 
 
 def default_batch_size(device: torch.device) -> int:

@@ -35,6 +35,7 @@ from flowdistill.runs.blocks import BLOCK, block_sizes, wait_for
 from flowdistill.runs.run import Run, on_device
 from flowdistill.runs.sampling import (
     Labels,
+    Steps,
     check_counts,
     check_guidance,
     default_batch_size,
@@ -51,7 +52,7 @@ def write_samples(
     *,
     raw: bool = False,
     shards: bool = False,
-    steps: int = 1,
+    steps: Steps = 1,
     labels: Labels = None,
     guidance: float | None = None,
     seed: int = 0,

@@ -1,0 +1,234 @@
+"""Tables of released systems, on tiny stand-ins of every family in their authors' formats."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import attrs
+import numpy as np
+import pytest
+import torch
+
+import flowdistill
+from flowdistill import PROTOCOLS, ConfigError
+from flowdistill.bench import System, SystemTable, bench_systems
+from flowdistill.bench.imagenet import TABLES
+from flowdistill.bench.systems import load_table
+from flowdistill.cli import main
+from flowdistill.flow_maps import SolvedTeacher
+from flowdistill.interfaces import Condition
+from flowdistill.plumbing import config
+from flowdistill.plumbing.errors import RunsFailedError
+from flowdistill.runs import evaluating
+from flowdistill.solvers import Euler, EulerMaruyama
+from flowdistill.teachers.gaussian import Ring
+
+STAND_INS = Path(__file__).parents[2] / "benchmarks" / "stand_ins.py"
+
+
+@pytest.fixture(scope="module")
+def stand_ins():
+    """The script, once: it registers its features."""
+    spec = importlib.util.spec_from_file_location("stand_ins", STAND_INS)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules["stand_ins"] = module
+    return module
+
+
+@pytest.fixture(scope="module")
+def files(stand_ins, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    stand_ins.write(folder)
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The systems that are measured, one by one."""
+    names, original = [], evaluating.evaluate
+
+    def noting(model, **settings):
+        names.append(type(model).__name__)
+        return original(model, **settings)
+
+    monkeypatch.setattr("flowdistill.bench.systems.evaluate", noting)
+    return names
+
+
+def small(table, *names):
+    """A table of some systems, with few samples."""
+    systems = [s for s in table.systems if s.name.removeprefix("stand-in of ") in names]
+    return SystemTable(systems=systems, protocol=attrs.evolve(table.protocol, num_samples=12, metrics=("fid",)))
+
+
+def rows(out):
+    return {(row["system"], row["steps"]): row for row in json.loads((out / "results.json").read_text())}
+
+
+def test_every_family_is_found_read_sampled_and_measured(files, cache, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", str(STAND_INS), "--files", str(files), "--out", str(tmp_path / "out"), "--num_samples", "12"])
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0
+    table = load_table(STAND_INS)
+    found = rows(tmp_path / "out")
+    expected = {(s.name, steps) for s in table.systems if s.is_in(files) for steps in s.published}
+    assert found.keys() == expected
+    assert all(np.isfinite(list(row["figures"].values())).all() for row in found.values())
+    assert found["stand-in of SiT", 5]["evaluations"] == 10  # guided
+    assert found["stand-in of EDM2, autoguided", 4]["evaluations"] == 14  # Heun's method, whose last step is Euler's
+    assert found["stand-in of imm_ts", 2]["evaluations"] == 4
+    assert found["stand-in of secant", 4]["evaluations"] == 4
+    assert printed == (tmp_path / "out" / "table.md").read_text() + "\n"
+    assert "| a system without a file | `not_there.pt` | nowhere | none |" in printed
+
+
+def test_a_figure_is_that_of_the_student_by_the_protocol(stand_ins, files, cache, tmp_path):
+    table = small(stand_ins.TABLE, "dmf", "secant", "SiT", "a system without a file")
+    bench_systems(table, files, out=tmp_path / "out", device="cpu")
+    found = rows(tmp_path / "out")
+    student = load("dmf", checkpoint=files / "dmf.pt", vae=files / "sd-vae-ft-ema", num_heads=4, early_blocks=3)
+    again = flowdistill.evaluate(
+        student, protocol=table.protocol, reference=files / "reference.npz", steps=2, device="cpu", noise_floor=False
+    )
+    assert found["stand-in of dmf", 2]["figures"] == again
+    assert found["stand-in of dmf", 2]["labels"] == "random"
+    assert found["stand-in of dmf", 2]["autoencoder"] == str(files / "sd-vae-ft-ema")
+    assert found["stand-in of dmf", 2]["parameters"] == sum(p.numel() for p in student.parameters())
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "not at hand" in text
+    assert "--gin.train.batch_size=128" in text
+
+
+def test_what_is_measured_is_not_measured_again(stand_ins, files, cache, measured, tmp_path):
+    folder = shutil.copytree(files, tmp_path / "files")
+    table, out = small(stand_ins.TABLE, "dmf", "meanflow"), tmp_path / "out"
+    bench_systems(table, folder, out=out, only=["meanflow"])
+    assert len(measured) == 1
+    bench_systems(table, folder, out=out)
+    bench_systems(table, folder, out=out)
+    assert len(measured) == 3  # of dmf in one and in two steps
+    assert len(rows(out)) == 3
+    tensors = torch.load(folder / "meanflow.pt")
+    tensors["ema"]["final_layer.linear.bias"] += 1
+    torch.save(tensors, folder / "meanflow.pt")
+    before = rows(out)["stand-in of meanflow", 1]["figures"]
+    bench_systems(table, folder, out=out)
+    assert len(measured) == 4
+    assert rows(out)["stand-in of meanflow", 1]["figures"] != before
+    bench_systems(table, folder, out=out, num_samples=10, only=["meanflow"])
+    assert len(measured) == 5
+    assert rows(out).keys() == {("stand-in of meanflow", 1)}  # no figures of two protocols in one table
+
+
+def test_a_file_that_cannot_be_read_is_a_row_that_says_so(stand_ins, files, cache, tmp_path):
+    folder = shutil.copytree(files, tmp_path / "files")
+    (folder / "dmf.pt").write_bytes(b"PK damaged")
+    table = small(stand_ins.TABLE, "dmf", "meanflow")
+    with pytest.raises(RunsFailedError, match="stand-in of dmf could not be measured"):
+        bench_systems(table, folder, out=tmp_path / "out")
+    found = rows(tmp_path / "out")
+    assert "figures" in found["stand-in of meanflow", 1]
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "| failed |" in text
+    assert "Failed: stand-in of dmf, 1 steps: " in text
+    shutil.copy(files / "dmf.pt", folder / "dmf.pt")
+    bench_systems(table, folder, out=tmp_path / "out")
+    assert "failed" not in (tmp_path / "out" / "table.md").read_text().lower()
+
+
+def test_mistakes_are_told(stand_ins, files, tmp_path):
+    table, out = small(stand_ins.TABLE, "dmf"), tmp_path / "out"
+    with pytest.raises(ConfigError, match="no system has any of nobody"):
+        bench_systems(table, files, out=out, only=["nobody"])
+    with pytest.raises(ConfigError, match=r"other\.npz is not there: name what figures are compared with"):
+        bench_systems(table, files, out=out, reference=tmp_path / "other.npz")
+    with pytest.raises(ConfigError, match="known are imagenet256, imagenet512"):
+        load_table("imagenet1024")
+    (tmp_path / "mine.py").write_text("TABLE = 3\n")
+    with pytest.raises(ConfigError, match=r"has no TABLE = flowdistill\.bench\.SystemTable"):
+        load_table(tmp_path / "mine.py")
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "imagenet256"])
+    assert stop.value.code == 2
+
+
+def test_without_any_file_the_table_says_where_each_is(tmp_path, capsys):
+    (tmp_path / "files").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "imagenet512", "--files", str(tmp_path / "files"), "--out", str(tmp_path / "out")])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for system in TABLES["imagenet512"].systems:
+        assert system.name in text
+    assert "hf://lumaai/tvm" in text
+    assert rows(tmp_path / "out") == {}
+
+
+SYSTEMS = [system for table in TABLES.values() for system in table.systems]
+
+
+def test_the_packaged_tables_name_what_exists():
+    names = {*flowdistill.FLOW_MAPS.all_names(), *flowdistill.TEACHERS.all_names()}
+    recipes = config.recipes()
+    bib = (Path(flowdistill.__file__).parent / "references.bib").read_text()
+    for table in TABLES.values():
+        assert len({s.name for s in table.systems}) == len(table.systems)
+        for system in table.systems:
+            assert system.loads is None or system.loads in names
+            assert system.protocol == "not known" or system.protocol in PROTOCOLS
+            assert f"{{{system.citation}," in bib
+            assert (system.kind == "teacher") == (system.solver is not None)
+            assert system.recipe is None or system.recipe in recipes
+            assert (system.file is None) == (system.loads is None)
+
+
+def test_a_solved_teacher_is_its_solver_and_counts_its_evaluations():
+    ring = Ring()
+    sampler = SolvedTeacher(ring, Euler(steps=8))
+    noise = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(sampler.sample(noise), Euler(steps=8).solve(ring, noise.double()).float())
+    assert sampler.evaluations == ring.evaluations == 2 * 5 * 8
+
+
+def test_a_stochastic_solver_draws_the_same_for_the_same_noises():
+    sampler = SolvedTeacher(Ring(), EulerMaruyama(steps=8))
+    noise = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    first, again = sampler.sample(noise), sampler.sample(noise)
+    assert torch.equal(first, again)
+    other = sampler.sample(noise + 1e-3)
+    assert float((other - first).abs().max()) > 0.1
+
+
+def test_samples_of_two_solvers_are_kept_apart():
+    one, two = (flowdistill.Run.of(SolvedTeacher(Ring(), Euler(steps=steps))) for steps in (4, 8))
+    assert one.identity != two.identity
+
+
+def test_conditions_reach_the_teacher():
+    seen = []
+
+    class Labelled(Ring):
+        def velocity(self, x, t, condition=None):
+            seen.append(condition.labels)
+            return super().velocity(x, t)
+
+    SolvedTeacher(Labelled(), Euler(steps=2)).sample(torch.zeros(2, 2), condition=Condition(torch.tensor([1, 2])))
+    assert [labels.tolist() for labels in seen] == [[1, 2], [1, 2]]
+
+
+def test_a_command_trains_what_the_table_names():
+    system = System(
+        name="x", kind="distilled", recipe="freeflow/imagenet.gin", bindings=("a.b = 'c d'", "train.steps = 3")
+    )
+    assert (
+        system.command() == "flowdistill train freeflow/imagenet.gin '--gin.a.b='\"'\"'c d'\"'\"'' --gin.train.steps=3"
+    )
