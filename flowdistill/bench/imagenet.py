@@ -43,7 +43,6 @@ def _edm2(name: str, size: str, file: str, fid: float, millions: float, **guided
 def _autoguided(size: str, file: str, weak: str, guide: str, scale: float) -> tuple[str, ...]:
     """The bindings of an EDM2 teacher that a less trained network guides, in place of a SiT."""
     return (
-        *_512,
         "guided.teacher = @edm2_teacher()",
         f"edm2_teacher.variant = 'edm2-{size}-512'",
         f"edm2_teacher.checkpoint = '{file}'",
@@ -384,12 +383,12 @@ _DISTILLED_512 = (
             citation=citation,
             source="not released",
             recipe=recipe,
-            bindings=_EDM2_S,
+            bindings=bindings,
         )
-        for name, citation, recipe in (
-            ("SDEI", "liu2025secant", "secant/sdei_imagenet.gin"),
-            ("FACM", "peng2026facm", "facm/imagenet.gin"),
-            ("pi-Flow", "chen2025piflow", "piflow/imagenet.gin"),
+        for name, citation, recipe, bindings in (
+            ("SDEI", "liu2025secant", "secant/sdei_imagenet.gin", (*_512, *_EDM2_S)),
+            ("FACM", "peng2026facm", "facm/imagenet.gin", (*_512, *_EDM2_S)),
+            ("pi-Flow", "chen2025piflow", "piflow/imagenet.gin", _EDM2_S),
         )
     ),
     System(

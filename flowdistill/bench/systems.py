@@ -15,11 +15,12 @@ import attrs
 import torch
 
 from flowdistill.bench.tables import Cells, markdown_table
-from flowdistill.evaluation.comparison import Sampler
+from flowdistill.evaluation.comparison import Sampler, in_words
 from flowdistill.evaluation.protocols import Protocol, vae_of
 from flowdistill.flow_maps import SolvedTeacher
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import FlowMap
+from flowdistill.plumbing import config
 from flowdistill.plumbing.distributed import find_device, rank_and_world
 from flowdistill.plumbing.errors import ConfigError, FlowDistillError, RunsFailedError, in_one_line
 from flowdistill.plumbing.files import file_parts, fingerprint, json_fingerprint, write_json, write_text
@@ -95,7 +96,11 @@ class System:
         """The command that trains such a system; None where no recipe does."""
         if self.recipe is None:
             return None
-        bindings = [f"--gin.{binding.replace(' = ', '=')}" for binding in self.bindings]
+        bindings = []
+        for binding in self.bindings:
+            name, _, value = binding.partition(" = ")
+            word = value.strip("'")
+            bindings.append(f"--gin.{name}={word if config.quoted(f'{name}={word}') != f'{name}={word}' else value}")
         return shlex.join(["flowdistill", "train", self.recipe, *bindings])
 
     def load(self, folder: Path, steps: int, autoencoder: Literal["ema", "mse"] | None = None) -> FlowMap:
@@ -278,6 +283,8 @@ def _written(rules: Protocol, name: str | Protocol, table: SystemTable, records:
     missing = [system for system in table.systems if not system.is_in(folder)]
     if missing:
         blocks += ["### Not at hand", markdown_table(_missing(missing))]
+        commands = [f"# {system.name}\n{command}" for system in missing if (command := system.command())]
+        blocks += ["### Training them", "```bash\n" + "\n".join(commands) + "\n```"] if commands else []
     measured = [record for _, _, record in records if "figures" in record]
     words = name if isinstance(name, str) else "of its own"
     notes = [
@@ -287,7 +294,7 @@ def _written(rules: Protocol, name: str | Protocol, table: SystemTable, records:
         + "."
     ]
     notes += sorted({f"{record['machine']}." for record in measured})
-    notes += [f"Failed: {s.name}, {steps} steps: {r['error']}" for s, steps, r in records if "error" in r]
+    notes += [f"Failed: {s.name}, {in_words(steps)}: {r['error']}" for s, steps, r in records if "error" in r]
     return "\n\n".join([*blocks, *notes]) + "\n"
 
 
@@ -306,7 +313,7 @@ def _cells(rules: Protocol, rows: _Records, folder: Path) -> Cells:
         body.append(
             [
                 system.name,
-                "" if millions is None else f"{millions:.3g}M",
+                "" if millions is None else f"{millions:.0f}M" if millions > 100 else f"{millions:.3g}M",
                 str(steps),
                 str(record.get("evaluations", "")),
                 "" if published is None else f"{published:g}",
@@ -319,10 +326,9 @@ def _cells(rules: Protocol, rows: _Records, folder: Path) -> Cells:
 
 
 def _missing(systems: Sequence[System]) -> Cells:
-    """Where to get each file, and how to train such a system."""
-    body: Cells = [["", "file", "from", "licence", "or train it"]]
+    """Where to get the files of each system."""
+    body: Cells = [["", "files", "from", "licence"]]
     for system in systems:
-        command = system.command()
-        files = ", ".join(f"`{name}`" for name in system.files()) or "none that a reader takes"
-        body.append([system.name, files, system.source, system.licence, f"`{command}`" if command else ""])
+        files = ", ".join(f"`{name}`" for name in system.files())
+        body.append([system.name, files, system.source, system.licence])
     return body

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import runpy
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import attrs
 import numpy as np
 import pytest
 import torch
+from student_files import load
 
 import flowdistill
 from flowdistill import PROTOCOLS, ConfigError
@@ -139,7 +142,7 @@ def test_a_file_that_cannot_be_read_is_a_row_that_says_so(stand_ins, files, cach
     assert "figures" in found["stand-in of meanflow", 1]
     text = (tmp_path / "out" / "table.md").read_text()
     assert "| failed |" in text
-    assert "Failed: stand-in of dmf, 1 steps: " in text
+    assert "Failed: stand-in of dmf, 1 step: " in text
     shutil.copy(files / "dmf.pt", folder / "dmf.pt")
     bench_systems(table, folder, out=tmp_path / "out")
     assert "failed" not in (tmp_path / "out" / "table.md").read_text().lower()
@@ -226,9 +229,41 @@ def test_conditions_reach_the_teacher():
 
 
 def test_a_command_trains_what_the_table_names():
-    system = System(
-        name="x", kind="distilled", recipe="freeflow/imagenet.gin", bindings=("a.b = 'c d'", "train.steps = 3")
+    bindings = ("edm2_teacher.variant = 'edm2-s-512'", "latents.sample_shape = (4, 64, 64)", "train.steps = 3")
+    system = System(name="x", kind="distilled", recipe="freeflow/imagenet.gin", bindings=bindings)
+    command = system.command()
+    assert command == (
+        "flowdistill train freeflow/imagenet.gin --gin.edm2_teacher.variant=edm2-s-512 "
+        "'--gin.latents.sample_shape=(4, 64, 64)' --gin.train.steps=3"
     )
-    assert (
-        system.command() == "flowdistill train freeflow/imagenet.gin '--gin.a.b='\"'\"'c d'\"'\"'' --gin.train.steps=3"
-    )
+    given = [word.removeprefix("--gin.") for word in shlex.split(command)[3:]]
+    assert [config.quoted(binding).replace(" ", "") for binding in given] == [b.replace(" ", "") for b in bindings]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_committed_page_shows_the_table(name, cache, tmp_path):
+    bench_systems(name, tmp_path, out=tmp_path / "out")
+    committed = Path(__file__).parents[2] / "benchmarks" / "results" / name / "table.md"
+    assert (tmp_path / "out" / "table.md").read_text() == committed.read_text()
+
+
+def test_the_committed_plans_are_of_the_recipes_and_have_the_published_sizes():
+    plans = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "plans.json").read_text())
+    wanted = runpy.run_path(str(STAND_INS.with_name("plans.py")))["wanted"]()
+    assert {title: (row["recipe"], tuple(row["bindings"])) for title, row in plans.items()} == {
+        title: (recipe, bindings) for title, (recipe, bindings, _) in wanted.items()
+    }
+    for title, (_, _, published) in wanted.items():
+        if published is not None:
+            assert plans[title]["parameters"] == pytest.approx(1e6 * published, rel=0.01), title
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
+def test_the_recipe_of_a_system_can_be_planned(system):
+    """EDM2-XXL's are left out, which take a minute each: benchmarks/plans.py plans them."""
+    if system.recipe is None or "XXL" in system.name:
+        pytest.skip("no recipe, or a large one")
+    found = flowdistill.plan(system.recipe, gin_bindings=system.bindings)
+    if system.parameters is not None:
+        assert found.parameters["student"] == pytest.approx(1e6 * system.parameters, rel=0.01)
