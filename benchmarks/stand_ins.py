@@ -61,7 +61,12 @@ if "means_of_stand_ins" not in FEATURES:  # which is so the first time that this
 
 def _student(family: str, steps: Sequence[int], name: str | None = None, **more: Any) -> System:
     file = {"imm_ts": "imagenet256_ts_a1.pkl", "imm_s": "imagenet256_s_a1.pkl", "tvm": "im256_w1p75.pkl"}
-    file |= {"imf": "iMF-tiny-2.pth", "piflow_repa": "gmrepa_k6_2step", "piflow_fm": "gmdit_k6_1step"}
+    file |= {
+        "facm": "3ep-stg2.pt",
+        "imf": "iMF-tiny-2.pth",
+        "piflow_repa": "gmrepa_k6_2step",
+        "piflow_fm": "gmdit_k6_1step",
+    }
     name = name or family
     return System(
         name=f"stand-in of {name}",
@@ -115,6 +120,7 @@ TABLE = SystemTable(
         _student("imm_s", (1,)),
         _student("tvm", (1,)),
         _student("imf", (1,)),
+        _student("facm", (1, 2), beside={"statistics": "latents_stats.pt", "vae": "vavae"}),
         _student("piflow_repa", (2,)),
         _student("piflow_fm", (1,)),
         System(
@@ -143,7 +149,7 @@ TABLE = SystemTable(
 def write(folder: Path) -> None:
     """Write all files of the table, an autoencoder and images to compare with."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("dmf", "dmf512", "meanflow", "secant", "stee", "alphaflow", "imm_ts", "imm_s", "tvm", "imf"):
+    for name in ("dmf", "dmf512", "meanflow", "secant", "stee", "alphaflow", "imm_ts", "imm_s", "tvm", "imf", "facm"):
         written(name, folder)
     for name in ("piflow_repa", "piflow_fm"):
         written(name, folder)
@@ -170,6 +176,9 @@ def write(folder: Path) -> None:
     for kind in ("ema", "mse"):
         vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
         vae.save_pretrained(folder / f"sd-vae-ft-{kind}")
+    vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=16)
+    vae.save_pretrained(folder / "vavae")
+    torch.save({"mean": torch.zeros(1, 16, 1, 1), "std": torch.ones(1, 16, 1, 1)}, folder / "latents_stats.pt")
     images = np.random.default_rng(0).integers(0, 255, (200, 8, 8, 3), dtype=np.uint8)
     np.savez(folder / "reference.npz", arr_0=images)
 

@@ -33,6 +33,7 @@ ARGUMENTS = {
 ARGUMENTS |= {"imm_ts": {"num_classes": 10}, "imm_s": {"num_classes": 10}, "piflow_repa": {}, "piflow_fm": {}}
 ARGUMENTS |= {"tvm": {"num_classes": 10}}
 ARGUMENTS |= {"imf": {"num_classes": 10, "input_size": 8, "guidance": 8.0, "interval": (0.4, 0.65)}}
+ARGUMENTS |= {"facm": {}}
 _SHARED = {"stee": "secant", "imm_ts": "imm", "imm_s": "imm", "piflow_repa": "piflow", "piflow_fm": "piflow"}
 
 
@@ -68,6 +69,11 @@ def written(name: str, folder: Path, tensors: Mapping[str, Tensor] | None = None
         path = folder / "im256_w1p75.pkl"
         path.write_bytes(pickled(tensors, network="TVMWrapper", change=lambda release: {"net": release["ema"]}))
         return path
+    if name == "facm":
+        averages = {f"ema_models.{n}.ema_model.{k}": v + (1 - n) for n in (0, 1) for k, v in tensors.items()}
+        other = {k: v + 2 for k, v in tensors.items()}
+        torch.save({"model": other, "emas": averages, "epoch": 3}, folder / "3ep-stg2.pt")
+        return folder / "3ep-stg2.pt"
     if name == "imf":
         torch.save(dict(tensors), folder / "iMF-tiny-2.pth")
         return folder / "iMF-tiny-2.pth"

@@ -120,7 +120,7 @@ FLOW_MAP_BUILDERS = {
 
 IMF = {"input_size": 4, "patch_size": 2, "in_channels": 2, "hidden_size": 16, "shared_depth": 1, "head_depth": 1}
 IMF |= {"num_heads": 2, "mlp_size": 16, "num_classes": 3}
-STUDENTS = {"sit_student": "dmf", "piflow_student": "piflow_repa", "imf_student": "imf"}
+STUDENTS = {"sit_student": "dmf", "piflow_student": "piflow_repa", "imf_student": "imf", "facm_student": "facm"}
 
 
 @pytest.mark.parametrize("name", packaged(FLOW_MAPS))

@@ -246,16 +246,22 @@ _DISTILLED_256 = (
         licence="none stated",
         recipe="dmf/imagenet.gin",
     ),
-    System(
-        name="FACM, LightningDiT-XL",
-        kind="distilled",
-        published={1: 1.70, 2: 1.32},
-        protocol="facm",
-        parameters=675,
-        citation="peng2026facm",
-        source="hf://Peterande/FACM, of another network and autoencoder that no reader takes",
-        licence="Apache-2.0",
-        recipe="facm/imagenet.gin",
+    *(
+        System(
+            name=f"FACM, LightningDiT-XL, {epochs} epochs",
+            kind="distilled",
+            published=published,
+            protocol="facm",
+            parameters=675,
+            citation="peng2026facm",
+            loads="facm-xl/1-256",
+            file=f"{epochs}ep-stg2.pt",
+            beside={"statistics": "latents_stats.pt", "vae": "vavae-imagenet256-f16d32"},
+            source="hf://Peterande/FACM; its autoencoder VA-VAE in the form of diffusers",
+            licence="Apache-2.0",
+            recipe="facm/imagenet.gin" if epochs == 100 else None,
+        )
+        for epochs, published in ((100, {2: 1.32}), (400, {1: 1.70}))
     ),
     System(
         name="FreeFlow from SiT-XL/2",
@@ -314,7 +320,7 @@ _SCRATCH_512 = (
         name="sCT, EDM2-XXL",
         kind="from scratch",
         published={1: 4.29, 2: 3.76},
-        parameters=1500,
+        parameters=1523,
         citation="lu2025scm",
         source="not released",
         recipe="consistency/sct_imagenet.gin",

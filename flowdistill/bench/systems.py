@@ -59,6 +59,8 @@ class System:
     """The licence of the file, as its authors state it."""
     arguments: Mapping[str, Any] = attrs.field(factory=dict)
     """Further arguments of what is loaded."""
+    beside: Mapping[str, str] = attrs.field(factory=dict)
+    """Arguments that are further files or folders, under the names that they are looked for."""
     autoencoder: Literal["ema", "mse"] = "ema"
     """The autoencoder of its authors."""
     guidance: float | None = None
@@ -76,7 +78,8 @@ class System:
 
     def files(self) -> list[str]:
         """The names of the files that it is loaded from."""
-        return [name for name in (self.file, self.guide and self.guide[1]) if name is not None]
+        names = (self.file, self.guide and self.guide[1], *self.beside.values())
+        return [name for name in names if name is not None]
 
     def is_in(self, folder: Path) -> bool:
         """Whether all its files are in a folder."""
@@ -118,6 +121,7 @@ class System:
         vae = str(vae_of(autoencoder or self.autoencoder))
         own = folder / Path(vae).name
         told = {"vae": str(own) if own.is_dir() else vae, **self.arguments}
+        told |= {name: str(folder / file) for name, file in self.beside.items()}
         if self.loads is None:
             return load_flow_map(folder / self.file)
         with warnings.catch_warnings():

@@ -15,12 +15,15 @@ from flowdistill.networks.linear import Linear
 from flowdistill.plumbing.errors import ConfigError
 
 
-class _RmsNorm(nn.Module):
+class RmsNorm(nn.Module):
+    """Features over their root mean square, times a learned weight."""
+
     def __init__(self, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
+        """X (..., size), normalised."""
         return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * self.weight
 
 
@@ -45,7 +48,7 @@ class _Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(size, size, bias=False) for _ in range(4))
-        self.q_norm, self.k_norm = _RmsNorm(size // heads), _RmsNorm(size // heads)
+        self.q_norm, self.k_norm = RmsNorm(size // heads), RmsNorm(size // heads)
 
     def forward(self, x: Tensor) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
@@ -71,7 +74,7 @@ class _Mlp(nn.Module):
 class _Block(nn.Module):
     def __init__(self, size: int, heads: int, hidden: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = _RmsNorm(size), _RmsNorm(size)
+        self.norm1, self.norm2 = RmsNorm(size), RmsNorm(size)
         self.attn, self.mlp = _Attention(size, heads), _Mlp(size, hidden)
         self.attn_scale, self.mlp_scale = nn.Parameter(torch.zeros(size)), nn.Parameter(torch.zeros(size))
 
@@ -94,7 +97,7 @@ class _PatchEmbedding(nn.Module):
 class _FinalLayer(nn.Module):
     def __init__(self, size: int, out: int) -> None:
         super().__init__()
-        self.norm, self.linear = _RmsNorm(size), Linear(size, out)
+        self.norm, self.linear = RmsNorm(size), Linear(size, out)
 
     def forward(self, x: Tensor) -> Tensor:
         projected: Tensor = self.linear(self.norm(x))

@@ -27,7 +27,8 @@ SIZES = {
 """The published sizes, as arguments of `SiT`; patches are of 2, 4 or 8."""
 
 
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """The tokens x (B, T, D), scaled by 1 + scale and shifted, (B, D) each."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
@@ -99,8 +100,8 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate1[:, None] * self.attn(_modulate(self.norm1(x), shift1, scale1))
-        result: Tensor = x + gate2[:, None] * self.mlp(_modulate(self.norm2(x), shift2, scale2))
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
+        result: Tensor = x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
         return result
 
 
@@ -113,7 +114,7 @@ class _FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        projected: Tensor = self.linear(_modulate(self.norm_final(x), shift, scale))
+        projected: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
         return projected
 
 

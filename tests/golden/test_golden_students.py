@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import re
 
 import pytest
 import torch
@@ -268,3 +269,52 @@ IMF_MODULES = {
 def test_imf(files, key):
     bound = 2e-5 if key.startswith("intermediates/") else 1e-5
     assert error(imf(files, key), golden("students/imf_tiny")[key]) <= bound
+
+
+# Flow-anchored consistency models, whose network is LightningDiT.
+
+
+def facm(files, key):
+    data, flow_map = golden("students/facm_tiny"), _loaded(files["facm"], "facm")
+    kind, name, *steps = key.split("/")
+    zero, y = torch.zeros(4), torch.where(data["inputs/y"] == 1000, NULL_LABEL, data["inputs/y"])
+    x, t, condition = data["inputs/x"], data["derived/t"], Condition(y)
+    if kind == "samples":
+        count, z, drawn = int(steps[0].removeprefix("steps")), data["inputs/z"], Condition(data["inputs/labels"])
+        if name == "euler_of_jumps":  # which takes jumps for velocities
+            for i in range(count):
+                start = torch.full((3,), 1 - i / count)
+                z = z - flow_map.average_velocity(z, start, torch.zeros(3), drawn) / count
+            return z
+        if "cfg" in name:
+            flow_map = _loaded(files["facm"], "facm", guidance=1.6)
+            drawn = drawn.guided(interval=(0.0, 0.9))  # in the authors' time from .1 on
+        return flow_map.sample(z, count, drawn, renoise=data["noise/consistency"][: count - 1].float())
+    if kind == "intermediates":
+        module = FACM_MODULES.get(name) or re.sub(r"^block(\d)_(attn|mlp)_out$", r"blocks.\1.\2", name)
+        module = "network." + re.sub(r"^block(\d)_out$", r"blocks.\1", module)
+        call = functools.partial(flow_map.average_velocity, x, t, zero, condition)
+        return recorded(flow_map, [module], call)[module]
+    if name == "velocity":
+        found = flow_map.velocity(x, t, condition)
+    elif name == "X_to_data":
+        found = flow_map(x, t, zero, condition)
+    else:
+        found = flow_map.average_velocity(x, t, zero, condition)
+    return -found if kind == "outputs" else found
+
+
+FACM_MODULES = {
+    "t_embedding": "t_embedder",
+    "y_embedding": "y_embedder",
+    "tokens_in": "x_embedder",
+    "final_layer_out": "final_layer",
+}
+
+
+@pytest.mark.parametrize("key", [key for key in outputs("students/facm_tiny") if key != "derived/t"])
+def test_facm(files, key):
+    found = facm(files, key)
+    if key == "intermediates/tokens_in":
+        found = found + _loaded(files["facm"], "facm").network.pos_embed
+    assert error(found, golden("students/facm_tiny")[key]) <= (2e-5 if "cfg1" in key else 1e-5)
