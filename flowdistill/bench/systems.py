@@ -290,10 +290,10 @@ def _written(rules: Protocol, name: str | Protocol, table: SystemTable, records:
         commands = [f"# {system.name}\n{command}" for system in missing if (command := system.command())]
         blocks += ["### Training them", "```bash\n" + "\n".join(commands) + "\n```"] if commands else []
     measured = [record for _, _, record in records if "figures" in record]
-    words = name if isinstance(name, str) else "of its own"
+    words = f"`{name}`" if isinstance(name, str) else "the table's own"
     notes = [
         f"Published figures are by the protocols that their column names, and do not compare with one another. "
-        f"Measured figures are all by one, {words}"
+        f"Measured figures are all by one protocol, {words}"
         + "".join(f", but {key} {value}" for key, value in (measured[0]["otherwise"] if measured else {}).items())
         + "."
     ]

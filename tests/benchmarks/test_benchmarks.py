@@ -1,5 +1,6 @@
 """The benchmark scripts, and that the README says what one of them wrote."""
 
+import json
 import runpy
 from pathlib import Path
 
@@ -18,6 +19,22 @@ def test_figures_of_the_readme_are_those_of_the_committed_table():
     rows = {name.strip(): cells for _, name, *cells in (line.split("|") for line in table.splitlines() if "|" in line)}
     student, teacher = rows["FreeFlow"][0].strip("* "), rows["teacher, 16 steps"][1].strip()
     assert f"is {student} against {teacher}," in (ROOT / "README.md").read_text()
+
+
+def test_ratios_on_the_page_of_costs_are_those_of_the_committed_table():
+    costs = json.loads((SCRIPTS / "results" / "speed_float32" / "results.json").read_text())
+    found = {(cost["group"], cost["name"]): cost for cost in costs}
+    pairs = [("meanflow, loss and gradients", "zhuyu_meanflow")]
+    pairs += [("meanflow_distillation, loss and gradients", "fastgen_meanflow")]
+    page = (ROOT / "docs" / "costs.md").read_text()
+    for figure, words in (("measured", "ours takes {} and {} of the time of the first, and {} and {} of the second"),
+                          ("counted", "The counts are {} and {}, and {} and {}:")):  # fmt: skip
+        ratios = [
+            f"{found[setting, ours][figure] / found[setting, theirs][figure]:.2f}"
+            for ours, theirs in pairs
+            for setting in ("mnist_sit", "mnist_edm2")
+        ]
+        assert words.format(*ratios) in page
 
 
 @pytest.mark.parametrize("suite", ["digits", "mnist"])
