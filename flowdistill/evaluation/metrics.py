@@ -165,7 +165,7 @@ def wasserstein2(a: Tensor, b: Tensor) -> float:
         1.0
     """
     from scipy.optimize import linear_sum_assignment, linprog
-    from scipy.sparse import block_array, eye_array, kron
+    from scipy.sparse import eye, kron, vstack
     from scipy.spatial.distance import cdist
 
     _check(1, a, b)
@@ -174,7 +174,7 @@ def wasserstein2(a: Tensor, b: Tensor) -> float:
     if (size := math.lcm(n, m)) <= 4 * max(n, m):
         repeated = cost.repeat(size // n, axis=0).repeat(size // m, axis=1)
         return float(repeated[linear_sum_assignment(repeated)].mean() ** 0.5)
-    sums = block_array([[kron(eye_array(n), np.ones((1, m)))], [kron(np.ones((1, n)), eye_array(m))]])
+    sums = vstack([kron(eye(n), np.ones((1, m))), kron(np.ones((1, n)), eye(m))])
     mass = np.concatenate([np.full(n, 1 / n), np.full(m, 1 / m)])
     return float(max(linprog(cost.ravel(), A_eq=sums, b_eq=mass).fun, 0.0) ** 0.5)
 

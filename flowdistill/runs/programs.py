@@ -61,12 +61,12 @@ class _AverageVelocity(_Jump):
 
 def _exported(student: FlowMap, function: type[_Jump] = _Jump) -> tuple[torch.export.ExportedProgram, list[str]]:
     jump = function(student)
-    batch = torch.export.Dim("batch")
+    batch = torch.export.Dim("batch", max=2**31 - 1)  # PyTorch 2.5 needs a limit
     rest = tuple({0: batch} for _ in jump.names[3:])
     sizes: Any = (*({0: batch} for _ in range(3)), *((rest,) if rest else ()))
     try:
         with torch.no_grad():
-            return torch.export.export(jump, jump.inputs(), dynamic_shapes=sizes), jump.names
+            return torch.export.export(jump, jump.inputs(), dynamic_shapes=sizes, strict=False), jump.names
     except Exception as error:  # of whatever a network does
         reason = str(error).partition("\n")[0][:200]
         raise ConfigError(f"PyTorch cannot write {type(student).__name__} as a program: {reason}") from error
