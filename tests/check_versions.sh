@@ -26,6 +26,9 @@ check() { # name, interpreter, then what pip is to install first, from the index
     "$bin/flowdistill" train freeflow/ring.gin --gin.train.steps=20 --gin.evaluation.num_samples=100 --workdir run
     "$bin/flowdistill" sample run --num_samples 16 --out samples.npz
     test -s run/report.md -a -s samples.npz
+    "$bin/flowdistill" train meanflow --on plane --gin.train.steps=5 --gin.evaluation.num_samples=100 --workdir plane
+    "$bin/flowdistill" export plane student --programs torch diffusers
+    test -s student/student.pt2 -a -s student/flow_map/flow_map.pt2
     "$bin/flowdistill" doctor
     cd "$root"
 }
