@@ -6,6 +6,8 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python -m
 DEMO ?= runs/demo
 SHARE ?= 1  # of the trials of the torture suite
+OLDEST ?= python3.10
+NEWEST ?= python3.14
 
 # A plain `pip install torch` fetches gigabytes of CUDA packages, so a machine without a GPU takes the CPU build.
 # torchvision, which torch-fidelity needs, comes from the same place: one of another build cannot be imported.
@@ -15,7 +17,7 @@ TORCH_FALLBACK ?= torch==2.13.0
 SUITES = toy digits freeflow mismatch synergy ablations mnist_ablations guidance fashion_mnist  # mnist: in a night
 DELTAS = (0.125, 0.25, 0.5, 0.75, 0.9, 1.0)  # of docs/claims/errors.md
 
-.PHONY: demo test test-all torture lint docs benchmarks clean
+.PHONY: demo test test-all torture versions lint docs benchmarks clean
 
 demo: $(VENV)/installed
 	$(RUN) flowdistill train freeflow/mnist.gin --workdir $(DEMO) $(DEMO_FLAGS)
@@ -29,6 +31,9 @@ torture: $(VENV)/installed
 
 test-all: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(RUN) pytest -n auto --dist loadfile
+
+versions:  # the oldest and the newest Python and torch, in new virtual environments: gigabytes
+	tests/check_versions.sh $(OLDEST) $(NEWEST)
 
 lint: $(VENV)/developer
 	$(RUN) ruff check .

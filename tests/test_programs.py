@@ -70,7 +70,7 @@ def test_inputs_are_those_that_the_student_takes(tmp_path):
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path):
-    with pytest.raises(ConfigError, match="torch or onnx, not tflite"):
+    with pytest.raises(ConfigError, match="torch, onnx, diffusers, not tflite"):
         export(NetworkFlowMap(MLP(dim=2)), tmp_path / "student", programs=["tflite"])
 
     @flowdistill.register_network("asks_for_values")

@@ -271,8 +271,9 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--private", action="store_true", help="make a repository on the hub a private one")
     export.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="of the stored weights")
     export.add_argument(
-        "--programs", nargs="+", choices=["torch", "onnx"], default=[], help="for those without flowdistill"
-    )
+        "--programs", nargs="+", choices=["torch", "onnx", "diffusers"], default=[],
+        help="for those without flowdistill: student.pt2, student.onnx, a pipeline of diffusers",
+    )  # fmt: skip
     export.set_defaults(command=_export)
 
     convert = commands.add_parser("convert", help="write a checkpoint of others, or a run, as a model folder")

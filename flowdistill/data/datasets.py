@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 
+import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -91,7 +93,7 @@ def _whole(labels: Tensor, n: int) -> Tensor:
 
 @register_dataset("digits")
 class Digits(ImageDataset):
-    """The 1797 handwritten digits of 8x8 pixels that scikit-learn carries, in [-1, 1], with their 10 classes.
+    """The 1797 handwritten digits of 8x8 pixels that scikit-learn carries too, in [-1, 1], with their 10 classes.
 
     They are the test part of the UCI data set "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak 1998).
     """
@@ -99,12 +101,9 @@ class Digits(ImageDataset):
     num_classes = 10
 
     def __init__(self) -> None:
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        super().__init__(
-            torch.from_numpy(digits.images).float()[:, None] / 8 - 1, torch.from_numpy(digits.target).long()
-        )
+        with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as digits:
+            images, labels = (torch.from_numpy(digits[name]) for name in ("images", "labels"))
+        super().__init__(images.float()[:, None] / 8 - 1, labels.long())
 
 
 @register_dataset("exact_samples")

@@ -14,6 +14,8 @@ import io
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +28,27 @@ from flowdistill.plumbing.fields import short
 from flowdistill.plumbing.gin_errors import errors_located, located
 from flowdistill.plumbing.hints import hints_of, in_words, matches, takes_words_alone, too_large
 from flowdistill.plumbing.randomness import ONE_AT_A_TIME
-from flowdistill.plumbing.registry import load_all, load_plugins, unknown_name
+from flowdistill.plumbing.registry import PLUGIN_GROUP, load_all, load_plugins, unknown_name
 from flowdistill.plumbing.statements import BOUND, Reference, Statement, last_name, parts_of, readable, references_in
 
 _RECIPE_PACKAGES = ("flowdistill.algorithms", "flowdistill.teachers")
 
 
 def recipe_roots() -> list[Path]:
-    """The folders that hold packaged recipes: ``freeflow/digits.gin`` lies in one of them."""
+    """The folders that hold packaged recipes: ``freeflow/digits.gin`` lies in one of them.
+
+    The packages of installed plug-ins come last, so that none of them hides what the library has.
+    """
     packages = [Path(importlib.import_module(name).__path__[0]) for name in _RECIPE_PACKAGES]
-    return [*packages, Path(__file__).parents[1] / "configs"]
+    return [*packages, Path(__file__).parents[1] / "configs", *_plugin_roots()]
+
+
+@functools.cache
+def _plugin_roots() -> list[Path]:
+    """The folders of the packages that installed plug-ins name; none of them is imported."""
+    packages = sorted({plugin.module.partition(".")[0] for plugin in entry_points(group=PLUGIN_GROUP)})
+    specs = filter(None, map(find_spec, packages))
+    return [Path(place) for spec in specs for place in spec.submodule_search_locations or ()]
 
 
 def recipes() -> list[str]:
@@ -55,19 +68,22 @@ def gin_files() -> list[str]:
 @functools.cache
 def methods() -> dict[str, Path]:
     """The packaged methods by name: the gin files that bind an objective and leave the rest to a setting."""
-    found = {}
+    found: dict[str, Path] = {}
     for path in (path for root in recipe_roots() for path in root.rglob("*.gin")):
         bound = {statement.name for statement in statements(path)}
         if "train.objective" in bound and "train.steps" not in bound:
-            found[path.stem] = path
+            found.setdefault(path.stem, path)
     return dict(sorted(found.items()))
 
 
 @functools.cache
 def settings() -> dict[str, Path]:
     """The packaged settings by name: a teacher, a student, an optimiser, a budget, data and an evaluation."""
-    found = (Path(__file__).parents[1] / "configs" / "settings").glob("*.gin")
-    return {path.stem: path for path in sorted(found) if any(s.name == "train.steps" for s in statements(path))}
+    found: dict[str, Path] = {}
+    for path in (path for root in recipe_roots() for path in (root / "settings").glob("*.gin")):
+        if any(statement.name == "train.steps" for statement in statements(path)):
+            found.setdefault(path.stem, path)
+    return dict(sorted(found.items()))
 
 
 def composed(method: str | Path, setting: str | Path) -> list[Path]:

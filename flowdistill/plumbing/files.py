@@ -72,7 +72,7 @@ def replaced_folder(folder: Path, check: Callable[[Path], object] | None = None)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        for path in partial.iterdir():
+        for path in filter(Path.is_file, partial.rglob("*")):
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
         if check is not None:

@@ -49,11 +49,23 @@ samples = flowdistill.sample(student, 16{arguments})
 
 `load_flow_map("hf://OWNER/NAME")` takes the same folder from HuggingFace.
 Samples have the shape {shape}.
-{facts}
+{pipeline}{facts}
 ## Where it comes from
 
 {origin}
 {citation}"""
+
+_PIPELINE = """
+Without flowdistill, by diffusers 0.39 or later, which runs the files `pipeline.py` and `flow_map/flow_map.py`:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained({place!r}, trust_remote_code=True)
+samples = pipeline({arguments}, num_inference_steps=1).images
+```
+
+"""
 
 
 def export(
@@ -76,9 +88,10 @@ def export(
         folder: where to; it must not exist, or be empty. ``"hf://OWNER/NAME"`` is a repository of the HuggingFace hub,
             which is made if it is not there; it needs the user to be logged in there.
         dtype: in which weights are stored; they are always loaded as float32.
-        programs: write the student's jump X(x, t, s) also as a program for those who do not have this library: "torch"
-            as ``student.pt2`` of `torch.export`, "onnx" as ``student.onnx``. Further inputs are the labels of a
-            conditional student, and the scales of one that takes guidance. Weights are in float32.
+        programs: for those who do not have this library, write the student's jump X(x, t, s) also as a program:
+            "torch" as ``student.pt2`` of `torch.export`, "onnx" as ``student.onnx``. Further inputs are the labels of a
+            conditional student, and the scales of one that takes guidance. "diffusers" makes the folder a pipeline of
+            diffusers as well, with a copy of the autoencoder that was named. Weights are in float32.
         private: whether a repository that is made is private.
 
     Returns:
@@ -111,7 +124,7 @@ def _written(
     """Write the folder; ``place`` is where its card says that it is loaded from."""
     check_free(folder)
     if unknown := set(programs) - PROGRAMS.keys():
-        raise ConfigError(f"programs are {' or '.join(PROGRAMS)}, not {', '.join(sorted(map(str, unknown)))}")
+        raise ConfigError(f"programs are {', '.join(PROGRAMS)}, not {', '.join(sorted(map(str, unknown)))}")
     if isinstance(source, (str, Path)) and (is_released(str(source)) or str(source) in released_students()):
         source = load_flow_map(source)
     run = Run.of(source)
@@ -125,7 +138,9 @@ def _written(
             drawn = _picture(again, partial / "samples.png")
             for name in programs:
                 PROGRAMS[name](again, partial)
-            card = _card(folder.name, place, student, described["origin"], run.objective, drawn)
+            card = _card(
+                folder.name, place, student, described["origin"], run.objective, drawn, "diffusers" in programs
+            )
             write_text(partial / "README.md", card)
     except OSError as error:
         raise CheckpointWriteError(f"cannot write {folder}: {error}; nothing was left there") from error
@@ -150,7 +165,10 @@ def _pushed(source: Run | FlowMap | str | Path, repository: str, private: bool, 
                     repo_id=name,
                     folder_path=folder,
                     commit_message="A student of flowdistill",
-                    delete_patterns=["student.*", "samples.png"],  # of another student, which this one may not have
+                    delete_patterns=[  # of another student, which this one may not have
+                        *("student.*", "samples.png"),
+                        *("model_index.json", "pipeline.py", "flow_map/*", "scheduler/*", "vae/*"),
+                    ],
                 )
         except Exception as error:  # of a name, of rights, or any of the libraries that speak HTTP for the hub's
             raise CheckpointWriteError(f"the hub does not take {repository}: {in_one_line(error)}") from error
@@ -201,7 +219,13 @@ def _picture(student: FlowMap, path: Path) -> bool:
 
 
 def _card(
-    name: str, place: str, student: FlowMap, origin: Mapping[str, Any], objective: Objective | None, drawn: bool
+    name: str,
+    place: str,
+    student: FlowMap,
+    origin: Mapping[str, Any],
+    objective: Objective | None,
+    drawn: bool,
+    pipeline: bool,
 ) -> str:
     """The model card."""
     from flowdistill.evaluation.report import table
@@ -235,6 +259,12 @@ def _card(
         place=place if place.startswith("hf://") else name,
         arguments=arguments,
         shape=" x ".join(map(str, student.sample_shape)),
+        pipeline=_PIPELINE.format(
+            place=place.removeprefix("hf://") if place.startswith("hf://") else name,
+            arguments="batch_size=16" if student.num_classes is None else "class_labels=[0] * 16",
+        )
+        if pipeline
+        else "",
         facts="\n".join(facts) + "\n",
         origin=told,
         citation=f"\n```bibtex\n{objective.citation}\n```\n" if objective is not None and objective.citation else "",

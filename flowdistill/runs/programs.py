@@ -1,7 +1,8 @@
-"""Students as programs, for those who do not have this library: of `torch.export`, and ONNX."""
+"""Students for those who do not have this library: programs of `torch.export` and ONNX, pipelines of diffusers."""
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowdistill.interfaces import Condition, FlowMap
+from flowdistill.decoders import Pixels, StableDiffusionVae
+from flowdistill.interfaces import Condition, FlowMap, Jumps
+from flowdistill.paths import shifted
 from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.files import write_json
 
 
 class _Jump(nn.Module):
@@ -26,8 +30,12 @@ class _Jump(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, *rest: Tensor) -> Tensor:
         given = dict(zip(self.names[3:], rest, strict=True))
-        result: Tensor = self.student(x, t, s, Condition(given.get("labels"), given.get("guidance")))
-        return result
+        return self.result(x, t, s, Condition(given.get("labels"), given.get("guidance")))
+
+    def result(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition) -> Tensor:
+        """What is computed."""
+        jump: Tensor = self.student(x, t, s, condition)
+        return jump
 
     def inputs(self) -> tuple[Tensor, ...]:
         """An example of two jumps."""
@@ -43,14 +51,22 @@ class _Jump(nn.Module):
         return tuple(values[name] for name in self.names)
 
 
-def _exported(student: FlowMap) -> tuple[torch.export.ExportedProgram, list[str]]:
-    jump = _Jump(student)
-    batch = torch.export.Dim("batch")
+class _AverageVelocity(_Jump):
+    """The average velocity F(x, t, s), as `_Jump` the jump."""
+
+    def result(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition) -> Tensor:
+        """What is computed."""
+        return self.student.average_velocity(x, t, s, condition)
+
+
+def _exported(student: FlowMap, function: type[_Jump] = _Jump) -> tuple[torch.export.ExportedProgram, list[str]]:
+    jump = function(student)
+    batch = torch.export.Dim("batch", max=2**31 - 1)  # PyTorch 2.5 needs a limit
     rest = tuple({0: batch} for _ in jump.names[3:])
     sizes: Any = (*({0: batch} for _ in range(3)), *((rest,) if rest else ()))
     try:
         with torch.no_grad():
-            return torch.export.export(jump, jump.inputs(), dynamic_shapes=sizes), jump.names
+            return torch.export.export(jump, jump.inputs(), dynamic_shapes=sizes, strict=False), jump.names
     except Exception as error:  # of whatever a network does
         reason = str(error).partition("\n")[0][:200]
         raise ConfigError(f"PyTorch cannot write {type(student).__name__} as a program: {reason}") from error
@@ -75,5 +91,59 @@ def _onnx(student: FlowMap, folder: Path) -> None:
         written.save(folder / "student.onnx")
 
 
-PROGRAMS: Mapping[str, Callable[[FlowMap, Path], None]] = {"torch": _torch, "onnx": _onnx}
-"""What writes a student's jump into a folder, in evaluation mode, for batches of any size."""
+def _diffusers(student: FlowMap, folder: Path) -> None:
+    """A pipeline: the average velocity as a program, a scheduler, the autoencoder of latents, and what joins them."""
+    start, shift = getattr(student, "start", 1.0), getattr(student, "shift", 1.0)
+    if not torch.allclose(student.grid(4), shifted(start * FlowMap.grid(student, 4), shift)):
+        raise ConfigError(f"the times of a {type(student).__name__} are not those of diffusers' scheduler")
+
+    # What the pipeline is to know of the decoder.
+    images: dict[str, Any] = {"scale": 1.0, "bias": 0.0, "black": -1.0, "white": 1.0, "crop": None, "needs_vae": False}
+    decoder = student.decoder
+    if isinstance(decoder, Pixels):
+        images |= {"scale": 1 / decoder.scale, "crop": decoder.crop}
+    elif isinstance(decoder, StableDiffusionVae):
+        black, white = decoder.pixel_range
+        images |= {"scale": decoder.scale, "bias": decoder.bias, "black": black, "white": white, "needs_vae": True}
+    elif decoder is not None:
+        raise ConfigError(f"a pipeline of diffusers does not know how {type(decoder).__name__} decodes")
+
+    # The parts.
+    program, _ = _exported(student, _AverageVelocity)
+    for part in ("flow_map", "scheduler"):
+        (folder / part).mkdir()
+    torch.export.save(program, folder / "flow_map" / "flow_map.pt2")
+    network = {
+        "_class_name": "FlowMap",
+        "sample_shape": list(student.sample_shape),
+        "num_classes": student.num_classes,
+        "guidance_scale": student.guidance,
+        "start": start,
+        "anchored": not student.has_velocity,
+        "renoise": student.jumps is Jumps.TO_DATA,
+    }
+    scheduler = {"_class_name": "FlowMapEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": shift}
+    write_json(folder / "flow_map" / "config.json", network)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    vae: list[str | None] = [None, None]
+    if isinstance(decoder, StableDiffusionVae) and decoder.ready:
+        decoder.autoencoder().save_pretrained(folder / "vae")
+        vae = ["diffusers", "AutoencoderKL"]
+
+    # What joins them.
+    pipeline = {
+        "_class_name": ["pipeline", "FlowMapPipeline"],
+        "flow_map": ["flow_map", "FlowMap"],
+        "scheduler": ["diffusers", "FlowMapEulerDiscreteScheduler"],
+        "vae": vae,
+        "images": images,
+    }
+    write_json(folder / "model_index.json", pipeline)
+    shutil.copy(_FILES / "pipeline.py", folder)
+    shutil.copy(_FILES / "flow_map.py", folder / "flow_map")
+
+
+_FILES = Path(__file__).parent / "pipeline_files"
+
+PROGRAMS: Mapping[str, Callable[[FlowMap, Path], None]] = {"torch": _torch, "onnx": _onnx, "diffusers": _diffusers}
+"""What writes a student into a folder, in evaluation mode, for batches of any size."""

@@ -262,7 +262,7 @@ def test_a_data_free_run_touches_no_data(tmp_path, monkeypatch):
     for name in packaged(DATASETS):
         monkeypatch.setattr(DATASETS.get(name), "__init__", refuse)
         monkeypatch.setattr(DATASETS.get(name), "sample", refuse)
-    monkeypatch.setattr("sklearn.datasets.load_digits", refuse)
+    monkeypatch.setattr("numpy.load", refuse)
     with pytest.raises(AssertionError):
         DATASETS.build("digits")
     bindings = [

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from flowdistill import ConfigError, DataError
-from flowdistill.data import ImageDataset
+from flowdistill.data import Digits, ImageDataset
 from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.networks import SiT
 from flowdistill.pairs import Diagonal
@@ -71,3 +71,9 @@ def test_more_classes_than_the_student_knows_are_refused_before_training():
     source = NoisedData(dataset=ImageDataset(SHADES))
     source.setup(student, None)
     assert source.sample(5, Diagonal(), torch.Generator()).condition.labels is None
+
+
+def test_digits_are_scikit_learns():
+    digits, known = Digits(), pytest.importorskip("sklearn.datasets").load_digits()
+    assert torch.equal(digits.images, torch.from_numpy(known.images).float()[:, None] / 8 - 1)
+    assert torch.equal(digits.labels, torch.from_numpy(known.target).long())

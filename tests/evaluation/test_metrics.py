@@ -65,6 +65,28 @@ def test_wasserstein_distance_of_an_optimal_map(dim, seed):
         assert metrics.sliced_wasserstein2(x, y) == pytest.approx(float(wanted), rel=1e-6)
 
 
+@given(n=st.integers(1, 12), m=st.integers(1, 12), copies=st.integers(1, 3), dim=st.integers(1, 3))
+def test_wasserstein_distances_of_different_numbers(n, m, copies, dim):
+    """Repeated points change neither distance, whether an assignment or a linear program is solved."""
+    x, y = normal(n, dim), normal(m, dim, 1) + 0.3
+    for distance in (metrics.wasserstein2, metrics.sliced_wasserstein2):
+        wanted = distance(x.repeat(m, 1), y.repeat(n, 1))
+        assert distance(x, y) == pytest.approx(wanted, rel=1e-7)
+        assert distance(x.repeat(copies, 1), y) == pytest.approx(wanted, rel=1e-7)
+        assert distance(y, x) == pytest.approx(wanted, rel=1e-7)
+
+
+@pytest.mark.parametrize(("n", "m"), [(200, 200), (200, 100), (60, 100), (31, 37)])
+def test_wasserstein_distances_are_pots(n, m):
+    ot = pytest.importorskip("ot")
+    x, y = normal(n, 3).numpy(), normal(m, 3, 1).numpy() + 0.3
+    exact = float(ot.emd2([], [], ot.dist(x, y, metric="sqeuclidean"))) ** 0.5
+    sliced = float(ot.sliced_wasserstein_distance(x, y, n_projections=200, seed=7))
+    x, y = torch.from_numpy(x), torch.from_numpy(y)
+    assert metrics.wasserstein2(x, y) == pytest.approx(exact, rel=1e-12)
+    assert metrics.sliced_wasserstein2(x, y, seed=7) == pytest.approx(sliced, rel=1e-12)
+
+
 @given(n=st.integers(2, 700), m=st.integers(2, 50), dim=st.integers(1, 5))
 def test_energy_distance_is_scipys(n, m, dim):
     x, y = normal(n, dim), normal(m, dim, 1) + 0.3
