@@ -32,7 +32,7 @@ panels = {
 side_by_side(panels, "mnist.png")
 
 # %%
-names = ("fid", "recall", "accuracy")
+names = ("fid", "recall")
 metrics = flowdistill.evaluate(run, metrics=names, features="mnist", num_samples=1000)
 for name, value in metrics.items():
     print(f"{name}: {value:.3g}")
