@@ -17,7 +17,7 @@ TORCH_FALLBACK ?= torch==2.13.0
 SUITES = toy digits freeflow mismatch synergy ablations mnist_ablations guidance fashion_mnist  # mnist: in a night
 DELTAS = (0.125, 0.25, 0.5, 0.75, 0.9, 1.0)  # of docs/claims/errors.md
 
-.PHONY: demo test test-all torture versions lint docs benchmarks clean
+.PHONY: demo test test-all torture versions lint docs check-site gallery benchmarks clean
 
 demo: $(VENV)/installed
 	$(RUN) flowdistill train freeflow/mnist.gin --workdir $(DEMO) $(DEMO_FLAGS)
@@ -42,6 +42,17 @@ lint: $(VENV)/developer
 
 docs: $(VENV)/developer
 	$(RUN) mkdocs build --strict
+
+check-site: docs
+	$(VENV)/bin/python docs/check_site.py
+
+gallery: $(VENV)/installed
+	mkdir -p runs/gallery
+	for script in docs/gallery/*.py; do \
+		name=$$(basename $$script .py); \
+		(cd runs/gallery && $(abspath $(VENV))/bin/python ../../$$script >$$name.txt) || exit 1; \
+		cp runs/gallery/$$name.png runs/gallery/$$name.txt docs/gallery/; \
+	done
 
 benchmarks: $(VENV)/installed
 	$(RUN) flowdistill bench speed --out benchmarks/results/speed

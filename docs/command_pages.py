@@ -59,7 +59,7 @@ def _names(action: argparse.Action) -> str:
 
 
 def _words(values: Any) -> str:
-    return " ".join(values) if isinstance(values, tuple) else "\\|".join(map(str, values))
+    return " ".join(values) if isinstance(values, tuple) else "|".join(map(str, values))
 
 
 def _help(command: argparse.ArgumentParser, action: argparse.Action) -> str:

@@ -26,6 +26,21 @@ train.sample_every = 0
 train.checkpoint_every = 4
 """
 
+FLOW_MATCHING = """
+train.objective = @flow_matching()
+train.flow_map = @network()
+network.network = @mlp()
+network.conditioning = 'instantaneous'
+mlp.num_classes = None
+train.states = @noised_data()
+noised_data.dataset = @exact_samples()
+exact_samples.teacher = @ring()
+train.optimizer = @AdamW
+AdamW.lr = 1e-3
+train.steps = 2000
+train.batch_size = 256
+"""
+
 
 def write(path: Path, text: str = RING, **changes: object) -> Path:
     """A gin file with some bindings changed."""

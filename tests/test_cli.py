@@ -191,7 +191,7 @@ def test_a_reader_that_stops_early_gets_no_message():
 
 
 def test_a_terminal_sees_a_live_bar(folder):
-    """On a pseudo-terminal the bar shows steps, loss, speed and time left."""
+    """On a pseudo-terminal the bar shows steps, error, learning rate, speed and time left, and never a nan."""
     primary, secondary = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "flowdistill", "train", "--gin_file", "ring.gin", "--workdir", "bar"],
@@ -212,7 +212,8 @@ def test_a_terminal_sees_a_live_bar(folder):
         output += chunk
     assert process.wait() == 0
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output.decode())
-    assert re.search(r"bar .*12/12 +loss [\d.]+ +[\d.]+ steps/s +\d:\d\d:\d\d", text)
+    assert re.search(r"bar .*12/12 +error [\d.]+ +lr [\d.]+ +[\d.]+ steps/s +\d:\d\d:\d\d", text)
+    assert "nan" not in text
 
 
 @pytest.mark.parametrize(

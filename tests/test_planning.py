@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import command
+from runs import FLOW_MATCHING, command, write
 from torch import nn
 
 import flowdistill
@@ -84,10 +84,10 @@ def test_a_plan_says_what_training_does(tmp_path):
     assert result.memory["optimisers"] == 2 * trained  # AdamW keeps two numbers for each parameter
 
 
-def test_flops_of_a_perceptron_are_those_of_its_matrices():
+def test_flops_of_a_perceptron_are_those_of_its_matrices(tmp_path):
     """Flow matching: one forward pass, and a backward pass of twice its products but for the first layer's input."""
     bindings = ["train.batch_size = 10", "train.steps = 2", "mlp.hidden_size = 32", "mlp.depth = 1"]
-    result = plan("flow_matching/ring.gin", gin_bindings=bindings)
+    result = plan(gin_file=write(tmp_path / "ring.gin", FLOW_MATCHING), gin_bindings=bindings)
     size, sinusoids = 32, 256
     inputs = [2 * size, sinusoids * size]  # whose inputs need no gradient
     inner = [size * size, 2 * size * size, size * size, size * size, size * 2]

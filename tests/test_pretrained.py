@@ -8,7 +8,7 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
-from runs import command, write
+from runs import FLOW_MATCHING, command, write
 from tiny_teachers import NETWORKS, SIT, checkpoint, python, teacher_of, velocity
 
 import flowdistill
@@ -300,7 +300,7 @@ def test_a_checkpoint_of_others_is_converted(tmp_path):
 
 
 def test_a_run_of_flow_matching_is_converted(tmp_path):
-    flowdistill.train(gin_file="flow_matching/ring.gin", gin_bindings=RING, workdir=tmp_path / "run")
+    flowdistill.train(gin_file=write(tmp_path / "ring.gin", FLOW_MATCHING), gin_bindings=RING, workdir=tmp_path / "run")
     of_run, again = (
         load_teacher(tmp_path / "run"),
         load_teacher(flowdistill.convert(tmp_path / "run", tmp_path / "model")),

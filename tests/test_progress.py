@@ -8,6 +8,7 @@ import pytest
 
 from flowdistill.plumbing import progress as module
 from flowdistill.plumbing.progress import bars, progress
+from flowdistill.training.run_log import RunLog
 
 
 class Screen(io.StringIO):
@@ -120,3 +121,29 @@ def test_only_the_first_process_says_anything(screen, monkeypatch):
         phase.advance(1)
         time.sleep(0.1)
     assert said.text() == ""
+
+
+RECORD = {"loss": 1.003, "error": 0.25, "learning_rate": 3e-4, "steps_per_second": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("record", "figure"), [(RECORD, "error 0.25"), ({k: v for k, v in RECORD.items() if k != "error"}, "loss 1.003")]
+)
+def test_a_training_says_the_error_where_there_is_one(screen, tmp_path, record, figure):
+    said = screen(terminal=False)
+    with RunLog(tmp_path, 0, 20) as log:
+        log.advance(5)
+        assert said.text() == ""
+        log.write(20, record)
+    assert said.text() == f"step 20/20  {figure}  lr 0.0003  5.0 steps/s  0 s left\n"
+
+
+def test_a_bar_has_no_figures_before_the_first_record(screen, tmp_path):
+    said = screen(terminal=True)
+    with RunLog(tmp_path, 0, 20) as log:
+        log.advance(4)
+        said.wait_for("4/20")
+        assert not re.search("nan|error|loss|lr", said.text())
+        log.write(5, RECORD)
+        log.advance(5)
+        said.wait_for(r"5/20 +error 0\.25 +lr 0\.0003 +5\.0 steps/s")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import RING, write
+from runs import FLOW_MATCHING, RING, write
 
 import flowdistill
 from flowdistill import CheckpointError, ConfigError, Run
@@ -168,7 +168,8 @@ def test_models_of_a_run_stay_where_they_are(path):
 
 def test_a_run_is_a_teacher(tmp_path):
     bindings = ["mlp.hidden_size = 8", "mlp.depth = 1", "train.batch_size = 8", "train.steps = 2"]
-    flowdistill.train(gin_file="flow_matching/ring.gin", gin_bindings=bindings, workdir=tmp_path / "run", report=False)
+    ring = write(tmp_path / "ring.gin", FLOW_MATCHING)
+    flowdistill.train(gin_file=ring, gin_bindings=bindings, workdir=tmp_path / "run", report=False)
     run = Run(tmp_path / "run")
     teacher = flowdistill.load_teacher(run)
     x, t = torch.randn(3, 2), torch.rand(3)

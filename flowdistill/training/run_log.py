@@ -20,8 +20,9 @@ _REJECTED = "metrics.rejected"
 class RunLog:
     """Writes the records of a run, and shows the latest.
 
-    On a terminal there is a live bar with loss, steps per second and time left; elsewhere a line now and then. Nothing
-    here ends a training: records that cannot be written are lost, and a warning says so once.
+    On a terminal there is a live bar with the error, the learning rate, steps per second and time left; elsewhere a
+    line with the same now and then. Where the objective records no ``error`` its loss is shown. Nothing here ends a
+    training: records that cannot be written are lost, and a warning says so once.
 
     Args:
         workdir: the run directory.
@@ -33,7 +34,7 @@ class RunLog:
     def __init__(self, workdir: Path, first_step: int, steps: int) -> None:
         self._workdir, self._path = workdir, workdir / "metrics.jsonl"
         self._name, self._first_step, self._steps = workdir.name, first_step, steps
-        self._speed, self._last_line = "", time.monotonic()
+        self._latest, self._last_line = "", time.monotonic()
         self._open = contextlib.ExitStack()
         self._lost: set[str] = set()
         with self.tolerating("metrics.jsonl"):
@@ -82,18 +83,20 @@ class RunLog:
 
     def advance(self, step: int) -> None:
         """Move the bar."""
-        self._bars.update(self._bar, completed=step, note=f"{step}/{self._steps}  {self._speed}")
+        self._bars.update(self._bar, completed=step, note=f"{step}/{self._steps}  {self._latest}")
 
     def write(self, step: int, record: Mapping[str, float]) -> None:
         """Log the averages of the steps since the last record."""
         with self.tolerating("metrics.jsonl"), self._path.open("a") as file:
             file.write(json.dumps({"step": step, **record}) + "\n")
-        self._speed = f"loss {record['loss']:.4g}  {record['steps_per_second']:.1f} steps/s"
+        name = "error" if "error" in record else "loss"
+        figures = f"{name} {record[name]:.4g}  lr {record['learning_rate']:.3g}"
+        self._latest = f"{figures}  {record['steps_per_second']:.1f} steps/s"
         now = time.monotonic()
         if not self._console.is_terminal and (now - self._last_line > 10 or step == self._steps):
             self._last_line = now
             left = (self._steps - step) / max(record["steps_per_second"], 1e-9)
-            self.say(f"step {step}/{self._steps}  {self._speed}  {left:.0f} s left")
+            self.say(f"step {step}/{self._steps}  {self._latest}  {left:.0f} s left")
 
     def say(self, message: str) -> None:
         """Print a line above the bar."""
