@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flowdistill.interfaces import Condition, Decoder, FlowMap, Jumps, Teacher
 from flowdistill.interfaces._counting import count
 from flowdistill.networks import ScalarEmbedding, VelocityNetwork
-from flowdistill.paths import expand_time, shifted
+from flowdistill.paths import expand_time
 from flowdistill.plumbing.dry import placed
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.fields import short
@@ -121,7 +121,7 @@ class NetworkFlowMap(FlowMap):
         self.guidance_embedding = ScalarEmbedding(size, zero_init=True) if embeds_guidance else None
         self.guidance_input, self.guidance_range = guidance_input, guidance_range
         self.guidance_output = guidance_output
-        self.start, self.shift = start, shift
+        self.first_time, self.time_shift = start, shift
 
     def average_velocity(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None) -> Tensor:
         """F(x, t, s)."""
@@ -158,10 +158,6 @@ class NetworkFlowMap(FlowMap):
         time = torch.where(s < t, -t, t) if self.conditioning == "expanded" else t
         return self.network.velocity(x, time, labels, embedding, s if self.conditioning == "decoupled" else None)
 
-    def grid(self, steps: int) -> Tensor:
-        """Times from ``start`` to 0, evenly spaced before their shift."""
-        return shifted(self.start * super().grid(steps), self.shift)
-
     def built_by(self) -> tuple[str, dict[str, Any]]:
         """Its own arguments."""
         return "network", {
@@ -173,8 +169,8 @@ class NetworkFlowMap(FlowMap):
             "guidance_input": self.guidance_input,
             "guidance_range": self.guidance_range,
             "guidance_output": self.guidance_output,
-            "start": self.start,
-            "shift": self.shift,
+            "start": self.first_time,
+            "shift": self.time_shift,
         }
 
     @property

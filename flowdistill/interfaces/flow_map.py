@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flowdistill.interfaces._counting import Counted, counted
 from flowdistill.interfaces.condition import Condition
 from flowdistill.interfaces.decoder import Decoder
-from flowdistill.paths import expand_time, interpolate
+from flowdistill.paths import expand_time, interpolate, shifted
 from flowdistill.plumbing.errors import ConfigError
 
 
@@ -51,6 +51,10 @@ class FlowMap(nn.Module, Counted, ABC):
     """The jumps that are meaningful."""
     guidance: float | None = None
     """The guidance scale of samples that name none; None for a map that takes no scales."""
+    first_time: float = 1.0
+    """The first time of samples, at which a state is noise alone, or is taken to be."""
+    time_shift: float = 1.0
+    """The shift of the times of several steps, see `flowdistill.paths.shifted`."""
     suffixes: ClassVar[tuple[str, ...]] = ()
     """The suffixes of other people's files that a flow map reads from its argument ``checkpoint``."""
 
@@ -99,8 +103,8 @@ class FlowMap(nn.Module, Counted, ABC):
         raise ConfigError(f"a {type(self).__name__} does not tell what builds it: its class lacks built_by")
 
     def grid(self, steps: int) -> Tensor:
-        """The times (steps + 1,) between which samples jump: evenly spaced from 1 to 0."""
-        return torch.linspace(1.0, 0.0, steps + 1)
+        """The times (steps + 1,) between which samples jump, from ``first_time`` to 0: evenly spaced, then shifted."""
+        return shifted(self.first_time * torch.linspace(1.0, 0.0, steps + 1), self.time_shift)
 
     @torch.no_grad()
     def sample(

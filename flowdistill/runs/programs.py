@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from flowdistill.decoders import Pixels, StableDiffusionVae
 from flowdistill.interfaces import Condition, FlowMap, Jumps
-from flowdistill.paths import shifted
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.files import write_json
 
@@ -93,8 +92,7 @@ def _onnx(student: FlowMap, folder: Path) -> None:
 
 def _diffusers(student: FlowMap, folder: Path) -> None:
     """A pipeline: the average velocity as a program, a scheduler, the autoencoder of latents, and what joins them."""
-    start, shift = getattr(student, "start", 1.0), getattr(student, "shift", 1.0)
-    if not torch.allclose(student.grid(4), shifted(start * FlowMap.grid(student, 4), shift)):
+    if not torch.allclose(student.grid(4), FlowMap.grid(student, 4)):
         raise ConfigError(f"the times of a {type(student).__name__} are not those of diffusers' scheduler")
 
     # What the pipeline is to know of the decoder.
@@ -118,11 +116,12 @@ def _diffusers(student: FlowMap, folder: Path) -> None:
         "sample_shape": list(student.sample_shape),
         "num_classes": student.num_classes,
         "guidance_scale": student.guidance,
-        "start": start,
+        "start": student.first_time,
         "anchored": not student.has_velocity,
         "renoise": student.jumps is Jumps.TO_DATA,
     }
-    scheduler = {"_class_name": "FlowMapEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": shift}
+    scheduler = {"_class_name": "FlowMapEulerDiscreteScheduler", "num_train_timesteps": 1000}
+    scheduler["shift"] = student.time_shift
     write_json(folder / "flow_map" / "config.json", network)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     vae: list[str | None] = [None, None]

@@ -67,7 +67,7 @@ def test_what_the_files_say(tmp_path):
     """The stored heads, the grid that begins at 0.994, guidance by two evaluations, and whitened latents."""
     student = load(written("imm_ts", tmp_path), **ARGUMENTS["imm_ts"])
     assert student.network.arguments["num_heads"] == 4
-    assert (student.conditioning, student.start, student.guidance) == ("two_time", 0.994, 1.5)
+    assert (student.conditioning, student.first_time, student.guidance) == ("two_time", 0.994, 1.5)
     assert student.guidance_input == "null_label"
     assert load(written("imm_s", tmp_path), **ARGUMENTS["imm_s"]).conditioning == "end_time"
     mean, std = (0.86488, -0.27787343, 0.21616915, 0.3738409), (4.85503674, 5.31922414, 3.93725398, 3.9870003)
@@ -116,7 +116,7 @@ def test_what_the_files_of_tvm_say(tmp_path):
     student = load(written("tvm", tmp_path), **TVM)
     assert student.network.arguments["num_heads"] == 3
     assert (student.guidance, student.guidance_input, student.guidance_output) == (1.75, "inverse", True)
-    assert (student.conditioning, student.start) == ("two_time", 1.0)
+    assert (student.conditioning, student.first_time) == ("two_time", 1.0)
     plain = load(tvm(tmp_path, "im512_w2p5.pkl", do_scale_param=False), **TVM)
     assert (plain.guidance, plain.guidance_output) == (2.5, False)
     assert load(tvm(tmp_path), **TVM, guidance=3.0).guidance == 3.0
