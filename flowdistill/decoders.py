@@ -139,7 +139,8 @@ class StableDiffusionVae(Decoder):
         """The autoencoder, which is loaded once; ConfigError if none was given, or it cannot be loaded."""
         if self.vae is None:
             raise ConfigError("latents need an autoencoder: load the teacher with vae='stabilityai/sd-vae-ft-ema'")
-        return _load_vae(self.vae).to(device)
+        inside = Path(self.vae).rglob("*") if Path(self.vae).is_dir() else ()
+        return _load_vae(self.vae, max((path.stat().st_mtime_ns for path in inside), default=0)).to(device)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,7 +182,8 @@ EDM2_LATENTS: dict[str, Any] = {
 
 
 @functools.cache
-def _load_vae(name: str) -> Any:
+def _load_vae(name: str, changed: int) -> Any:
+    """The autoencoder as it was at the last change of its folder; loaded once."""
     from flowdistill.plumbing.torch_fidelity import torch_fidelity
 
     try:

@@ -138,7 +138,8 @@ class NetworkFlowMap(FlowMap):
         count(self, x)  # beside those that are counted
         both = torch.cat([condition.labels, condition.unlabelled().labels])  # type: ignore[list-item]
         twice = [torch.cat([value, value]) for value in (x, t, s)]
-        strong, weak = self._conditioned(twice[0], twice[1], twice[2], both, None).chunk(2)
+        output = self._conditioned(twice[0], twice[1], twice[2], both, None)
+        strong, weak = output[: x.shape[0]], output[x.shape[0] :]  # len would fix the batch of an exported program
         low, high = (condition.guidance and condition.guidance.interval) or (0.0, 1.0)
         excess = torch.where((t >= low) & (t <= high), scale.to(t.dtype) - 1, torch.zeros_like(t))
         guided: Tensor = strong + expand_time(excess, x) * (strong - weak)
@@ -185,8 +186,8 @@ class SolvedTeacher(FlowMap):
 
         F(x, 1, 0) = x - solve(x)
 
-    States are in float64. A stochastic solver draws from a generator whose seed is a hash of the batch of noises: the
-    same batch gives the same samples.
+    States are in float64. A stochastic solver draws for each sample from a generator whose seed is a hash of its noise.
+    So neither the batch nor the device changes a sample, up to rounding.
 
     Args:
         teacher: the teacher, guided as it is to be sampled.
@@ -216,9 +217,9 @@ class SolvedTeacher(FlowMap):
     @torch.no_grad()
     def average_velocity(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition | None = None) -> Tensor:
         """F(x, 1, 0); other times are not asked for."""
-        digest = hashlib.sha256(x.cpu().numpy().tobytes()).digest()
-        generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest[:7], "big"))
-        return x - self.solver.solve(self.teacher, x.double(), condition, generator=generator).to(x.dtype)
+        digests = [hashlib.sha256(row.tobytes()).digest() for row in x.cpu().numpy()]
+        own = [torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")) for digest in digests]
+        return x - self.solver.solve(self.teacher, x.double(), condition, generator=own).to(x.dtype)
 
 
 class _ResidualNetwork(VelocityNetwork):

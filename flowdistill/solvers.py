@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import attrs
@@ -22,6 +23,18 @@ from flowdistill.plumbing.registry import register_solver
 
 def _velocity(teacher: Teacher, x: Tensor, t: Tensor, condition: Condition | None) -> Tensor:
     return teacher.velocity(x.to(teacher.dtype), t, condition).to(x.dtype)
+
+
+Draws = torch.Generator | Sequence[torch.Generator]
+"""One generator for a batch, or one for each row."""
+
+
+def _noise(like: Tensor, generator: Draws | None) -> Tensor:
+    """Standard normal noise of the shape of ``like``."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+    rows = [torch.randn(like.shape[1:], generator=own, dtype=like.dtype) for own in generator]
+    return torch.stack(rows).to(like.device)
 
 
 class Slope(Protocol):
@@ -41,7 +54,7 @@ class Solver(ABC):
         x: Tensor,
         condition: Condition | None = None,
         *,
-        generator: torch.Generator | None = None,
+        generator: Draws | None = None,
     ) -> Tensor:
         """Carry noise x (B, ...) at t = 1 to data at t = 0.
 
@@ -49,7 +62,8 @@ class Solver(ABC):
             teacher: whose distribution is sampled.
             x: standard normal noise; its dtype is that of the states.
             condition: labels and guidance of the batch.
-            generator: of the random numbers of a stochastic solver.
+            generator: of the random numbers of a stochastic solver; or one on the CPU for each row, by which samples do
+                not depend on the batch that they are in.
         """
 
 
@@ -68,7 +82,7 @@ class OdeSolver(Solver):
         *,
         start: float | Tensor = 1.0,
         end: float | Tensor = 0.0,
-        generator: torch.Generator | None = None,
+        generator: Draws | None = None,
     ) -> Tensor:
         """Carry x (B, ...) along dx/dt = u(x, t) from time ``start`` to ``end``.
 
@@ -209,7 +223,7 @@ class Edm(Solver):
         x: Tensor,
         condition: Condition | None = None,
         *,
-        generator: torch.Generator | None = None,
+        generator: Draws | None = None,
     ) -> Tensor:
         """See `Solver.solve`."""
         scale = self.data_scale
@@ -226,7 +240,7 @@ class Edm(Solver):
             low, high = self.churn_range
             if self.churn and low <= sigma <= high:
                 raised = sigma * (1 + min(self.churn / self.steps, math.sqrt(2) - 1))
-                noise = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
+                noise = _noise(z, generator)
                 z = z + math.sqrt(raised**2 - sigma**2) * self.churn_noise * noise
                 sigma = raised
             first = slope(z, sigma)
@@ -266,7 +280,7 @@ class EulerMaruyama(Solver):
         x: Tensor,
         condition: Condition | None = None,
         *,
-        generator: torch.Generator | None = None,
+        generator: Draws | None = None,
     ) -> Tensor:
         """See `Solver.solve`."""
         size = (1 - self.last_step) / (self.steps - 1)
@@ -277,8 +291,5 @@ class EulerMaruyama(Solver):
             drift = velocity + ratio * (x + (1 - t) * velocity)
             if i == self.steps - 1:
                 return x - self.last_step * drift
-            x = x - size * drift + math.sqrt(2 * ratio * t * size) * self._noise(x, generator)
+            x = x - size * drift + math.sqrt(2 * ratio * t * size) * _noise(x, generator)
         raise AssertionError("steps is at least 2")
-
-    def _noise(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
-        return torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)

@@ -515,7 +515,7 @@ def parameters():
         for name in packaged(registry):
             entry = registry.get(name)
             kind = entry.entry if isinstance(entry, Preset) else entry
-            suffix = "_features" if registry.kind == "feature extractor" else ""
+            suffix = registry.gin_suffix
             for parameter, hint in hints_of(kind).items():
                 if parameter not in ("return", "self"):
                     yield pytest.param(f"{name}{suffix}.{parameter}", hint, id=f"{name}{suffix}.{parameter}")

@@ -11,7 +11,7 @@ from student_files import ARGUMENTS, written
 from test_one_pass import NETWORKS, student_of
 
 import flowdistill
-from flowdistill import CheckpointError, Condition, ConfigError, Run
+from flowdistill import CheckpointError, Condition, ConfigError, Jumps, Run
 from flowdistill.algorithms.piflow.flow_map import PolicyFlowMap
 from flowdistill.decoders import Pixels, StableDiffusionVae
 from flowdistill.flow_maps import NetworkFlowMap, from_teacher
@@ -96,8 +96,9 @@ def test_all_arguments_come_back(tmp_path):
         "decoder": StableDiffusionVae(vae="somewhere", scale=[1.0, 2.0, 3.0, 4.0], rounding="down"),
         "guidance_range": [0.25, 1.0],
     }
-    for name in ("guidance", "guidance_input", "guidance_output", "start", "shift"):
+    for name in ("guidance", "guidance_input", "guidance_output"):
         assert getattr(again, name) == given[name]
+    assert (again.first_time, again.time_shift) == (0.9, 2.0)
     assert again.network.early_blocks == 1
     assert again.network.arguments == network.arguments
     with pytest.raises(ConfigError, match="takes no scael"):
@@ -134,7 +135,7 @@ def test_students_of_others_become_folders(tmp_path, name):
         again = flowdistill.load_flow_map(export(student, tmp_path / "student"))
     assert same(student, again)
     assert torch.equal(student.grid(3), again.grid(3))
-    if student.has_velocity and student.num_classes is not None:
+    if student.jumps is Jumps.ANY and student.num_classes is not None:
         assert same(student, again, steps=2)
 
 

@@ -69,6 +69,17 @@ def test_inputs_are_those_that_the_student_takes(tmp_path):
         assert torch.allclose(program(noise, ones, 0 * ones), student.sample(noise), atol=1e-6)
 
 
+def test_a_student_that_the_null_label_guides_is_a_program(tmp_path):
+    torch.manual_seed(0)
+    network = MLP(dim=2, hidden_size=8, num_classes=3)
+    student = NetworkFlowMap(network, "two_time", guidance=1.5, guidance_input="null_label").eval()
+    for parameter in student.parameters():
+        parameter.data.normal_()
+    folder = export(student, tmp_path / "student", programs=["torch"])
+    given, wanted = jumps(student)
+    torch.testing.assert_close(torch.export.load(folder / "student.pt2").module()(*given), wanted)
+
+
 def test_what_cannot_be_written_leaves_nothing(tmp_path):
     with pytest.raises(ConfigError, match="torch, onnx, diffusers, not tflite"):
         export(NetworkFlowMap(MLP(dim=2)), tmp_path / "student", programs=["tflite"])

@@ -142,6 +142,8 @@ _SCRATCH_256 = (
             name=f"alpha-Flow, {name}",
             kind="from scratch",
             published=published,
+            times={} if name == "XL/2+" else {2: (1.0, 0.55, 0.0)},
+            renoise=True,
             parameters=676,
             citation="zhang2026alphaflow",
             loads="alphaflow-xl/2-256",
@@ -151,8 +153,8 @@ _SCRATCH_256 = (
             recipe="alphaflow/imagenet.gin",
         )
         for name, published, file in (
-            ("XL/2", {1: 2.95, 2: 2.34}, "alphaflow-XL-2.pt"),
-            ("XL/2+", {1: 2.58, 2: 2.15}, "alphaflow-XL-2-plus.pt"),
+            ("XL/2", {1: 2.95, 2: 2.34}, "alphaflow-XL-2-cfg.pt"),
+            ("XL/2+", {1: 2.58, 2: 2.15}, "alphaflow-XL-2-plus-cfg.pt"),
         )
     ),
     System(
@@ -169,7 +171,7 @@ _SCRATCH_256 = (
     ),
     *(
         System(
-            name=f"Improved MeanFlow, {size}/2",
+            name=f"Improved MeanFlow, {size}/2{words}",
             kind="from scratch",
             published=published,
             protocol="imf",
@@ -179,9 +181,16 @@ _SCRATCH_256 = (
             source="hf://Lyy0725/iMF",
             licence="MIT",
             autoencoder="mse",
+            arguments=arguments,
             recipe="imeanflow/imagenet.gin" if size == "B" else None,
         )
-        for size, published in (("B", {1: 3.32}), ("M", {1: 2.26}), ("L", {1: 1.83}), ("XL", {1: 1.72, 2: 1.54}))
+        for size, words, published, arguments in (
+            ("B", "", {1: 3.32}, {}),
+            ("M", "", {1: 2.26}, {}),
+            ("L", "", {1: 1.83}, {}),
+            ("XL", "", {1: 1.72}, {}),
+            ("XL", ", guided for 2 steps", {2: 1.54}, {"guidance": 4.0, "interval": (0.36, 0.64)}),
+        )
     ),
 )
 

@@ -7,7 +7,7 @@ import re
 import runpy
 import shlex
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import torch
 
 from flowdistill.bench.tables import Cells, markdown_table
 from flowdistill.evaluation.comparison import Sampler, in_words
+from flowdistill.evaluation.features import load_features
 from flowdistill.evaluation.protocols import Protocol, vae_of
 from flowdistill.flow_maps import SolvedTeacher
 from flowdistill.guidance import GuidedTeacher
@@ -28,6 +29,7 @@ from flowdistill.plumbing.progress import progress
 from flowdistill.plumbing.registry import FEATURES, PROTOCOLS
 from flowdistill.runs.evaluating import evaluate
 from flowdistill.runs.loading import load_flow_map, load_teacher
+from flowdistill.runs.run import Run
 from flowdistill.solvers import Solver
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
@@ -65,6 +67,10 @@ class System:
     """The autoencoder of its authors."""
     guidance: float | None = None
     """The guidance scale of a student's samples; None is the student's own."""
+    times: Mapping[int, Sequence[float]] = attrs.field(factory=dict)
+    """The times of some numbers of a student's steps; otherwise they are its own."""
+    renoise: bool | None = None
+    """Whether a student jumps to data at each step and noises the result; None is as it needs."""
     solver: type[Solver] | None = None
     """A teacher's solver, which takes ``steps``."""
     guided: Mapping[str, Any] | None = None
@@ -85,15 +91,10 @@ class System:
         """Whether all its files are in a folder."""
         return self.file is not None and all((folder / name).exists() for name in self.files())
 
-    def bytes_in(self, folder: Path) -> Iterator[bytes]:
-        """The bytes of its files."""
-        for path in (folder / name for name in self.files()):
-            for part in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
-                yield from file_parts(part)
-
     def record(self, steps: int) -> str:
         """The name of the record of a figure."""
-        return f"{re.sub('[^a-z0-9]+', '_', self.name.lower()).strip('_')}_{steps}.json"
+        words = re.sub("[^a-z0-9]+", "_", self.name.lower()).strip("_")
+        return f"{words}_{fingerprint(self.name)[:6]}_{steps}.json"
 
     def command(self) -> str | None:
         """The command that trains such a system; None where no recipe does."""
@@ -105,6 +106,12 @@ class System:
             word = value.strip("'")
             bindings.append(f"--gin.{name}={word if config.quoted(f'{name}={word}') != f'{name}={word}' else value}")
         return shlex.join(["flowdistill", "train", self.recipe, *bindings])
+
+    def vae(self, folder: Path, autoencoder: Literal["ema", "mse"] | None = None) -> str:
+        """The autoencoder: its folder among the files, or else its repository; see `load`."""
+        repository = str(vae_of(autoencoder or self.autoencoder))
+        own = folder / Path(repository).name
+        return str(own) if own.is_dir() else repository
 
     def load(self, folder: Path, steps: int, autoencoder: Literal["ema", "mse"] | None = None) -> FlowMap:
         """The system, to be sampled in some steps.
@@ -118,9 +125,7 @@ class System:
             CheckpointError: a file is missing, damaged or of another system.
         """
         assert self.file is not None
-        vae = str(vae_of(autoencoder or self.autoencoder))
-        own = folder / Path(vae).name
-        told = {"vae": str(own) if own.is_dir() else vae, **self.arguments}
+        told = {"vae": self.vae(folder, autoencoder), **self.arguments}
         told |= {name: str(folder / file) for name, file in self.beside.items()}
         if self.loads is None:
             return load_flow_map(folder / self.file)
@@ -139,10 +144,16 @@ class System:
 class SystemTable:
     """Systems that are measured by one protocol."""
 
-    systems: Sequence[System]
-    """The rows."""
+    systems: Sequence[System] = attrs.field()
+    """The rows, each with a name of its own."""
     protocol: str | Protocol
     """The protocol, or its name."""
+
+    @systems.validator
+    def _check(self, attribute: object, systems: Sequence[System]) -> None:
+        names = [system.name for system in systems]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ConfigError(f"two systems of a table have the name {twice[0]!r}")
 
 
 def load_table(name: str | Path) -> SystemTable:
@@ -179,8 +190,8 @@ def bench_systems(
     """Measure the systems whose files are at hand, and write their table beside what was published.
 
     Nothing is trained. Samples are drawn in blocks that are kept, see `flowdistill.evaluate`, so the same call
-    continues an interrupted one; a figure that is there is not measured again unless its file or the protocol changes.
-    Under torchrun the ranks share the blocks out.
+    continues an interrupted one. A figure that is there is measured again if anything that it rests on has changed:
+    its files, the autoencoder, the reference, the protocol. Under torchrun the ranks share the blocks out.
 
     Args:
         table: ``imagenet256``, ``imagenet512``, a Python file with a `SystemTable` named ``TABLE``, or such a table.
@@ -204,60 +215,119 @@ def bench_systems(
     # What is to be measured, and by what.
     table = table if isinstance(table, SystemTable) else load_table(table)
     folder, results, first = Path(files), Path(out), rank_and_world()[0] == 0
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder: --files names the one of the released files")
     chosen = table.protocol if protocol is None else protocol
     rules: Protocol = PROTOCOLS.build(chosen) if isinstance(chosen, str) else chosen
-    systems = [system for system in table.systems if not only or any(part in system.name for part in only)]
-    if not systems:
+    wanted = [system for system in table.systems if not only or any(part in system.name for part in only)]
+    if not wanted:
         raise ConfigError(f"no system has any of {', '.join(only)} in its name")
-    systems = [system for system in systems if system.is_in(folder)]
+    here = [system for system in table.systems if system.is_in(folder)]
     truth = reference if reference is not None or rules.reference is None else folder / rules.reference
-    if systems and truth is not None and not Path(truth).exists():
-        raise ConfigError(f"{truth} is not there: name what figures are compared with by --reference")
-    if weights is None and (folder / INCEPTION).is_file():
-        weights = folder / INCEPTION
     extractor: Any = rules.features
-    if extractor is not None and weights is not None:
-        extractor = FEATURES.build(extractor, weights=weights)
-    how = json_fingerprint([attrs.asdict(rules), str(truth), num_samples, str(weights)])[:8]
-    figures = results / "figures" / how
+    if here and truth is not None and not Path(truth).exists():
+        raise ConfigError(f"{truth} is not there: name what figures are compared with by --reference")
+    if here and extractor == "inception":
+        own = folder / INCEPTION
+        weights = own if weights is None and own.is_file() else weights
+        extractor = FEATURES.build(extractor, **({} if weights is None else {"weights": weights}))
+    elif here and extractor is not None:
+        extractor = load_features(extractor)
+
+    # What each figure rests on, by which it is known whether it is there already.
+    keys: dict[str, str] = {}
+    if first and here:
+        digests = _Digests(results / "files.json")
+        settings = [
+            attrs.asdict(rules),
+            None if truth is None else digests.of(Path(truth)),
+            None if extractor is None else extractor.fingerprint(),
+            num_samples,
+        ]
+        for system in here:
+            parts = [repr(system), digests.of(Path(system.vae(folder, rules.autoencoder)))]
+            keys[system.name] = json_fingerprint([*settings, *parts, *(digests.of(folder / f) for f in system.files())])
+        digests.save()
 
     # Each system in each of its numbers of steps; a record of each figure.
-    place = find_device(device)
-    with progress("measuring systems", sum(len(system.published) for system in systems)) as phase:
-        for system in systems:
-            key = fingerprint([repr(system).encode(), *system.bytes_in(folder)]) if first else ""
+    place, measured = find_device(device), [system for system in wanted if system in here]
+    with progress("measuring systems", sum(len(system.published) for system in measured)) as phase:
+        for system in measured:
             for steps in system.published:
-                record = figures / system.record(steps)
-                if not first or _read(record).get("key") != key:
-                    try:
-                        model = system.load(folder, steps, rules.autoencoder).to(place)
-                        jumps = 1 if isinstance(model, SolvedTeacher) else steps
-                        evaluate(
-                            model, protocol=chosen, features=extractor, reference=truth, num_samples=num_samples,
-                            steps=jumps, guidance=system.guidance, batch_size=batch_size, device=device,
-                            noise_floor=False, out=record,
-                        )  # fmt: skip
-                        counted: dict[str, Any] = {
-                            "evaluations": Sampler(model, jumps).cost(system.guidance)[0],
-                            "parameters": _parameters(model),
-                        }
-                    except FlowDistillError as error:
-                        counted = {"error": in_one_line(error)}
+                record = results / "figures" / system.record(steps)
+                if not first or not _is_of(_read(record), keys[system.name]):
+                    found = _measured(
+                        system, folder, steps, rules, place, record,
+                        protocol=chosen, features=extractor, reference=truth, num_samples=num_samples,
+                        batch_size=batch_size, device=device,
+                    )  # fmt: skip
                     if first:
-                        write_json(record, {"key": key, **_read(record), **counted})
+                        write_json(record, {"key": keys[system.name], **found})
                 phase.advance(1)
 
     # The table of all rows, those without a file as well.
     if not first:
         return results
-    records = [
-        (system, steps, _read(figures / system.record(steps))) for system in table.systems for steps in system.published
-    ]
+    records: list[tuple[System, int, Mapping[str, Any]]] = []
+    for system in table.systems:
+        for steps in system.published:
+            kept = _read(results / "figures" / system.record(steps))
+            records.append((system, steps, kept if kept.get("key") == keys.get(system.name, "") else {}))
     write_json(results / "results.json", [{**r, "system": s.name, "steps": steps} for s, steps, r in records if r])
     write_text(results / "table.md", _written(rules, chosen, table, records, folder))
     if failed := {system.name: None for system, _, record in records if "error" in record}:
         raise RunsFailedError(f"{', '.join(failed)} could not be measured, as {results / 'table.md'} says")
     return results
+
+
+def _measured(
+    system: System, folder: Path, steps: int, rules: Protocol, place: torch.device, record: Path, **settings: Any
+) -> dict[str, Any]:
+    """The record of a figure, or that of an error, which is tried again by the next call."""
+    try:
+        model = system.load(folder, steps, rules.autoencoder).to(place)
+        jumps = 1 if isinstance(model, SolvedTeacher) else steps
+        evaluate(
+            model, steps=system.times.get(steps, jumps), guidance=system.guidance, renoise=system.renoise,
+            noise_floor=False, out=record, **settings,
+        )  # fmt: skip
+        counted = {"evaluations": Sampler(model, jumps).cost(system.guidance)[0], "parameters": _parameters(model)}
+        return {**_read(record), **counted}
+    except FlowDistillError as error:
+        return {"error": in_one_line(error)}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {in_one_line(error)}"}
+
+
+class _Digests:
+    """The hashes of files and folders, which are kept with their sizes and times of change in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._known = path, _read(path)
+
+    def of(self, path: Path) -> str:
+        """The hash of a file, of the weights and configurations in a folder, or of the name of what is neither."""
+        if path.is_dir() and (path / "config.gin").is_file():
+            return json_fingerprint(Run(path).identity)
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.is_file())
+            return json_fingerprint([(str(file.relative_to(path)), self.of(file)) for file in inside])
+        if not path.is_file():
+            return str(path)
+        stat = path.stat()
+        known = self._known.get(str(path.absolute()), [])
+        if known[:2] != [stat.st_size, stat.st_mtime_ns]:
+            known = [stat.st_size, stat.st_mtime_ns, fingerprint(file_parts(path))]
+            self._known[str(path.absolute())] = known
+        return str(known[2])
+
+    def save(self) -> None:
+        """Keep them for the next call."""
+        write_json(self._path, self._known)
+
+
+def _is_of(record: Mapping[str, Any], key: str) -> bool:
+    return record.get("key") == key and "error" not in record
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -289,15 +359,22 @@ def _written(rules: Protocol, name: str | Protocol, table: SystemTable, records:
         blocks += ["### Not at hand", markdown_table(_missing(missing))]
         commands = [f"# {system.name}\n{command}" for system in missing if (command := system.command())]
         blocks += ["### Training them", "```bash\n" + "\n".join(commands) + "\n```"] if commands else []
-    measured = [record for _, _, record in records if "figures" in record]
+    measured = [(system, record) for system, _, record in records if "figures" in record]
+    others: dict[str, dict[str, None]] = {}
+    for system, record in measured:
+        for key, value in record["otherwise"].items():
+            others.setdefault(f"{key} {value}", {})[system.name] = None
+    exceptions = [
+        f"{words} for {'all' if len(names) == len({s.name for s, _ in measured}) else ', '.join(names)}"
+        for words, names in others.items()
+    ]
     words = f"`{name}`" if isinstance(name, str) else "the table's own"
     notes = [
         f"Published figures are by the protocols that their column names, and do not compare with one another. "
         f"Measured figures are all by one protocol, {words}"
-        + "".join(f", but {key} {value}" for key, value in (measured[0]["otherwise"] if measured else {}).items())
-        + "."
+        + (f"; other than it says are {'; '.join(exceptions)}." if exceptions else ".")
     ]
-    notes += sorted({f"{record['machine']}." for record in measured})
+    notes += sorted({f"{record['machine']}." for _, record in measured})
     notes += [f"Failed: {s.name}, {in_words(steps)}: {r['error']}" for s, steps, r in records if "error" in r]
     return "\n\n".join([*blocks, *notes]) + "\n"
 

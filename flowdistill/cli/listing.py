@@ -47,7 +47,7 @@ def _rows(kind: str, width: int) -> dict[str, str]:
         described = {name: _first_comment(path) for name, path in _GIN_FILES[kind]().items()}
     elif kind in REGISTRIES:
         entries = {name: REGISTRIES[kind].get(name) for name in REGISTRIES[kind].names()}
-        described = {name: (inspect.getdoc(entry) or "").partition("\n")[0] for name, entry in entries.items()}
+        described = {name: _description(entry) for name, entry in entries.items()}
     else:
         raise unknown_name("kind", kind, [*_GIN_FILES, *REGISTRIES])
     first = max(map(len, described), default=0) + 2
@@ -56,6 +56,15 @@ def _rows(kind: str, width: int) -> dict[str, str]:
         for name in described
     }
     return {name: start + _cut(described[name], width - len(start)) for name, start in starts.items()}
+
+
+def _description(entry: Callable[..., Any]) -> str:
+    """The first line of what is said of an entry; of a preset the words and numbers that it sets."""
+    if isinstance(entry, Preset):
+        plain = {name: value for name, value in entry.defaults.items() if isinstance(value, (str, int, float))}
+        if plain:
+            return ", ".join(f"{name} {value}" for name, value in plain.items())
+    return (inspect.getdoc(entry) or "").partition("\n")[0]
 
 
 def _cut(text: str, width: int) -> str:

@@ -51,7 +51,8 @@ class Evaluation:
 
     protocol: str | None = None
     """The name of a `flowdistill.evaluation.Protocol`, which says whatever is not bound of metrics, features,
-    reference, number of samples, labels and rounding."""
+    reference, number of samples, labels and rounding. The autoencoder and the grid of several steps stay the model's.
+    """
     metrics: Sequence[str] = attrs.field(default=_ruled("metrics", ("fid", "precision", "recall", "accuracy")))
     """The names of registered metrics."""
     features: str | FeatureExtractor | None = attrs.field(default=_ruled("features", None))
@@ -78,6 +79,21 @@ class Evaluation:
     """"bf16" draws the samples under autocast, several times faster."""
     seed: int = 0
     """The seed of the noise."""
+
+    def as_record(self) -> dict[str, Any]:
+        """The protocol and what is other than it says; autoencoder and grid of several steps are the model's."""
+        rules = PROTOCOLS.build(str(self.protocol))
+        features = self.features if self.features is None or isinstance(self.features, str) else "one of its own"
+        settings = {
+            "features": features or "none",
+            "reference": self.reference or "none",
+            "num_samples": self.num_samples,
+            "labels": self.labels,
+            "rounding": self.rounding,
+            "autoencoder": "the model's",
+            "shift": "the model's" if max(self.student_steps) > 1 else None,
+        }
+        return {"protocol": self.protocol, "otherwise": rules.otherwise(settings)}
 
     def check(self, teacher: Teacher | None) -> None:
         """ConfigError for what is not registered, for impossible durations, or if there is nothing to compare with."""
@@ -208,7 +224,7 @@ def write_metrics(
 ) -> None:
     """Write the rows of `compare` and what they rest on, such as the step of the training, as a JSON file."""
     record: dict[str, Any] = {} if step is None else {"step": step}
-    record |= {} if evaluation.protocol is None else {"protocol": evaluation.protocol}
+    record |= {} if evaluation.protocol is None else evaluation.as_record()
     record |= {"num_samples": evaluation.num_samples, "seed": evaluation.seed, "machine": machine(), "rows": rows}
     record |= {"trajectory_errors": [attrs.asdict(error) for error in errors]} if errors else {}
     write_json(path, record)

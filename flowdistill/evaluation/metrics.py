@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowdistill.evaluation.neighbours import covered, squared_radii
-from flowdistill.plumbing.errors import ConfigError, DataError
+from flowdistill.plumbing.errors import ConfigError, DataError, NonFiniteError
 from flowdistill.plumbing.progress import progress
 from flowdistill.plumbing.registry import METRICS, register_metric
 from flowdistill.plumbing.torch_fidelity import torch_fidelity
@@ -171,12 +171,15 @@ def wasserstein2(a: Tensor, b: Tensor) -> float:
     _check(1, a, b)
     cost = cdist(*(v.detach().cpu().double().numpy() for v in (a, b)), "sqeuclidean")
     n, m = cost.shape
+    if not np.isfinite(cost).all():
+        raise NonFiniteError("some points are NaN or infinite: nothing can be measured")
     if (size := math.lcm(n, m)) <= 4 * max(n, m):
         repeated = cost.repeat(size // n, axis=0).repeat(size // m, axis=1)
         return float(repeated[linear_sum_assignment(repeated)].mean() ** 0.5)
     sums = vstack([kron(eye(n), np.ones((1, m))), kron(np.ones((1, n)), eye(m))])
     mass = np.concatenate([np.full(n, 1 / n), np.full(m, 1 / m)])
-    return float(max(linprog(cost.ravel(), A_eq=sums, b_eq=mass).fun, 0.0) ** 0.5)
+    unit = cost.max() or 1.0  # the solver's tolerances are absolute
+    return float((unit * max(linprog(cost.ravel() / unit, A_eq=sums, b_eq=mass).fun, 0.0)) ** 0.5)
 
 
 def sliced_wasserstein2(a: Tensor, b: Tensor, projections: int = 200, seed: int = 0) -> float:

@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import attrs
-from attrs.validators import ge, gt, in_, optional
+from attrs.validators import and_, deep_iterable, ge, gt, in_, instance_of, lt, min_len, optional
 
 from flowdistill.decoders import ROUNDINGS, Rounding
 from flowdistill.plumbing.registry import register_protocol
 
-_PUBLISHED: dict[str, Any] = {"features": "inception", "num_samples": 50_000, "labels": "random"}
-_ADM = {**_PUBLISHED, "reference": "VIRTUAL_imagenet256_labeled.npz"}
+_ADM = "VIRTUAL_imagenet256_labeled.npz"
+
+
+def _published(reference: str | None = _ADM, labels: str = "random", **own: Any) -> dict[str, Any]:
+    """The defaults of a preset."""
+    return {"labels": labels, **own, "reference": reference, "features": "inception", "num_samples": 50_000}
+
+
 _ALL = ("fid", "inception_score", "precision", "recall")
+_NAMES: Any = deep_iterable(instance_of(str), iterable_validator=min_len(1))
+
+
+def _names(value: str | Sequence[str]) -> Sequence[str]:
+    return (value,) if isinstance(value, str) else value
 
 
 @register_protocol(
     "plain",
     presets={
-        "adm": {**_ADM, "metrics": _ALL, "rounding": "down"},
-        "edm2": {**_PUBLISHED, "metrics": ("fid", "inception_score"), "reference": "img512.pkl", "rounding": "down"},
-        "sit": {**_ADM, "metrics": _ALL, "rounding": "nearest", "autoencoder": "ema"},
-        "repa": {**_ADM, "metrics": _ALL, "rounding": "down", "autoencoder": "ema"},
-        "dmf": {**_PUBLISHED, "reference": None, "rounding": "down", "autoencoder": "ema"},
-        "meanflow_pytorch": {**_ADM, "rounding": "down", "autoencoder": "ema", "shift": 1.0},
-        "secant": {**_ADM, "rounding": "nearest", "autoencoder": "ema", "shift": 1.0},
-        "imf": {**_ADM, "rounding": "nearest", "autoencoder": "mse", "labels": "balanced"},
-        "piflow": {**_ADM, "rounding": "nearest", "autoencoder": "ema"},
-        "facm": {**_ADM, "labels": "balanced"},
+        "adm": _published(rounding="down", metrics=_ALL),
+        "edm2": _published("img512.pkl", rounding="down", metrics=("fid", "inception_score")),
+        "sit": _published(rounding="nearest", autoencoder="ema", metrics=_ALL),
+        "repa": _published(rounding="down", autoencoder="ema", metrics=_ALL),
+        "dmf": _published(None, rounding="down", autoencoder="ema"),
+        "meanflow_pytorch": _published(rounding="down", autoencoder="ema", shift=1.0),
+        "secant": _published(rounding="nearest", autoencoder="ema", shift=1.0),
+        "imf": _published(labels="balanced", rounding="nearest", autoencoder="mse"),
+        "piflow": _published(rounding="nearest", autoencoder="ema"),
+        "facm": _published(labels="balanced"),
     },
 )
 @attrs.frozen(kw_only=True)
@@ -44,29 +56,30 @@ class Protocol:
         True
     """
 
-    metrics: Sequence[str] = ("fid",)
+    metrics: Sequence[str] = attrs.field(default=("fid",), converter=_names, validator=_NAMES)
     """The names of registered metrics."""
     features: str | None = None
     """The name of a feature extractor."""
     reference: str | None = None
     """The file that is compared with, as its authors name it."""
-    num_samples: int = attrs.field(default=10_000, validator=ge(2))
+    num_samples: int = attrs.field(default=10_000, validator=and_(instance_of(int), ge(2)))
     """The samples of each model."""
     labels: str = attrs.field(default="in_turn", validator=in_(("in_turn", "balanced", "random")))
     """The choice of classes, see `flowdistill.sample`."""
     rounding: Rounding | None = attrs.field(default=None, validator=optional(in_(ROUNDINGS)))
     """The rounding of images to bytes, see `flowdistill.decoders.quantize`; None is the model's own."""
     autoencoder: Literal["ema", "mse"] | None = attrs.field(default=None, validator=optional(in_(("ema", "mse"))))
-    """The fine-tuned autoencoder of Stable Diffusion that decodes latents; None is the one that the model has."""
-    shift: float | None = attrs.field(default=None, validator=optional(gt(0.0)))
+    """The fine-tuned autoencoder of Stable Diffusion that decodes latents; None is the one that the model has. The
+    command line and tables of systems load it; a model in Python is to be loaded with it."""
+    shift: float | None = attrs.field(default=None, validator=optional(and_(gt(0.0), lt(math.inf))))
     """The shift of evenly spaced times of several steps, see `flowdistill.paths.shifted`; None is the model's grid."""
 
     def otherwise(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the settings of a figure that are other than the protocol says.
 
         Args:
-            settings: values by the names of the protocol's fields; files by their paths, and the autoencoder by the
-                name of its repository or folder.
+            settings: values by the names of the protocol's fields; files by their paths, the autoencoder by the name of
+                its repository or folder, and None for what does not matter here.
 
         Examples:
             >>> Protocol(reference="a.npz", labels="random").otherwise({"reference": "b/a.npz", "labels": "in_turn"})

@@ -69,8 +69,8 @@ def write_report(
         floor = "" if teacher is None else " The noise floor is a second set of samples of the teacher."
         lines += [*table(rows), ""]
         lines += [
-            f"{evaluation.num_samples} samples a row. Evaluations are those of a network for one sample: two a step "
-            f"under classifier-free guidance.{floor}",
+            f"{evaluation.num_samples} samples a row{_by(evaluation)}. Evaluations are those of a network for one "
+            f"sample: two a step under classifier-free guidance.{floor}",
             "",
         ]
         errors = trajectory_errors(distilled, teacher, evaluation)
@@ -107,6 +107,14 @@ def _costly(teacher: Teacher, records: Sequence[Mapping[str, Any]]) -> str | Non
         f"The picture leaves the teacher at {in_words(_STEPS)} out: it takes {evaluations:.0f} evaluations of a "
         f"network, and the training took {spent:.0f}. A recipe with `train.evaluation` draws it."
     )
+
+
+def _by(evaluation: Evaluation) -> str:
+    """The protocol of an evaluation, and what is other than it says, in words."""
+    if evaluation.protocol is None:
+        return ""
+    others = ", ".join(f"{name} {value}" for name, value in evaluation.as_record()["otherwise"].items())
+    return f", by the protocol {evaluation.protocol}" + (f" but for {others}" if others else "")
 
 
 def table(rows: dict[str, dict[str, float]]) -> list[str]:

@@ -13,6 +13,7 @@ import importlib
 import io
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -23,7 +24,7 @@ import attrs
 import gin
 from gin.config_parser import BindingStatement, ConfigParser, ImportStatement, IncludeStatement, ParserDelegate
 
-from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.errors import ConfigError, in_one_line
 from flowdistill.plumbing.fields import short
 from flowdistill.plumbing.gin_errors import errors_located, located
 from flowdistill.plumbing.hints import hints_of, in_words, matches, takes_words_alone, too_large
@@ -51,12 +52,23 @@ def _plugin_roots() -> list[Path]:
     return [Path(place) for spec in specs for place in spec.submodule_search_locations or ()]
 
 
+def _names_bound(path: Path) -> set[str]:
+    """What a packaged gin file binds; nothing, with a warning, where it is of a plug-in and cannot be read."""
+    try:
+        return {statement.name for statement in statements(path)}
+    except ConfigError as error:
+        if not any(path.is_relative_to(root) for root in _plugin_roots()):
+            raise
+        warnings.warn(f"a gin file of a plug-in is left out: {in_one_line(error)}", RuntimeWarning, stacklevel=2)
+        return set()
+
+
 def recipes() -> list[str]:
     """The names of all packaged recipes: the gin files that bind an objective and its steps, or include one that does.
 
     The others hold settings that recipes share.
     """
-    return [name for name in gin_files() if {"train.objective", "train.steps"} <= {s.name for s in statements(name)}]
+    return [name for name in gin_files() if {"train.objective", "train.steps"} <= _names_bound(find_gin_file(name))]
 
 
 def gin_files() -> list[str]:
@@ -70,7 +82,7 @@ def methods() -> dict[str, Path]:
     """The packaged methods by name: the gin files that bind an objective and leave the rest to a setting."""
     found: dict[str, Path] = {}
     for path in (path for root in recipe_roots() for path in root.rglob("*.gin")):
-        bound = {statement.name for statement in statements(path)}
+        bound = _names_bound(path)
         if "train.objective" in bound and "train.steps" not in bound:
             found.setdefault(path.stem, path)
     return dict(sorted(found.items()))
@@ -81,7 +93,7 @@ def settings() -> dict[str, Path]:
     """The packaged settings by name: a teacher, a student, an optimiser, a budget, data and an evaluation."""
     found: dict[str, Path] = {}
     for path in (path for root in recipe_roots() for path in (root / "settings").glob("*.gin")):
-        if any(statement.name == "train.steps" for statement in statements(path)):
+        if "train.steps" in _names_bound(path):
             found.setdefault(path.stem, path)
     return dict(sorted(found.items()))
 

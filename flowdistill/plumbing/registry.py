@@ -106,7 +106,7 @@ class Registry:
     """
 
     def __init__(self, kind: str, gin_suffix: str = "", home: str = "") -> None:
-        self.kind, self._gin_suffix, self._home = kind, gin_suffix, home
+        self.kind, self.gin_suffix, self._home = kind, gin_suffix, home
         self._entries: dict[str, Callable[..., Any]] = {}
         self._variants: dict[str, str] = {}
 
@@ -142,7 +142,7 @@ class Registry:
         if name in self._entries:
             places = f"{_place(self._entries[name])} and {_place(entry)}"
             raise ConfigError(f"{self.kind} {name!r} is registered twice: {places}")
-        gin.register(name + self._gin_suffix, module=_plural(self.kind))(_for_gin(entry))
+        gin.register(name + self.gin_suffix, module=_plural(self.kind))(_for_gin(entry))
         self._entries[name] = entry
 
     def _load(self) -> None:

@@ -15,7 +15,6 @@ from flowdistill.evaluation.protocols import Protocol
 from flowdistill.evaluation.references import Reference, reference_set, split
 from flowdistill.evaluation.samples import SampleSet, sample_set
 from flowdistill.interfaces import FlowMap, Jumps
-from flowdistill.paths import shifted
 from flowdistill.plumbing.distributed import find_device, rank_and_world
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.files import write_json
@@ -33,6 +32,7 @@ from flowdistill.runs.sampling import (
     draw,
     labels_as_json,
     make_condition,
+    times_of,
 )
 
 
@@ -100,6 +100,10 @@ def evaluate(
     """
     # The protocol, and what the call or the run says in place of it.
     rules: Protocol = PROTOCOLS.build(protocol) if isinstance(protocol, str) else protocol
+    if not isinstance(rules, Protocol):
+        raise ConfigError(f"a protocol is one that flowdistill list protocols shows, or a Protocol, not {protocol!r}")
+    if out is not None and Path(out).is_dir():
+        raise ConfigError(f"{out} is a folder: name a file for the figures")
     run = Run.of(run)
     metrics = rules.metrics if metrics is None else metrics
     num_samples = rules.num_samples if num_samples is None else num_samples
@@ -109,9 +113,8 @@ def evaluate(
     if run.evaluation is not None:
         features = run.evaluation.features if features is None else features
         reference = run.evaluation.reference if reference is None else reference
-    if rules.shift is not None and isinstance(steps, int):
-        steps = shifted(torch.linspace(1.0, 0.0, steps + 1), rules.shift).tolist()
     check_counts(num_samples=num_samples, batch_size=batch_size, bootstrap=bootstrap or None)
+    num_samples = int(num_samples)
     for name in metrics:
         METRICS.get(name)
     check_guidance(run, guidance)
@@ -121,6 +124,7 @@ def evaluate(
     place = find_device(device)
     flow_map = on_device(run.student, place)
     renoise = flow_map.jumps is Jumps.TO_DATA if renoise is None else renoise
+    times = times_of(flow_map, steps, rules.shift)
     condition = make_condition(flow_map.num_classes, num_samples, labels, guidance, seed)
     truth = None
     if rank_and_world()[0] == 0:
@@ -131,14 +135,14 @@ def evaluate(
         phase.completed = block * BLOCK
         rows = condition[block * BLOCK :][:n]
         size = batch_size or default_batch_size(place)
-        batches = draw(flow_map, n, rows, block, size, phase, steps=steps, seed=seed, renoise=renoise)
+        batches = draw(flow_map, n, rows, block, size, phase, steps=times.tolist(), seed=seed, renoise=renoise)
         return sample_set(torch.cat(list(batches)), rows.labels, extractor, flow_map.decoder, rules.rounding)
 
     folder = run.folder(
         "evaluations",
         format=2,
         features=None if extractor is None else extractor.fingerprint(),
-        steps=steps,
+        steps=len(times) - 1 if torch.equal(times, times_of(flow_map, len(times) - 1)) else times.tolist(),
         guidance=guidance,
         seed=seed,
         renoise=renoise,
@@ -158,23 +162,30 @@ def evaluate(
     if bootstrap:
         figures |= {f"{name}_std": v for name, v in spread(metrics, generated, truth, bootstrap, seed).items()}
     if out is not None:
+        decoder = flow_map.decoder
+        rounded = decoder is not None and extractor is not None and extractor.quantized
+        several = len(times) > 2
+        own_grid = torch.equal(times, times_of(flow_map, len(times) - 1, rules.shift))
         settings = {
             "metrics": list(metrics),
             "features": None if features is None else _name_of(features),
             "reference": None if reference is None else str(reference),
             "num_samples": num_samples,
             "labels": labels_as_json(labels),
-            "rounding": rules.rounding,
-            "autoencoder": None if flow_map.decoder is None else flow_map.decoder.vae,
+            "rounding": (rules.rounding or "the model's own") if rounded else "none",
+            "autoencoder": "none" if decoder is None or decoder.vae is None else decoder.vae,
+            "shift": None if not several else rules.shift if own_grid else "times of its own",
         }
         record = {
             "protocol": protocol if isinstance(protocol, str) else None,
             "otherwise": rules.otherwise(settings),
             **settings,
-            "steps": steps,
+            "times": times.tolist(),
             "guidance": guidance,
             "renoise": renoise,
             "seed": seed,
+            "bootstrap": bootstrap,
+            "student": {"run": str(run.workdir), **run.identity},
             "machine": machine(),
             "figures": figures,
         }

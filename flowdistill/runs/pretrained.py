@@ -214,7 +214,7 @@ def load_file(path: str | Path, registry: Registry = TEACHERS, **kwargs: Any) ->
         recognises = getattr(registry.get(name), "recognises", None)
         if len(found) == 1 or recognises is None or recognises(Path(path)):
             return registry.build(name, checkpoint=path, **kwargs)
-    known = sorted({suffix for read in readers.values() for suffix in read})
+    known = sorted({suffix for read in readers.values() for suffix in read if suffix})
     raise ConfigError(f"{path} has no suffix of a known checkpoint ({', '.join(known)})")
 
 

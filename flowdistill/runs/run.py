@@ -21,7 +21,15 @@ from flowdistill.interfaces import FlowMap, Objective, Teacher
 from flowdistill.plumbing.caches import cached
 from flowdistill.plumbing.config import Configuration, statements
 from flowdistill.plumbing.errors import CheckpointError, ConfigError
-from flowdistill.plumbing.files import file_fingerprint, fill_module, json_fingerprint, load_tensors, module_fingerprint
+from flowdistill.plumbing.files import (
+    file_fingerprint,
+    file_parts,
+    fill_module,
+    fingerprint,
+    json_fingerprint,
+    load_tensors,
+    module_fingerprint,
+)
 from flowdistill.plumbing.randomness import ONE_AT_A_TIME
 from flowdistill.plumbing.registry import STATE_SOURCES
 from flowdistill.plumbing.statements import Reference
@@ -222,7 +230,17 @@ class Run:
             kind: of the job, such as ``evaluations``.
             **settings: whatever the results depend on beside the run's `identity`, as JSON can say it.
         """
-        return self.workdir / kind / json_fingerprint({**self.identity, **settings})[:16]
+        return self.workdir / kind / json_fingerprint({**self.identity, **self.autoencoder, **settings})[:16]
+
+    @cached_property
+    def autoencoder(self) -> dict[str, str]:
+        """The hash of the autoencoder in a folder that decodes the student's latents; nothing where there is none."""
+        decoder = self.student.decoder
+        folder = None if decoder is None or decoder.vae is None else Path(decoder.vae)
+        if folder is None or not folder.is_dir():
+            return {}
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {"autoencoder": fingerprint(part for path in files for part in file_parts(path))}
 
 
 class _StudentAlone(Run):
@@ -253,7 +271,9 @@ class _StudentAlone(Run):
 
     def folder(self, kind: str, **settings: Any) -> Path:
         """The folder for what a job stores, in the cache of the library."""
-        return cached(f"students/{kind}/{json_fingerprint({**self.identity, **settings})[:16]}/blocks").parent
+        return cached(
+            f"students/{kind}/{json_fingerprint({**self.identity, **self.autoencoder, **settings})[:16]}/blocks"
+        ).parent
 
 
 _SETTINGS = (bool, int, float, str, tuple, list, NoneType)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Generator, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flowdistill.interfaces import Condition, FlowMap, Jumps
+from flowdistill.paths import shifted
 from flowdistill.plumbing.distributed import find_device
 from flowdistill.plumbing.errors import ConfigError, in_one_line
 from flowdistill.plumbing.progress import Phase, progress
@@ -189,6 +191,7 @@ def draw(
     steps: Steps,
     seed: int,
     renoise: bool | None,
+    shift: float | None = None,
 ) -> Generator[Tensor, None, None]:
     """The first ``n`` samples of a block, in batches of ``size``, where the map lies.
 
@@ -197,7 +200,7 @@ def draw(
     like = next(flow_map.parameters())
     shape, fresh = (BLOCK, *flow_map.sample_shape), None
     noise = torch.randn(shape, generator=step_generator(seed, block, "sample"), dtype=like.dtype)
-    times = times_of(flow_map, steps)
+    times = times_of(flow_map, steps, shift)
     if flow_map.jumps is Jumps.TO_DATA if renoise is None else renoise:
         fresh = torch.randn(
             (len(times) - 2, *shape), generator=step_generator(seed, block, "renoise"), dtype=like.dtype
@@ -209,18 +212,30 @@ def draw(
         phase.advance(part.stop - part.start)
 
 
-def times_of(flow_map: FlowMap, steps: Steps) -> Tensor:
+def times_of(flow_map: FlowMap, steps: Steps, shift: float | None = None) -> Tensor:
     """The times between which a student jumps: its own grid of a number of steps, or those that are given.
 
+    Args:
+        flow_map: the student.
+        steps: a number, or times from 1 (or the first time of the student's own grid) to 0.
+        shift: of the times of several steps, in place of the student's own; None is its own.
+
     Raises:
-        ConfigError: no step at all, or times that do not decrease within [0, 1].
+        ConfigError: no step at all, or times that do not decrease to 0 from there.
     """
-    if isinstance(steps, int):
-        check_counts(steps=steps)
-        return flow_map.grid(steps)
-    times = torch.tensor([float(time) for time in steps])
-    if len(times) < 2 or bool((times.diff() >= 0).any()) or times[0] > 1 or times[-1] < 0:
-        raise ConfigError(f"steps are a number, or at least two times that decrease from 1 to 0, not {list(steps)}")
+    if isinstance(steps, Integral) and not isinstance(steps, bool):
+        check_counts(steps=int(steps))
+        if shift is None or steps == 1:
+            return flow_map.grid(int(steps))
+        return shifted(flow_map.first_time * torch.linspace(1.0, 0.0, int(steps) + 1), shift)
+    try:
+        times = torch.tensor([float(time) for time in steps])  # type: ignore[union-attr]
+    except (TypeError, ValueError):
+        raise ConfigError(f"steps are a whole number, or times from 1 to 0, not {steps!r}") from None
+    if len(times) < 2 or not bool((times.diff() < 0).all()) or times[-1] != 0:
+        raise ConfigError(f"steps are a number, or at least two times that decrease from 1 to 0, not {times.tolist()}")
+    if not flow_map.first_time - 1e-6 <= times[0] <= 1:
+        raise ConfigError(f"samples of this student begin at {flow_map.first_time:g}, not at {float(times[0]):g}")
     return times
 
 
@@ -230,7 +245,9 @@ def default_batch_size(device: torch.device) -> int:
 
 
 def check_counts(**counts: int | None) -> None:
-    """ConfigError unless all counts that are given are at least 1."""
+    """ConfigError unless all counts that are given are whole numbers of at least 1."""
     for name, count in counts.items():
+        if count is not None and (isinstance(count, bool) or not isinstance(count, Integral)):
+            raise ConfigError(f"{name} must be a whole number, not {count!r}")
         if count is not None and count < 1:
             raise ConfigError(f"{name} must be at least 1, not {count}")

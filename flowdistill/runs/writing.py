@@ -119,6 +119,7 @@ def write_samples(
     # How its parts are written.
     job = {
         **run.identity,
+        **run.autoencoder,
         "form": [num_samples, raw, shards],
         "drawn": [steps, labels_as_json(labels), guidance, seed, again],
     }

@@ -39,7 +39,8 @@ class FACMStudent(NetworkFlowMap):
 
     Args:
         checkpoint: a file such as ``400ep-stg2.pt``, or where HuggingFace has it, see `locate`.
-        variant: as in ``load_flow_map("facm-xl/1-256", checkpoint=...)``; None takes what the shapes say.
+        variant: as in ``load_flow_map("facm-xl/1-256", checkpoint=...)``; None is for files with several averages,
+            since others may be of a teacher.
         vae: the autoencoder VA-VAE f16d32 in the form of diffusers, a folder; None decodes nothing.
         statistics: the authors' file ``latents_stats.pt``, the mean and the deviation of each channel of its latents;
             decoding needs it.
@@ -73,6 +74,11 @@ class FACMStudent(NetworkFlowMap):
             return
 
         path = locate(checkpoint)
+        if variant is None and not _average(path):
+            raise ConfigError(
+                f"{path} may be of FACM's student or of a teacher, which is no flow map: of a student say so, as in "
+                "load_flow_map('facm', checkpoint=...)"
+            )
         try:
             stored, said = _state(path)
             named, wrappers = unwrapped(stored, _NEEDED)
@@ -84,7 +90,8 @@ class FACMStudent(NetworkFlowMap):
         if variant == VARIANTS[1] and size != (1152, 28, 1):
             raise CheckpointError(f"{path} is not {variant}: it has {size[1]} blocks of the width {size[0]}")
         arguments |= classes_of(path, arguments["num_classes"] + 1, num_classes, said)
-        decoder = None if statistics is None else StableDiffusionVae(vae=vae, rounding="down", **_latents(statistics))
+        latents = {} if statistics is None else _latents(statistics, arguments["in_channels"])
+        decoder = None if statistics is None else StableDiffusionVae(vae=vae, rounding="down", **latents)
         try:
             with torch.device("meta"):
                 network = LightningDiT(**arguments, expanded=True)
@@ -99,19 +106,20 @@ class FACMStudent(NetworkFlowMap):
     @classmethod
     def recognises(cls, path: Path) -> bool:
         """See `FlowMap.recognises`."""
-        with_averages = path.suffix != ".safetensors" and bool(_average(path))
-        return with_averages or any(name.endswith(".mlp.w12.weight") for name in names_in(path))
+        return bool(_average(path)) or any(name.endswith(".mlp.w12.weight") for name in names_in(path))
 
 
 def _state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a file, of the average where it has one, and what it says beside them."""
-    if path.suffix != ".safetensors" and (found := _average(path)):
+    if found := _average(path):
         return TorchFile(path).tensors(found), {}
     return read_state(path)
 
 
 def _average(path: Path) -> dict[str, Any]:
-    """The records of the tensors of one of several averages in a file of ``torch.save``."""
+    """The records of the tensors of one of several averages in a file of ``torch.save``; none of any other file."""
+    if path.suffix == ".safetensors":
+        return {}
     try:
         several = as_dictionary(as_dictionary(TorchFile(path).content).get("emas"))
     except Exception:  # which `read_state` tells
@@ -134,7 +142,7 @@ def _arguments(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _latents(file: str | Path) -> dict[str, Any]:
+def _latents(file: str | Path, channels: int) -> dict[str, Any]:
     """The scale and the bias of the latents, as arguments of the decoder, from their statistics.
 
     Raises:
@@ -144,8 +152,12 @@ def _latents(file: str | Path) -> dict[str, Any]:
     try:
         tensors, _ = read_state(path)
         mean, std = (tensors[name].double().flatten() for name in ("mean", "std"))
-        if mean.shape != std.shape or not bool((torch.isfinite(mean) & torch.isfinite(std) & (std > 0)).all()):
-            raise ValueError("its mean and std are not those of channels")
+        if (
+            len(mean) != channels
+            or mean.shape != std.shape
+            or not bool((torch.isfinite(mean) & torch.isfinite(std) & (std > 0)).all())
+        ):
+            raise ValueError(f"its mean and std are not those of {channels} channels")
     except Exception as error:
         raise unreadable(path, "the statistics of latents", error) from None
     return {"scale": (1 / std).tolist(), "bias": (-mean / std).tolist()}

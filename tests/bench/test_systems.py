@@ -11,6 +11,7 @@ from pathlib import Path
 import attrs
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from student_files import load
 
@@ -148,8 +149,54 @@ def test_a_file_that_cannot_be_read_is_a_row_that_says_so(stand_ins, files, cach
     assert "failed" not in (tmp_path / "out" / "table.md").read_text().lower()
 
 
+def test_figures_rest_on_the_autoencoder_and_the_reference(stand_ins, files, cache, measured, tmp_path):
+    folder, out = shutil.copytree(files, tmp_path / "files"), tmp_path / "out"
+    table = small(stand_ins.TABLE, "meanflow")
+    found = []
+    for change in ("nothing", "autoencoder", "reference"):
+        if change == "autoencoder":
+            weights = folder / "sd-vae-ft-ema" / "diffusion_pytorch_model.safetensors"
+            tensors = safetensors.torch.load_file(weights)
+            safetensors.torch.save_file({k: 1.5 * v for k, v in tensors.items()}, weights)
+        if change == "reference":
+            np.savez(folder / "reference.npz", arr_0=np.full((40, 8, 8, 3), 200, np.uint8))
+        bench_systems(table, folder, out=out)
+        found.append(rows(out)["stand-in of meanflow", 1]["figures"]["fid"])
+    assert len(set(found)) == len(measured) == 3
+
+
+def test_an_error_is_tried_again_and_hides_what_was_measured(stand_ins, files, cache, tmp_path):
+    folder, out = shutil.copytree(files, tmp_path / "files"), tmp_path / "out"
+    table = small(stand_ins.TABLE, "meanflow")
+    bench_systems(table, folder, out=out)
+    good = (folder / "meanflow.pt").read_bytes()
+    (folder / "meanflow.pt").write_bytes(good[:1000])
+    with pytest.raises(RunsFailedError):
+        bench_systems(table, folder, out=out)
+    assert "figures" not in rows(out)["stand-in of meanflow", 1]
+    (folder / "meanflow.pt").write_bytes(good)
+    (folder / "sd-vae-ft-ema").rename(folder / "away")
+    with pytest.raises(RunsFailedError):
+        bench_systems(table, folder, out=out)
+    (folder / "away").rename(folder / "sd-vae-ft-ema")
+    bench_systems(table, folder, out=out)
+    assert "figures" in rows(out)["stand-in of meanflow", 1]
+    (folder / "meanflow.pt").unlink()
+    bench_systems(table, folder, out=out)
+    assert rows(out) == {}
+
+
+def test_names_that_differ_in_signs_alone_have_records_of_their_own():
+    one, two = (System(name=name, kind="distilled") for name in ("a, XL/2", "a, XL/2+"))
+    assert one.record(1) != two.record(1)
+    with pytest.raises(ConfigError, match="two systems of a table have the name 'a, XL/2'"):
+        SystemTable(systems=[one, two, one], protocol="adm")
+
+
 def test_mistakes_are_told(stand_ins, files, tmp_path):
     table, out = small(stand_ins.TABLE, "dmf"), tmp_path / "out"
+    with pytest.raises(ConfigError, match="nowhere is no folder"):
+        bench_systems(table, "nowhere", out=out)
     with pytest.raises(ConfigError, match="no system has any of nobody"):
         bench_systems(table, files, out=out, only=["nobody"])
     with pytest.raises(ConfigError, match=r"other\.npz is not there: name what figures are compared with"):
@@ -207,6 +254,8 @@ def test_a_stochastic_solver_draws_the_same_for_the_same_noises():
     noise = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
     first, again = sampler.sample(noise), sampler.sample(noise)
     assert torch.equal(first, again)
+    alone = torch.cat([sampler.sample(row[None]) for row in noise])
+    torch.testing.assert_close(alone, first)
     other = sampler.sample(noise + 1e-3)
     assert float((other - first).abs().max()) > 0.1
 

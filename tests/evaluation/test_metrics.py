@@ -198,3 +198,16 @@ def test_what_cannot_be_measured():
         reference_set(None, None, 10, 0)
     with pytest.raises(ConfigError, match="digits"):
         features.load_features("digit")
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1e-2, 1e3])
+def test_distances_of_unequal_numbers_of_points_have_the_unit_of_the_points(scale):
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(30, 2, generator=generator).double(), torch.randn(47, 2, generator=generator).double()
+    unit = metrics.wasserstein2(a, b)
+    assert metrics.wasserstein2(scale * a, scale * b) == pytest.approx(scale * unit, rel=1e-6)
+
+
+def test_distances_of_points_that_are_not_finite_are_refused():
+    with pytest.raises(NonFiniteError):
+        metrics.wasserstein2(torch.full((3, 2), float("nan")), torch.zeros(3, 2))

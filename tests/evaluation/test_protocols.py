@@ -16,7 +16,7 @@ from flowdistill.evaluation import FeatureExtractor, Protocol
 from flowdistill.evaluation.comparison import Evaluation, compare
 from flowdistill.evaluation.protocols import vae_of
 from flowdistill.paths import shifted
-from flowdistill.runs.sampling import make_condition
+from flowdistill.runs.sampling import make_condition, times_of
 
 SEEN = []
 
@@ -94,13 +94,51 @@ def test_the_grid_of_several_steps_is_the_protocols(student, reference):
     assert [s for _, s, _ in SEEN] == pytest.approx(expected[1:])
 
 
+def test_a_shift_leaves_one_step_and_the_first_time_alone(student):
+    student.first_time = 0.9
+    assert times_of(student, 1, 2.0).tolist() == pytest.approx([0.9, 0.0])
+    assert times_of(student, 2, 2.0).tolist() == pytest.approx([1.8 / 1.9, 0.9 / 1.45, 0.0])
+
+
+def test_times_beside_a_protocol_with_a_grid_are_told(student, reference, tmp_path):
+    flowdistill.evaluate(
+        student, protocol="secant", metrics=["mean_byte"], num_samples=4, features=Mean(), reference=reference,
+        steps=(1.0, 0.3, 0.0), noise_floor=False, device="cpu", out=tmp_path / "figures.json",
+    )  # fmt: skip
+    record = json.loads((tmp_path / "figures.json").read_text())
+    assert record["otherwise"]["shift"] == "times of its own"
+    assert record["times"] == pytest.approx([1.0, 0.3, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"protocol": None}, "a protocol is one that"),
+        ({"num_samples": True}, "num_samples must be a whole number"),
+        ({"num_samples": 20.0}, "num_samples must be a whole number"),
+        ({"out": "."}, "is a folder"),
+    ],
+)
+def test_odd_arguments_are_told_before_anything_is_drawn(student, reference, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        flowdistill.evaluate(student, **{"features": Mean(), "reference": reference, "num_samples": 4, **settings})
+    assert SEEN == []
+
+
 def test_steps_may_be_times(student):
     drawn = flowdistill.sample(student, 4, steps=(1.0, 0.55, 0.0), device="cpu")
     assert [(t, s) for t, s, _ in SEEN] == [(1.0, pytest.approx(0.55)), (pytest.approx(0.55), 0.0)]
     assert drawn.shape == (4, 1, 4, 4)
-    for wrong in [(0.5, 0.6), (1.0,), (1.5, 0.0), (1.0, -0.1)]:
+    for wrong in [(0.5, 0.6), (1.0,), (1.0, -0.1), (1.0, 0.5), (1.0, float("nan"), 0.0)]:
         with pytest.raises(ConfigError, match="decrease from 1 to 0"):
             flowdistill.sample(student, 4, steps=wrong)
+    for wrong in [(1.5, 0.0), (0.5, 0.0)]:
+        with pytest.raises(ConfigError, match="samples of this student begin at 1"):
+            flowdistill.sample(student, 4, steps=wrong)
+    for wrong in [2.0, True, "ab", None]:
+        with pytest.raises(ConfigError, match="steps are a whole number"):
+            flowdistill.sample(student, 4, steps=wrong)
+    assert flowdistill.sample(student, 4, steps=np.int64(2), device="cpu").shape == (4, 1, 4, 4)
     with pytest.raises(ConfigError, match="steps must be at least 1"):
         flowdistill.sample(student, 4, steps=0)
 
@@ -118,11 +156,13 @@ def test_the_record_names_the_protocol_and_what_is_otherwise(student, reference,
         "reference": str(truth),
         "num_samples": 30,
         "labels": "in_turn",
+        "autoencoder": "none",
     }
     assert record["rounding"] == "nearest"
-    assert record["steps"] == [1.0, 0.5, 0.0]
+    assert record["times"] == [1.0, 0.5, 0.0]
     assert record["figures"] == {"mean_byte": 128}
     assert record["machine"]
+    assert record["student"]["weights"]
 
 
 def test_what_is_as_the_protocol_says_is_not_told():
@@ -154,6 +194,8 @@ def test_an_evaluation_in_training_rounds_and_labels_as_it_says(student, referen
     assert drawn != Condition.in_turn(3, 9).labels.tolist()
     (row,) = compare(student, None, attrs.evolve(evaluation, rounding="nearest")).values()
     assert row["mean_byte"] == 129
+    told = evaluation.as_record()["otherwise"]
+    assert told.keys() == {"features", "reference", "num_samples"}
 
 
 def test_the_command_line_takes_protocols_and_times(tmp_path, capsys):

@@ -37,6 +37,13 @@ def test_a_file_alone_and_by_name(tmp_path):
     assert isinstance(other, IMFStudent)  # which has the same suffixes
 
 
+def test_a_file_that_may_be_of_a_teacher_is_not_taken_for_a_student(tmp_path):
+    path = saved(tmp_path / "lightningdit-xl-imagenet256-800ep.pt", {"ema": state("facm")})
+    with pytest.raises(ConfigError, match="may be of FACM's student or of a teacher"):
+        load(path)
+    assert load("facm", checkpoint=path).sample_shape == (16, 4, 4)
+
+
 @pytest.mark.parametrize("form", ["average", "bare", "parallel", "safetensors"])
 def test_forms(tmp_path, form):
     tensors = state("facm")
@@ -79,7 +86,7 @@ def test_its_latents_are_standardised_by_the_authors_file(tmp_path):
     torch.testing.assert_close(decoder.latents(x), x * std + mean)
     with pytest.raises(ConfigError, match=r"give statistics, its authors' latents_stats\.pt"):
         load(path, vae="folder")
-    for content in ({"mean": mean}, {"mean": mean, "std": 0 * std}, {"mean": mean, "std": std[:, :3]}, 3):
+    for content in ({"mean": mean}, {"mean": mean, "std": 0 * std}, {"mean": mean[:, :3], "std": std[:, :3]}, 3):
         with pytest.raises(CheckpointError, match="cannot be read as the statistics of latents"):
             load(path, statistics=saved(tmp_path / "wrong.pt", content))
 
