@@ -324,6 +324,7 @@ def parser() -> argparse.ArgumentParser:
         released = command.add_argument_group("of a student that others have released, whose file stands for the run")
         released.add_argument("--student", help="what the file is, such as dmf-xl/2-256; by default what it says")
         released.add_argument("--vae", help="the autoencoder, such as stabilityai/sd-vae-ft-ema")
+        released.add_argument("--statistics", help="of FACM's latents: its authors' latents_stats.pt")
         for name in _OPEN:
             released.add_argument(f"--{name}", type=int, help="where the file does not tell it, see sit_student")
     for command in (sample, evaluate, search, export, convert, cite):
@@ -415,7 +416,8 @@ def _run(options: argparse.Namespace, vae: str | None = None) -> Run:
     from flowdistill.runs.run import Run
     from flowdistill.runs.student_folders import is_student
 
-    told = {name: getattr(options, name) for name in ("vae", *_OPEN) if getattr(options, name) is not None}
+    names = ("vae", "statistics", *_OPEN)
+    told = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     released = options.student or (is_released(options.run) and not is_student(Path(options.run)))
     if released and vae is not None:
         told = {"vae": vae, **told}
