@@ -29,7 +29,7 @@ Draws = torch.Generator | Sequence[torch.Generator]
 """One generator for a batch, or one for each row."""
 
 
-def _noise(like: Tensor, generator: Draws | None) -> Tensor:
+def _gaussian(like: Tensor, generator: Draws | None) -> Tensor:
     """Standard normal noise of the shape of ``like``."""
     if generator is None or isinstance(generator, torch.Generator):
         return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
@@ -240,7 +240,7 @@ class Edm(Solver):
             low, high = self.churn_range
             if self.churn and low <= sigma <= high:
                 raised = sigma * (1 + min(self.churn / self.steps, math.sqrt(2) - 1))
-                noise = _noise(z, generator)
+                noise = _gaussian(z, generator)
                 z = z + math.sqrt(raised**2 - sigma**2) * self.churn_noise * noise
                 sigma = raised
             first = slope(z, sigma)
@@ -270,6 +270,9 @@ class EulerMaruyama(Solver):
     last_step: float = attrs.field(default=0.04, validator=and_(gt(0.0), lt(1.0)))
     """The size of the last step."""
 
+    def _noise(self, x: Tensor, generator: Draws | None) -> Tensor:
+        return _gaussian(x, generator)
+
     def _over_time(self, t: float) -> float:
         """w(t)/t."""
         return 1.0 if self.diffusion == "sigma" else (1 - math.cos(math.pi * t)) ** 2 / (4 * t)
@@ -291,5 +294,5 @@ class EulerMaruyama(Solver):
             drift = velocity + ratio * (x + (1 - t) * velocity)
             if i == self.steps - 1:
                 return x - self.last_step * drift
-            x = x - size * drift + math.sqrt(2 * ratio * t * size) * _noise(x, generator)
+            x = x - size * drift + math.sqrt(2 * ratio * t * size) * self._noise(x, generator)
         raise AssertionError("steps is at least 2")
