@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
+from flowdistill.cli.commands import (
+    OPEN,
+    abandon,
+    bench_command,
+    convert_command,
+    encode_command,
+    evaluate_command,
+    export_command,
+    plan_command,
+    sample_command,
+    search_command,
+    train_command,
+)
 from flowdistill.cli.doctor import doctor_command
 from flowdistill.cli.listing import cite_command, list_command, show_command
-from flowdistill.plumbing.errors import ConfigError, FlowDistillError, TrainingInterrupted
-
-if TYPE_CHECKING:
-    from flowdistill.runs.run import Run
+from flowdistill.plumbing.errors import FlowDistillError, TrainingInterrupted
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -34,14 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         value = "VALUE" if not following or following[0].startswith("-") else following[0]
         commands.error(f"{name} lacks its value: write {name}={value}")
     options = commands.parse_args([a for a in given if not a.startswith("--gin.")])
-    if bindings and options.command not in (_train, _plan, _search, _bench):
+    if bindings and options.command not in (train_command, plan_command, search_command, bench_command):
         commands.error("--gin.NAME=VALUE belongs to train, plan, search and bench")
     if bindings:
         from flowdistill.plumbing.config import quoted
 
         bindings = [quoted(binding) for binding in bindings]
     options.bindings = bindings
-    if options.command in (_train, _plan, _search, _bench):
+    if options.command in (train_command, plan_command, search_command, bench_command):
         sys.path.append(os.getcwd())  # a gin file may import the user's own modules
     warnings.formatwarning = _warning  # type: ignore[assignment]
     try:
@@ -51,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except TrainingInterrupted as stop:
         from flowdistill.plumbing.distributed import rank_and_world
 
-        code = 0 if options.command is _train else 130
+        code = 0 if options.command is train_command else 130
         sys.exit(code if rank_and_world()[0] else _say(stop, code))
     except FlowDistillError as error:
         sys.exit(error.exit_code if error.told else _fail(error, error.exit_code))
@@ -64,13 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         )
         sys.exit(_fail(f"the memory does not suffice ({reason}): {advice}", 1))
     except BrokenPipeError:  # the reader, such as head, has seen enough
-        _abandon(sys.stdout)
+        abandon(sys.stdout)
         sys.exit(1)
     except OSError as error:
-        _abandon(sys.stdout)
+        abandon(sys.stdout)
         sys.exit(_fail(error, 1))
     except KeyboardInterrupt:
-        whence = "from the last checkpoint" if options.command is _train else "with what is kept of it"
+        whence = "from the last checkpoint" if options.command is train_command else "with what is kept of it"
         sys.exit(_fail(f"interrupted; run the same command again to continue {whence}", 130))
     sys.exit(0)
 
@@ -89,18 +98,8 @@ def _say(message: object, code: int) -> int:
     try:
         print(f"flowdistill: {message}", file=sys.stderr, flush=True)
     except OSError:
-        _abandon(sys.stderr)
+        abandon(sys.stderr)
     return code
-
-
-def _abandon(stream: TextIO | None) -> None:
-    """Let a stream that cannot be written lose what it holds, for the flush at exit."""
-    if stream is None:
-        return
-    try:
-        stream.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _warning(message: Warning | str, category: type[Warning], *place: Any) -> str:
@@ -144,7 +143,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
     train.add_argument("--timeout", type=float, default=600, help="seconds that processes wait for one another")
     train.add_argument("--dry_run", action="store_true", help="print the plan of the recipe and train nothing")
-    train.set_defaults(command=_train)
+    train.set_defaults(command=train_command)
 
     plan = commands.add_parser("plan", help="check a recipe and print what it would cost, without its files or a GPU")
     for command in (train, plan):
@@ -159,7 +158,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--flops", type=float, help="FLOP/s at which a plan states hours, in place of --gpu")
         command.add_argument("--memory", type=float, metavar="GIB", help="of a device: a plan says which batch fits")
         command.epilog = "--gin.NAME=VALUE sets a binding, as in --gin.train.steps=100; repeatable"
-    plan.set_defaults(command=_plan)
+    plan.set_defaults(command=plan_command)
 
     renoise: Any = {
         "action": argparse.BooleanOptionalAction,
@@ -193,7 +192,7 @@ def parser() -> argparse.ArgumentParser:
     )
     sample.add_argument("--shards", action="store_true", help="write a folder's pictures into tar files")
     sample.add_argument("--raw", action="store_true", help="numbers as the model makes them, such as latents")
-    sample.set_defaults(command=_sample)
+    sample.set_defaults(command=sample_command)
 
     evaluate = commands.add_parser("evaluate", help="measure a run's student")
     evaluate.add_argument("run", help="a run directory, a checkpoint in it, or a released student's file")
@@ -215,7 +214,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
     evaluate.add_argument("--bootstrap", type=int, default=0, help="random halves from which to estimate spreads")
     evaluate.add_argument("--out", help="a JSON file for the figures and all that they rest on")
-    evaluate.set_defaults(command=_evaluate)
+    evaluate.set_defaults(command=evaluate_command)
 
     search = commands.add_parser("search", help="search for noises that a verifier likes, and give them to the teacher")
     search.add_argument("run", help="a run directory, a checkpoint in it, or a released student's file")
@@ -235,7 +234,7 @@ def parser() -> argparse.ArgumentParser:
     search.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
     search.add_argument("--out", help="a folder for the result; by default one in RUN/searches")
     search.epilog = "--gin.NAME=VALUE sets up the verifier and the strategy, as in --gin.zero_order.radius=0.5"
-    search.set_defaults(command=_search)
+    search.set_defaults(command=search_command)
 
     bench = commands.add_parser("bench", help="train and measure the methods of a suite, and write their tables")
     bench.add_argument(
@@ -261,7 +260,7 @@ def parser() -> argparse.ArgumentParser:
     systems.add_argument("--weights", help="the file of Inception's weights; by default in --files, or downloaded")
     systems.add_argument("--batch_size", **batch_size)
     bench.epilog = "--gin.bench.NAME=VALUE changes the suite, any other --gin.NAME=VALUE all trainings"
-    bench.set_defaults(command=_bench)
+    bench.set_defaults(command=bench_command)
 
     export = commands.add_parser("export", help="write a student as a folder that loads without its run or teacher")
     export.add_argument("run", metavar="SRC", help="a run directory, a checkpoint in it, or a released student's file")
@@ -274,7 +273,7 @@ def parser() -> argparse.ArgumentParser:
         "--programs", nargs="+", choices=["torch", "onnx", "diffusers"], default=[],
         help="for those without flowdistill: student.pt2, student.onnx, a pipeline of diffusers",
     )  # fmt: skip
-    export.set_defaults(command=_export)
+    export.set_defaults(command=export_command)
 
     convert = commands.add_parser("convert", help="write a checkpoint of others, or a run, as a model folder")
     convert.add_argument("source", metavar="SRC", help="a checkpoint file, or a run whose student is a velocity field")
@@ -283,7 +282,7 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="of the stored weights")
     for name in ("num_classes", "num_heads", "noise_time"):
         convert.add_argument(f"--{name}", type=int, help="of a SiT whose file does not tell it, see sit_teacher")
-    convert.set_defaults(command=_convert)
+    convert.set_defaults(command=convert_command)
 
     encode = commands.add_parser("encode", help="write the latents of images, for trainings from data")
     encode.add_argument("images", metavar="SRC", help="a folder of images or of tar files, or a .zip or .tar file")
@@ -297,7 +296,7 @@ def parser() -> argparse.ArgumentParser:
     encode.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="of what is stored")
     encode.add_argument("--batch_size", type=int, help="images at a time; by default 4 on a CPU, else 32")
     encode.add_argument("--device", help="cpu, cuda, ...; by default a GPU if there is one")
-    encode.set_defaults(command=_encode)
+    encode.set_defaults(command=encode_command)
 
     listing = commands.add_parser("list", help="list methods, settings and recipes, and what is registered")
     listing.add_argument("kind", nargs="?", help="methods, settings, recipes, objectives, ...; by default all")
@@ -325,304 +324,10 @@ def parser() -> argparse.ArgumentParser:
         released.add_argument("--student", help="what the file is, such as dmf-xl/2-256; by default what it says")
         released.add_argument("--vae", help="the autoencoder, such as stabilityai/sd-vae-ft-ema")
         released.add_argument("--statistics", help="of FACM's latents: its authors' latents_stats.pt")
-        for name in _OPEN:
+        for name in OPEN:
             released.add_argument(f"--{name}", type=int, help="where the file does not tell it, see sit_student")
     for command in (sample, evaluate, search, export, convert, cite):
         command.add_argument(
             "--allow_imports", action="store_true", help="import the modules that the run's configuration imports"
         )
     return parser
-
-
-def _train(options: argparse.Namespace) -> None:
-    from flowdistill.plumbing.distributed import rank_and_world
-    from flowdistill.training.trainer import train
-
-    if options.dry_run:
-        _plan(options)
-        return
-    result = train(
-        **_recipe(options),
-        workdir=options.workdir,
-        resume=options.resume,
-        device=options.device,
-        timeout=options.timeout,
-    )
-    if rank_and_world()[0] == 0:
-        with contextlib.suppress(OSError):  # nobody reads it, and the training has ended well
-            _print_evaluation(result.workdir, result.steps)
-            print(result.workdir / "report.md", flush=True)
-    _abandon(sys.stdout)
-
-
-def _print_evaluation(workdir: Path, step: int) -> None:
-    """Print what was measured at the last step, if anything was, as a table on standard error."""
-    from rich.box import SIMPLE
-    from rich.console import Console
-    from rich.table import Table
-
-    from flowdistill.runs.records import read_evaluation
-
-    measured = read_evaluation(workdir, step)
-    if measured is None:
-        return
-    columns = list(dict.fromkeys(name for row in measured["rows"].values() for name in row))
-    table = Table("", *(name.replace("_", " ") for name in columns), box=SIMPLE)
-    for name, row in measured["rows"].items():
-        table.add_row(name, *(f"{row[column]:.3g}" if column in row else "" for column in columns))
-    width = None if sys.stderr is not None and sys.stderr.isatty() else _WIDE
-    Console(stderr=True, width=width).print(f"{measured['num_samples']:,} samples each", table, highlight=False)
-
-
-_WIDE = 200  # letters of a line where no terminal says how many there are
-
-
-def _plan(options: argparse.Namespace) -> None:
-    from flowdistill.training.planning import plan
-
-    planned = plan(**_recipe(options), gpu=options.gpu, flops_per_second=options.flops)
-    print(planned)
-    if options.memory is not None:
-        batch_size, accumulation = planned.fitting(options.memory * 2**30)
-        print(
-            f"{options.memory:g} GiB hold {batch_size} states at a time: "
-            f"--gin.train.batch_size={batch_size} --gin.train.accumulation={accumulation}"
-        )
-
-
-def _recipe(options: argparse.Namespace) -> dict[str, Any]:
-    """The configuration that the options name, as arguments of `flowdistill.train`."""
-    if options.recipe is None and not options.gin_file:
-        raise ConfigError("name a method and a setting, such as meanflow --on digits, or a gin file")
-    return {
-        "recipe": options.recipe,
-        "on": options.on,
-        "gin_files": options.gin_file,
-        "gin_bindings": options.bindings,
-    }
-
-
-_OPEN = ("num_classes", "num_heads", "early_blocks")
-
-
-def _run(options: argparse.Namespace, vae: str | None = None) -> Run:
-    """The run that the options name, or what stands for it where they name the file or folder of a student.
-
-    Args:
-        options: of the command line.
-        vae: the autoencoder of a student's file where the options name none.
-    """
-    from flowdistill.runs.loading import is_released, load_flow_map
-    from flowdistill.runs.run import Run
-    from flowdistill.runs.student_folders import is_student
-
-    names = ("vae", "statistics", *_OPEN)
-    told = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    released = options.student or (is_released(options.run) and not is_student(Path(options.run)))
-    if released and vae is not None:
-        told = {"vae": vae, **told}
-    alone = told or released or is_student(Path(options.run))
-    if options.ema is not None and alone:
-        raise ConfigError("--ema chooses an average of a run, and a student alone has none")
-    if options.student is not None:
-        return Run.of(load_flow_map(options.student, checkpoint=options.run, **told))
-    if is_student(Path(options.run)) and not told:
-        return Run.of(options.run)
-    if alone:
-        return Run.of(load_flow_map(options.run, **told))
-    return Run(options.run, allow_imports=options.allow_imports, ema=options.ema)
-
-
-def _sample(options: argparse.Namespace) -> None:
-    from flowdistill.evaluation.pictures import images_of, save_picture
-    from flowdistill.plumbing.distributed import rank_and_world
-    from flowdistill.runs.sampling import make_condition, sample
-    from flowdistill.runs.writing import write_samples
-
-    out = Path(options.out)
-    picture = out.suffix == ".png" and not options.out.endswith(("/", os.sep))
-    if out.suffix not in ("", ".png", ".npz") and not (out.is_dir() or options.out.endswith(("/", os.sep))):
-        raise ConfigError(f"--out must end in .png or .npz, or name a folder by a / at its end, not {options.out!r}")
-    if picture and options.raw:
-        raise ConfigError("--raw writes numbers, and a .png file is a picture: write them to a .npz file")
-    if picture and options.shards:
-        raise ConfigError("--shards writes many pictures, and a .png file is one: name a folder by a / at its end")
-    first = rank_and_world()[0] == 0
-    if picture and not first:  # one process draws one picture
-        return
-    labels = _labels(options)
-    num_samples = options.num_samples
-    if num_samples is None:
-        num_samples = len(labels) if isinstance(labels, list) else 64
-    run = _run(options)
-    settings: dict[str, Any] = {
-        "steps": options.times or options.steps,
-        "labels": labels,
-        "guidance": options.guidance,
-        "seed": options.seed,
-        "batch_size": options.batch_size,
-        "renoise": options.renoise,
-        "device": options.device,
-    }
-    if picture:
-        samples = sample(run, num_samples, **settings)
-        shown = make_condition(run.student.num_classes, num_samples, labels, options.guidance, options.seed).labels
-        if not save_picture(images_of(samples, run.student), out, shown):
-            raise ConfigError(f"samples of shape {tuple(samples.shape[1:])} are no picture: write them to a .npz file")
-    else:
-        write_samples(run, out, num_samples, raw=options.raw, shards=options.shards, **settings)
-    if first:
-        print(out)
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    from flowdistill.evaluation.protocols import vae_of
-    from flowdistill.plumbing.registry import FEATURES, PROTOCOLS
-    from flowdistill.runs.evaluating import evaluate
-
-    rules = PROTOCOLS.build(options.protocol)
-    features = options.features or rules.features
-    if options.weights is not None:
-        if features is None:
-            raise ConfigError("--weights are of a network: name it by --features")
-        features = FEATURES.build(features, weights=options.weights)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", RuntimeWarning)
-        metrics = evaluate(
-            _run(options, vae_of(rules.autoencoder)),
-            protocol=options.protocol,
-            metrics=options.metrics,
-            num_samples=options.num_samples,
-            steps=options.times or options.steps,
-            labels=_labels(options),
-            guidance=options.guidance,
-            seed=options.seed,
-            features=features,
-            reference=options.reference,
-            renoise=options.renoise,
-            batch_size=options.batch_size,
-            device=options.device,
-            bootstrap=options.bootstrap,
-            out=options.out,
-        )
-    for warning in caught:
-        print(f"flowdistill: {warning.message}", file=sys.stderr)
-    for name, value in metrics.items():
-        print(f"{name}: {value:.4g}")
-
-
-def _search(options: argparse.Namespace) -> None:
-    import gin
-
-    from flowdistill.plumbing import config
-    from flowdistill.plumbing.gin_errors import errors_located
-    from flowdistill.plumbing.registry import SEARCH_STRATEGIES, VERIFIERS
-    from flowdistill.searching import search
-
-    with config.parsed([], options.bindings), errors_located():
-        verifier = gin.get_configurable(VERIFIERS.get(options.verifier))()
-        strategy = gin.get_configurable(SEARCH_STRATEGIES.get(options.strategy))()
-        config.check_all_used()
-    result = search(
-        _run(options),
-        options.budget,
-        teacher=options.teacher,
-        verifier=verifier,
-        strategy=strategy,
-        proposer=options.proposer,
-        num_samples=options.num_samples,
-        labels=_labels(options),
-        teacher_steps=options.teacher_steps,
-        guidance=options.guidance,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        device=options.device,
-        out=options.out,
-    )
-    if result is not None:
-        for name, value in result.figures.items():
-            print(f"{name}: {value:.4g}")
-        print(result.folder)
-
-
-def _labels(options: argparse.Namespace) -> int | str | list[int] | None:
-    """The classes that the options name: one, one for each sample, how they are chosen, or those in a file."""
-    from flowdistill.runs.sampling import LABELS, read_labels
-
-    if not options.labels:
-        return None
-    try:
-        classes = [int(label) for label in options.labels]
-    except ValueError:
-        (name, *others) = options.labels
-        if others:
-            raise ConfigError(f"labels are integers, not {' '.join(options.labels)!r}") from None
-        return name if name in LABELS else read_labels(Path(name))
-    return classes if len(classes) > 1 else classes[0]
-
-
-def _bench(options: argparse.Namespace) -> None:
-    from flowdistill.bench import bench, bench_systems, speed
-    from flowdistill.bench.imagenet import TABLES
-    from flowdistill.plumbing.distributed import rank_and_world
-
-    if options.suite in TABLES or options.suite.endswith(".py"):
-        if options.files is None:
-            raise ConfigError(f"{options.suite} measures released files: name their folder by --files")
-        names = ("reference", "protocol", "num_samples", "only", "weights", "batch_size", "device")
-        out = Path(options.out or Path(options.runs) / Path(options.suite).stem)
-        try:
-            bench_systems(options.suite, options.files, out=out, **{name: getattr(options, name) for name in names})
-        finally:
-            if rank_and_world()[0] == 0 and (out / "table.md").is_file():
-                print((out / "table.md").read_text(encoding="utf-8"))
-        return
-    if options.suite == "speed":
-        rounds = {"rounds": 3} if options.quick else {}
-        out = options.out or Path(options.runs) / "speed"
-        peers, only = [tuple(peer) for peer in options.peer], options.only
-        found = speed(out=out, bindings=options.bindings, only=only, peers=peers, device=options.device, **rounds)
-        print((found / "table.md").read_text(encoding="utf-8"))
-        return
-    results = bench(
-        options.suite,
-        out=options.out,
-        runs=options.runs,
-        bindings=options.bindings,
-        only=options.only,
-        quick=options.quick,
-        jobs=options.jobs,
-        device=options.device,
-    )
-    print(results / "table.md")
-
-
-def _export(options: argparse.Namespace) -> None:
-    from flowdistill.runs.exporting import export
-
-    how = {"dtype": options.dtype, "programs": options.programs, "private": options.private}
-    print(export(_run(options), options.folder, **how))
-
-
-def _encode(options: argparse.Namespace) -> None:
-    from flowdistill.data.encoding import encode
-    from flowdistill.decoders import EDM2_LATENTS, StableDiffusionVae
-    from flowdistill.plumbing.distributed import rank_and_world
-    from flowdistill.runs.sampling import check_counts
-
-    check_counts(batch_size=options.batch_size)
-    decoder = StableDiffusionVae(vae=options.vae, **(EDM2_LATENTS if options.scale == "edm2" else {}))
-    names = ("size", "flips", "draw", "seed", "dtype", "batch_size", "device")
-    encode(options.images, options.folder, decoder, **{name: getattr(options, name) for name in names})
-    if rank_and_world()[0] == 0:
-        print(options.folder)
-
-
-def _convert(options: argparse.Namespace) -> None:
-    from flowdistill.runs.loading import convert
-    from flowdistill.runs.run import Run
-
-    source = Run(options.source, allow_imports=True) if options.allow_imports else options.source
-    told = {name: getattr(options, name) for name in ("num_classes", "num_heads", "noise_time")}
-    told = {name: value for name, value in told.items() if value is not None}
-    print(convert(source, options.folder, teacher=options.teacher, dtype=options.dtype, **told))
