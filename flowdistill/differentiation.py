@@ -236,7 +236,7 @@ class _Rules(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if is_foreign(func) and any(map(torch._C._functorch.is_functorch_wrapped_tensor, tree_leaves((args, kwargs)))):
+        if is_foreign(func) and any(map(_is_wrapped, tree_leaves((args, kwargs)))):
             raise NotImplementedError(f"{func} has no forward derivative")  # PyTorch would take it to be 0
         if func is F.group_norm:
             func = _group_norm
@@ -249,6 +249,10 @@ class _Rules(TorchFunctionMode):
         elif self._graph:
             func = _WRITTEN_OUT.get(func, func)
         return func(*args, **kwargs)
+
+
+def _is_wrapped(value: Any) -> bool:
+    return isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)
 
 
 def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
