@@ -12,7 +12,9 @@ import attrs
 import gin
 import torch
 from attrs.validators import ge, gt, lt
-from torch import nn
+from torch import Tensor, nn
+
+from flowdistill.plumbing.distributed import local
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -126,14 +128,19 @@ class AveragedModel(Generic[_M]):
     def __init__(self, model: _M, averaging: Averaging) -> None:
         self.averaging, self._model = averaging, model
         self.module = copy.deepcopy(model).requires_grad_(False)
-        pairs = list(zip(self.module.parameters(), model.parameters(), strict=True))
-        self._averages = [average.detach() for average, p in pairs if p.requires_grad]
-        self._parameters = [p.detach() for _, p in pairs if p.requires_grad]
+
+    @functools.cached_property
+    def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The averages and what they follow, of which each process may hold a part, since the first update."""
+        pairs = zip(self.module.parameters(), self._model.parameters(), strict=True)
+        moving = [(local(average.detach()), local(p.detach())) for average, p in pairs if p.requires_grad]
+        return [average for average, _ in moving], [p for _, p in moving]
 
     @torch.no_grad()
     def update(self, number: int) -> None:
         """Move the average towards the module's present weights, and take its present buffers."""
-        torch._foreach_lerp_(self._averages, self._parameters, 1 - self.averaging.decay_at(number))
+        averages, parameters = self._pairs
+        torch._foreach_lerp_(averages, parameters, 1 - self.averaging.decay_at(number))
         for ours, theirs in zip(self.module.modules(), self._model.modules(), strict=True):
             for name, buffer in theirs._buffers.items():
                 ours._buffers[name] = None if buffer is None else buffer.detach().clone()

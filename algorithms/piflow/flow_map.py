@@ -78,8 +78,8 @@ class PolicyFlowMap(FlowMap):
     def policy(self, x: Tensor, t: Tensor, condition: Condition | None = None) -> Policy:
         """The policy of the segment that starts at x and t, by one evaluation of the network."""
         outputs = self.wide.average_velocity(x, t, t, condition).to(x.dtype)
-        result: Policy = self.head(outputs, x, t, self.segment_end(t), condition, self.shift)
-        return result
+        numbers = self.head(outputs, t, condition)
+        return self.head.policy(x, t, self.segment_end(t), numbers, self.shift)
 
     def segment_end(self, t: Tensor) -> Tensor:
         """The end (B,) of the segment that starts at t: the next lower of the segments' edges."""

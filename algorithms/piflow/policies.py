@@ -135,10 +135,12 @@ class PolicyHead(nn.Module, ABC):
         raise ConfigError(f"a {type(self).__name__} does not tell what builds it: its class lacks built_by")
 
     @abstractmethod
-    def forward(
-        self, outputs: Tensor, x: Tensor, t: Tensor, end: Tensor, condition: Condition | None, shift: float
-    ) -> Policy:
-        """The policy of a segment from ``t`` to ``end`` (B,), from the output at x (B, C, ...) in the dtype of x."""
+    def forward(self, outputs: Tensor, t: Tensor, condition: Condition | None) -> tuple[Tensor, ...]:
+        """The numbers of the policies, from the network's outputs (B, ...) at times t (B,), and in their dtype."""
+
+    @abstractmethod
+    def policy(self, x: Tensor, t: Tensor, end: Tensor, numbers: tuple[Tensor, ...], shift: float) -> Policy:
+        """The policy of a segment from ``t`` to ``end`` (B,) that starts at x (B, C, ...), by its numbers."""
 
 
 @gin.register("dx", module="policies")
@@ -161,11 +163,14 @@ class DXHead(PolicyHead):
         """See `PolicyHead.built_by`."""
         return {"head": "dx", "points": self.velocities}
 
-    def forward(
-        self, outputs: Tensor, x: Tensor, t: Tensor, end: Tensor, condition: Condition | None, shift: float
-    ) -> Policy:
-        """See `PolicyHead.forward`."""
-        return DXPolicy(x, t, end, outputs.reshape(len(x), self.velocities, *x.shape[1:]), shift)
+    def forward(self, outputs: Tensor, t: Tensor, condition: Condition | None) -> tuple[Tensor, ...]:
+        """The velocities (B, N, C, ...)."""
+        return (outputs.reshape(len(outputs), self.velocities, -1, *outputs.shape[2:]),)
+
+    def policy(self, x: Tensor, t: Tensor, end: Tensor, numbers: tuple[Tensor, ...], shift: float) -> Policy:
+        """See `PolicyHead.policy`."""
+        (velocities,) = numbers
+        return DXPolicy(x, t, end, velocities, shift)
 
 
 @gin.register("gmflow", module="policies")
@@ -200,20 +205,24 @@ class GMFlowHead(PolicyHead):
         """See `PolicyHead.built_by`."""
         return {"head": "gmflow", "components": self.velocities}
 
-    def forward(
-        self, outputs: Tensor, x: Tensor, t: Tensor, end: Tensor, condition: Condition | None, shift: float
-    ) -> Policy:
-        """See `PolicyHead.forward`."""
-        count = self.velocities * x.shape[1]
-        velocities = outputs[:, :count].reshape(len(x), self.velocities, *x.shape[1:]) + self.offset.to(x.dtype)
+    def forward(self, outputs: Tensor, t: Tensor, condition: Condition | None) -> tuple[Tensor, ...]:
+        """The velocities (B, K, C, ...), the logits (B, K, 1, ...), and the logarithm of the deviation (B,)."""
+        offset = self.offset.to(outputs.dtype)
+        count = self.velocities * offset.shape[1]
+        velocities = outputs[:, :count].reshape(len(outputs), self.velocities, -1, *outputs.shape[2:]) + offset
         hidden = self.time_embedding(self.time_factor * t)
         if self.label_embedding is not None:
             labels = None if condition is None else condition.labels
             if labels is None:
-                labels = torch.full((len(x),), self.label_embedding.num_classes, device=x.device)
+                labels = torch.full((len(t),), self.label_embedding.num_classes, device=t.device)
             hidden = hidden + self.label_embedding(labels)
-        log_std = self.log_std(F.silu(hidden))[:, 0].to(x.dtype)
-        return GMFlowPolicy(x, t, velocities, outputs[:, count:].unsqueeze(2), log_std)
+        log_std = self.log_std(F.silu(hidden))[:, 0].to(outputs.dtype)
+        return velocities, outputs[:, count:].unsqueeze(2), log_std
+
+    def policy(self, x: Tensor, t: Tensor, end: Tensor, numbers: tuple[Tensor, ...], shift: float) -> Policy:
+        """See `PolicyHead.policy`."""
+        velocities, logits, log_std = numbers
+        return GMFlowPolicy(x, t, velocities, logits, log_std)
 
 
 def head_of(description: Mapping[str, Any]) -> Callable[[tuple[int, ...], int | None], PolicyHead]:

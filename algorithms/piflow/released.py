@@ -22,7 +22,7 @@ from flowdistill.networks import LabelEmbedding, Linear, ScalarEmbedding, SiT
 from flowdistill.networks.embeddings import position_table
 from flowdistill.networks.sit_files import arguments_of, built, classes_of
 from flowdistill.paths import expand_time
-from flowdistill.plumbing.dry import files_unread
+from flowdistill.plumbing.dry import weights_unread
 from flowdistill.plumbing.errors import CheckpointError, ConfigError
 from flowdistill.plumbing.files import fill_module, load_tensors
 from flowdistill.plumbing.references import bibtex
@@ -110,7 +110,7 @@ class PiFlowStudent(PolicyFlowMap):
         # The folder, and what its name says.
         if variant is not None and variant not in VARIANTS:
             raise unknown_name("variant", variant, VARIANTS)
-        if files_unread():
+        if weights_unread():
             raise ConfigError("a plan reads no checkpoint, and pi-Flow's released students are known from theirs alone")
         folder = _folder(checkpoint)
         factor = _TIME_FACTORS[_told(folder) if variant is None else variant.partition("-")[0]]

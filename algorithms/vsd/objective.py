@@ -115,9 +115,11 @@ class DMD2(VSD):
         if self._judge is None:
             return output
         seen = self._noised(start.land(residual.average), start.condition, step.generator)
-        held = {name: p.detach() for name, p in self._judge.named_parameters()}
-        logits = torch.func.functional_call(self._judge, held, (seen.x, seen.t, seen.condition))
-        adversarial = F.softplus(-logits).mean()
+        # The gradient of the samples alone: the discriminator's own parameters are held.
+        x = seen.x.detach().requires_grad_()
+        value = F.softplus(-self._judge(x, seen.t, seen.condition)).mean()
+        (slope,) = torch.autograd.grad(value, x)
+        adversarial = value.detach() + (slope * (seen.x - x.detach())).sum()
         metrics = {**output.metrics, "adversarial": adversarial.detach()}
         return attrs.evolve(output, loss=output.loss + self.discriminator_weight * adversarial, metrics=metrics)
 

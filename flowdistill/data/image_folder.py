@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowdistill.data.datasets import Dataset
 from flowdistill.data.image_files import ImageFiles
-from flowdistill.plumbing.dry import files_unread
+from flowdistill.plumbing.dry import data_unread
 from flowdistill.plumbing.errors import DataError
 from flowdistill.plumbing.registry import register_dataset
 
@@ -47,7 +47,7 @@ class ImageFolder(Dataset):
         self.sample_shape = (channels, size, size)
         self._labels: Tensor | None = None
         path = Path(folder)
-        if files_unread() and not path.exists():
+        if data_unread() and not path.exists():
             return
         self._files = ImageFiles(path)
         if self._files.labels is not None:

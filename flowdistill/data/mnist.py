@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from flowdistill.data.datasets import ImageDataset
 from flowdistill.plumbing.caches import cached
-from flowdistill.plumbing.dry import files_unread
+from flowdistill.plumbing.dry import data_unread
 from flowdistill.plumbing.errors import DataError
 from flowdistill.plumbing.registry import register_dataset
 
@@ -52,7 +52,7 @@ class IdxImages(ImageDataset):
     def __init__(self, folder: str | Path | None = None, train: bool = True, size: int = 28) -> None:
         if size < 28:
             raise DataError(f"{self.name}.size must be at least 28, not {size}")
-        if files_unread():
+        if data_unread():
             super().__init__(torch.zeros(1, 1, size, size), torch.zeros(1, dtype=torch.long))
             return
         part = "train" if train else "t10k"

@@ -90,10 +90,15 @@ def _number(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     hidden = func.__name__ == "__get__"
     if not hidden and parts(args[0])[1] is None:
         return constant(func, args, kwargs)
-    if hidden and func.__self__.__name__=="_base": return None
-    raise ConfigError(
-        f"no derivative goes through Tensor.{func.__self__.__name__ if hidden else func.__name__}: if a network takes "
-        "constants by it, let it take them of x.detach(); else bind the objective's estimator = @finite_difference()"
+    if hidden and func.__self__.__name__ == "_base":
+        return None
+    raise _no_way_through(func.__self__.__name__ if hidden else func.__name__)
+
+
+def _no_way_through(name: str) -> ConfigError:
+    return ConfigError(
+        f"no derivative goes through Tensor.{name}: if a network takes constants by it, let it take them of "
+        "x.detach(); else bind the objective's estimator = @finite_difference()"
     )
 
 
@@ -104,8 +109,25 @@ for _func in _named("numpy __array__ data_ptr untyped_storage storage __dlpack__
 RULES[torch.autograd.grad] = RULES[torch.autograd.backward] = _out_of_sight
 for _func in _named("item __float__ __complex__ tolist"):
     RULES[_func] = _number
-for _name in ("data", "_base"):
-    RULES[getattr(T, _name).__get__] = _number
+RULES[T.data.__get__] = _number  # type: ignore[attr-defined]
+
+
+class _Base(Tensor):
+    """What a dual is a view of: it can be asked for, as modules that processes share do, and is of no use."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        raise _no_way_through("_base")
+
+
+def _base(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    base = constant(func, args, kwargs)
+    return None if base is None else base.as_subclass(_Base)
+
+
+RULES[getattr(T, "_base").__get__] = _base  # noqa: B009, which is None to a type checker
 
 
 # ---- structure, sums, pooling

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowdistill.plumbing.dry import files_unread
+from flowdistill.plumbing.dry import weights_unread
 
 _MOST_PLAIN_TOKENS = 1024
 
@@ -18,7 +18,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     there is ten times slower than that of the products written out, whose weights (tokens, tokens) are small enough.
     """
     # A plan counts what a GPU would do; a compiler cannot look for one.
-    planned = not torch.compiler.is_compiling() and files_unread()
+    planned = not torch.compiler.is_compiling() and weights_unread()
     if q.device.type != "cpu" or q.shape[-2] > _MOST_PLAIN_TOKENS or planned:
         return F.scaled_dot_product_attention(q, k, v)
     return plain_attention(q, k, v)

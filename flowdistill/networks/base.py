@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -72,6 +73,14 @@ class VelocityNetwork(nn.Module, Compilable, ABC):
                 durations and guidance scales.
             late_time: times (B,) that the blocks after the first ``early_blocks`` see in place of t; None is t.
         """
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """The modules that hold most of the weights and are called one after another; a network may name none.
+
+        They are what processes share out for themselves, and whose activations may be computed again.
+        """
+        return ()
 
     def own_time(self, t: Tensor) -> Tensor:
         """What the network embeds of a time (B,): a network of others may count from the data, or in thousandths."""

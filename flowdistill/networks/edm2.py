@@ -98,7 +98,7 @@ class MPConv(ForcedWeight):
     def replace_weight(self) -> None:
         """Store the scaled weights, in training mode and where they have changed."""
         compiling = torch.compiler.is_compiling()  # a compiler cannot tell, and scales them each time
-        if not self.training or (compiling and self.replaced_before):
+        if not self.training:
             return
         if compiling or self.weight._version != self._normalized_version:
             with torch.no_grad():
@@ -129,7 +129,8 @@ class MPConv(ForcedWeight):
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
         """The layer's output times ``gain``, in the dtype of x."""
-        self.replace_weight()
+        if not self.replaced_before:
+            self.replace_weight()
         weight = self._scaled(x.dtype, gain)
         if weight.ndim == 2:
             return F.linear(x, weight)
@@ -388,6 +389,11 @@ class EDM2(VelocityNetwork):
         self.embedding_size = self.unet.embedding_size
         self.early_blocks = len(self.unet.enc) - 1
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The blocks of encoder and decoder."""
+        return [*self.unet.enc.values(), *self.unet.dec.values()]
+
     def _raw(
         self,
         x: Tensor,
@@ -400,9 +406,9 @@ class EDM2(VelocityNetwork):
         dtype = self.unet.out_gain.dtype
         if labels is None and self.num_classes is not None:
             labels = x.new_zeros(x.shape[0], self.num_classes)
-        early = late = self.unet.embed(c_noise.to(dtype), labels, embedding)
+        early = late = self.unet.embed(c_noise, labels, embedding)
         if late_c_noise is not None:
-            late = self.unet.embed(late_c_noise.to(dtype), labels, embedding)
+            late = self.unet.embed(late_c_noise, labels, embedding)
         inner = torch.float16 if self.use_fp16 and x.is_cuda else dtype
         result: Tensor = self.unet(x.to(inner), early, late, self.early_blocks)
         return result.to(x.dtype)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flowdistill.interfaces import NULL_LABEL
 from flowdistill.networks.linear import Linear
-from flowdistill.plumbing.dry import files_unread
+from flowdistill.plumbing.dry import weights_unread
 from flowdistill.plumbing.errors import ConfigError
 
 
@@ -73,7 +73,7 @@ class LabelEmbedding(nn.Module):
         Raises:
             ConfigError: no class is asked for, and there is no null label.
         """
-        all_fit = self.null_label or torch.compiler.is_compiling() or files_unread()  # or have no values yet
+        all_fit = self.null_label or torch.compiler.is_compiling() or weights_unread()  # or have no values yet
         if not all_fit and bool(((labels < 0) | (labels >= self.num_classes)).any()):
             raise ConfigError(
                 "each sample needs a class: the network was trained without dropping labels and has no null label"

@@ -54,6 +54,11 @@ class MLP(VelocityNetwork):
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The residual blocks."""
+        return list(self.blocks)
+
     def velocity(
         self,
         x: Tensor,

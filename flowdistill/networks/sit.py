@@ -227,6 +227,11 @@ class SiT(VelocityNetwork):
             for parameter in layer.parameters():
                 nn.init.zeros_(parameter)
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The transformer's blocks."""
+        return list(self.blocks)
+
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Freeze or unfreeze all parameters but the position table, which is never trained."""
         super().requires_grad_(requires_grad)

@@ -14,10 +14,11 @@ from typing import Any, NoReturn, TypeVar, cast
 import attrs
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowdistill.plumbing.errors import ConfigError, DistributedError, FlowDistillError, TrainingInterrupted
 
+P = TypeVar("P")
 T = TypeVar("T")
 _GRACE = 5.0  # seconds in which processes that have lost another one say that they are there themselves
 
@@ -28,7 +29,7 @@ class _Meeting:
 
     store: Any  # of torch.distributed
     timeout: float
-    solos: int = 0  # how often the first process has worked alone
+    works: int = 0  # how often the processes have worked for themselves
 
 
 _meeting: _Meeting | None = None
@@ -98,7 +99,9 @@ def process_group(device: torch.device, timeout: float) -> Iterator[None]:
         if device.type == "cuda":
             torch.cuda.set_device(device)
             # NCCL ends the process when its time is over, so that the votes on the CPU must notice first
-            dist.init_process_group("nccl", timeout=timedelta(seconds=2 * timeout), device_id=device, **meeting)
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl", timeout=timedelta(seconds=2 * timeout), device_id=device, **meeting
+            )
         else:
             dist.init_process_group("gloo", timeout=timedelta(seconds=timeout), **meeting)
     except (ValueError, RuntimeError) as error:
@@ -116,21 +119,27 @@ def process_group(device: torch.device, timeout: float) -> Iterator[None]:
 
 
 def _leave() -> None:
-    with _answered():
+    with answered():
         dist.destroy_process_group()
 
 
 @contextlib.contextmanager
-def _answered() -> Iterator[None]:
+def answered() -> Iterator[None]:
     """Inside, an exchange between processes; DistributedError names those that take no part in it."""
     try:
         yield
     except RuntimeError as error:  # as torch.distributed.DistError is
-        raise _lost(str(error).strip().splitlines()[0]) from None
+        raise lost(error) from None
 
 
-def _lost(reason: str) -> DistributedError:
+def is_of_exchange(error: RuntimeError) -> bool:
+    """Whether an error of a step comes from an exchange between processes."""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "ncclComm"))
+
+
+def lost(error: RuntimeError) -> DistributedError:
     """The error of an exchange that failed; the first of the processes that are left is to tell it."""
+    reason = str(error).strip().partition("\n")[0]
     if _meeting is None:
         return DistributedError(f"the processes have lost each other: {reason}")
     rank, world = rank_and_world()
@@ -149,36 +158,34 @@ def _lost(reason: str) -> DistributedError:
     return DistributedError(message, told=rank > min(set(range(world)) - set(missing)))
 
 
-def add_up_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Put the sum over all processes in place of each gradient; a process without one takes part with zeros.
-
-    A parameter that no process has a gradient of is left without.
-    """
-    if not _joined() or not parameters:
-        return
-    lacking = [p.grad is None for p in parameters]
-    # how many processes have a gradient, which only those that lack one must know
-    having = torch.tensor([not lacks for lacks in lacking], dtype=torch.float32, device=parameters[0].device)
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    with _answered():
-        for work in [dist.all_reduce(t, async_op=True) for t in (having, *(p.grad for p in parameters))]:
-            work.wait()
-    if any(lacking):
-        for parameter, count in zip(parameters, having.tolist(), strict=True):
-            if count == 0:
-                parameter.grad = None
-
-
 def take_from_first(tensors: Iterable[Tensor]) -> None:
-    """Put the first process's values in place of each tensor; all must give the same ones in the same order."""
-    if _joined():
-        for tensor in tensors:
-            value = tensor.detach().contiguous()
-            with _answered():
-                dist.broadcast(value, 0)
-            tensor.detach().copy_(value)
+    """Put the first process's values in place of each tensor; all must give the same ones in the same order.
+
+    Those of a dtype travel together.
+    """
+    if not _joined():
+        return
+    kinds: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault(tensor.dtype, []).append(tensor.detach())
+    for group in kinds.values():
+        values = torch.cat([tensor.reshape(-1) for tensor in group])
+        with answered():
+            dist.broadcast(values, 0)
+        begin = 0
+        for tensor in group:
+            tensor.copy_(values[begin : begin + tensor.numel()].view_as(tensor))
+            begin += tensor.numel()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, in the same memory; the tensor itself where no processes share it."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that processes share, and that all ask for at once."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def gathered(value: T) -> list[T]:
@@ -186,7 +193,7 @@ def gathered(value: T) -> list[T]:
     values = [value]
     if _joined():
         values = values * dist.get_world_size()
-        with _answered():
+        with answered():
             dist.all_gather_object(values, value)
     return values
 
@@ -221,7 +228,7 @@ def by_first(do: Callable[[], T]) -> T:
 
     The others wait however long it takes, as long as the first one gives signs of life.
     """
-    with _while_first_works():
+    with _working():
         outcome = _tried(do) if rank_and_world()[0] == 0 else None
     outcome = gathered(outcome)[0]
     if isinstance(outcome, _Failure):
@@ -230,46 +237,65 @@ def by_first(do: Callable[[], T]) -> T:
 
 
 def by_each(do: Callable[[], T]) -> T:
-    """What this process has done, or in all of them the error of the first one that failed."""
-    outcome = _tried(do)
+    """What this process has done, or in all of them the error of the first one that failed.
+
+    Those that are done wait for the others, as `by_first` lets them wait for the first.
+    """
+    with _working():
+        outcome = _tried(do)
     failures = [each for each in gathered(outcome if isinstance(outcome, _Failure) else None) if each is not None]
     if failures:
         failures[0].throw()
     return cast("T", outcome)
 
 
+def shared_out(parts: Sequence[P], do: Callable[[P], T]) -> list[T]:
+    """What comes of each part, in order, for all processes: each does those of its turn.
+
+    Examples:
+        >>> shared_out([1, 2, 3], lambda number: number**2)
+        [1, 4, 9]
+    """
+    rank, world = rank_and_world() if _joined() else (0, 1)
+    shares = gathered(by_each(lambda: [do(part) for part in parts[rank::world]]))
+    return [shares[number % world][number // world] for number in range(len(parts))]
+
+
 @contextlib.contextmanager
-def _while_first_works() -> Iterator[None]:
-    """Inside, the first process works and gives signs of life, and the others wait at the end."""
+def _working() -> Iterator[None]:
+    """Inside, each process works however long it takes; at the end it waits for those that give signs of life."""
     meeting = _meeting
     if meeting is None:
         yield
         return
-    meeting.solos += 1
-    sign, done = (f"solo/{meeting.solos}/{name}" for name in ("sign", "done"))
-    if rank_and_world()[0] == 0:
-        over = threading.Event()
+    meeting.works += 1
+    sign, done, lost = (f"work/{meeting.works}/{name}" for name in ("sign", "done", "lost"))
+    over = threading.Event()
 
-        def signal() -> None:
+    def signal() -> None:
+        with contextlib.suppress(RuntimeError):  # of a store that has ended, which the others notice
             while not over.wait(min(1.0, meeting.timeout / 10)):
                 meeting.store.add(sign, 1)
 
-        thread = threading.Thread(target=signal, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-        with _answered():
-            meeting.store.set(done, "")
-        return
-    yield
-    with _answered():
-        signs, since, pause = 0, time.monotonic(), 0.001
-        while not meeting.store.check([done]):
-            if (now := meeting.store.add(sign, 0)) != signs:
-                signs, since = now, time.monotonic()
+    thread = threading.Thread(target=signal, daemon=True)
+    thread.start()
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(RuntimeError):
+            meeting.store.set(lost, "")
+        raise
+    finally:
+        over.set()
+        thread.join()
+    with answered():
+        world, last, since, pause = rank_and_world()[1], 0, time.monotonic(), 0.001
+        meeting.store.add(done, 1)
+        while meeting.store.add(done, 0) < world:
+            if meeting.store.check([lost]):
+                raise RuntimeError("it ended")
+            if (now := meeting.store.add(sign, 0)) != last:
+                last, since = now, time.monotonic()
             elif time.monotonic() - since > meeting.timeout:
                 raise RuntimeError("timeout")
             time.sleep(pause)
@@ -295,7 +321,7 @@ class Vote:
             return yes
         before = self._answer()
         self._yes = torch.tensor(int(yes))
-        with _answered():
+        with answered():
             self._asked = dist.all_reduce(self._yes, dist.ReduceOp.MAX, group=self._group, async_op=True)
         return before
 
@@ -310,7 +336,7 @@ class Vote:
     def _answer(self) -> bool:
         if self._asked is None or self._yes is None:
             return False
-        with _answered():
+        with answered():
             self._asked.wait()
         self._asked = None
         return bool(self._yes)

@@ -1,7 +1,7 @@
-"""Building models without their files, as for a plan.
+"""Building models without their files, as for a plan, or in processes that get their weights from the first.
 
-Inside `without_files` neither weights nor data are read, and networks are made of fake tensors, which have shapes but
-neither values nor memory, or keep the fresh weights that they are made with.
+Inside `without_files` no weights are read, and networks are made of fake tensors, which have shapes but neither values
+nor memory, or keep the fresh weights that they are made with. Data are read only where that is asked for.
 """
 
 from __future__ import annotations
@@ -18,26 +18,35 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 _MODE: ContextVar[contextlib.AbstractContextManager[Any] | None] = ContextVar("mode", default=None)
+_DATA_READ: ContextVar[bool] = ContextVar("data_read", default=True)
 _M = TypeVar("_M", bound=nn.Module)
 
 
-def files_unread() -> bool:
-    """Whether models are to be built without their weights, and data sets without their data."""
+def weights_unread() -> bool:
+    """Whether models are to be built without their weights."""
     return _MODE.get() is not None
 
 
+def data_unread() -> bool:
+    """Whether data sets are to be built without their data."""
+    return weights_unread() and not _DATA_READ.get()
+
+
 @contextlib.contextmanager
-def without_files(values: bool = False) -> Iterator[None]:
-    """Inside, no weights and no data are read; what the models are given may have values, what they give has none.
+def without_files(values: bool = False, data: bool = False) -> Iterator[None]:
+    """Inside, no weights are read; what the models are given may have values, what they give has none.
 
     Args:
         values: whether the networks keep their fresh weights, so that what they give has values too.
+        data: whether data are read.
     """
     token = _MODE.set(contextlib.nullcontext() if values else FakeTensorMode(allow_non_fake_inputs=True))
+    data_token = _DATA_READ.set(data)
     try:
         with contextlib.nullcontext() if values else _Cloned():
             yield
     finally:
+        _DATA_READ.reset(data_token)
         _MODE.reset(token)
 
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from flowdistill.interfaces import Decoder, Teacher
 from flowdistill.networks import VelocityNetwork
-from flowdistill.plumbing.dry import files_unread
+from flowdistill.plumbing.dry import weights_unread
 from flowdistill.plumbing.errors import CheckpointError, CheckpointWriteError, ConfigError
 from flowdistill.plumbing.fields import short
 from flowdistill.plumbing.files import (
@@ -148,7 +148,7 @@ def with_weights(module: _M, build: Callable[[], _M], folder: Path) -> _M:
     Raises:
         CheckpointError: the file is missing or damaged, or of another architecture.
     """
-    if files_unread():
+    if weights_unread():
         return build()
     path = folder / "model.safetensors"
     try:

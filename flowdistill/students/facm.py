@@ -14,7 +14,7 @@ from flowdistill.decoders import StableDiffusionVae
 from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.networks.lightning_dit import LightningDiT
 from flowdistill.networks.sit_files import arguments_of, classes_of, heads_of, names_in, read_state, unreadable
-from flowdistill.plumbing.dry import files_unread
+from flowdistill.plumbing.dry import weights_unread
 from flowdistill.plumbing.errors import CheckpointError, ConfigError
 from flowdistill.plumbing.files import fill_module, unwrapped
 from flowdistill.plumbing.pickles import as_dictionary
@@ -68,7 +68,7 @@ class FACMStudent(NetworkFlowMap):
             raise unknown_name("variant", variant, VARIANTS)
         if vae is not None and statistics is None:
             raise ConfigError("FACM's latents are standardised: give statistics, its authors' latents_stats.pt")
-        if files_unread():
+        if weights_unread():
             super().__init__(LightningDiT(expanded=True), "expanded", guidance, guidance_input="null_label")
             self.eval()
             return

@@ -16,7 +16,7 @@ from flowdistill.interfaces import NULL_LABEL, Condition, Decoder, FlowMap
 from flowdistill.interfaces.condition import check_interval
 from flowdistill.networks.imf import IMFTransformer
 from flowdistill.networks.sit_files import classes_of, names_in, read_state, unreadable
-from flowdistill.plumbing.dry import files_unread, weights
+from flowdistill.plumbing.dry import weights, weights_unread
 from flowdistill.plumbing.errors import CheckpointError, ConfigError
 from flowdistill.plumbing.files import fill_module
 from flowdistill.plumbing.references import bibtex
@@ -119,7 +119,7 @@ class IMFStudent(IMFFlowMap):
     ) -> None:
         if variant is not None and variant not in VARIANTS:
             raise unknown_name("variant", variant, VARIANTS)
-        if files_unread():
+        if weights_unread():
             size = (variant or "").removeprefix("imf").strip("-").partition("/")[0]
             if size not in _SIZES:
                 raise ConfigError("a plan reads no checkpoint: give imf_student.variant, such as imf-xl/2-256")

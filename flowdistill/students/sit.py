@@ -25,7 +25,7 @@ from flowdistill.networks.sit_files import (
     heads_of,
     read_sit,
 )
-from flowdistill.plumbing.dry import files_unread
+from flowdistill.plumbing.dry import weights_unread
 from flowdistill.plumbing.errors import CheckpointError, ConfigError
 from flowdistill.plumbing.files import fill_module
 from flowdistill.plumbing.references import bibtex
@@ -239,7 +239,7 @@ class SiTStudent(NetworkFlowMap):
         name, size = _parts(variant)
         told: dict[str, Any] = {"vae": vae, "early_blocks": early_blocks}
         told |= {"guidance": guidance, "guidance_range": guidance_range}
-        if files_unread():
+        if weights_unread():
             if name is None or size is None:
                 raise ConfigError("a plan reads no checkpoint: give sit_student.variant, such as dmf-xl/2-256")
             family = FAMILIES[name]

@@ -23,14 +23,17 @@ from flowdistill.networks import ForcedWeight
 from flowdistill.networks.compilation import compile_networks
 from flowdistill.plumbing import config
 from flowdistill.plumbing.distributed import (
-    add_up_gradients,
     by_first,
     find_device,
     gathered,
+    is_of_exchange,
+    local,
+    lost,
     rank_and_world,
     take_from_first,
+    whole,
 )
-from flowdistill.plumbing.dry import files_unread, placed
+from flowdistill.plumbing.dry import placed, weights_unread
 from flowdistill.plumbing.errors import CheckpointError, ConfigError, NonFiniteError
 from flowdistill.plumbing.files import fill_module, load_module
 from flowdistill.plumbing.gin_errors import errors_located
@@ -48,6 +51,7 @@ from flowdistill.runs.checkpoints import (
 from flowdistill.runs.optimizer_states import restore
 from flowdistill.runs.run import Run
 from flowdistill.training.optimization import fuse, laid_out
+from flowdistill.training.parallel import Sharding, recompute
 from flowdistill.training.settings import OptimizerBuilder, Training
 
 
@@ -64,8 +68,7 @@ class _Trained:
 
     def update(self, factor: float, clip: float | None) -> Tensor:
         """One optimiser step at a factor of the learning rate; returns the norm of the gradient."""
-        add_up_gradients(self.parameters)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, float("inf") if clip is None else clip)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, float("inf") if clip is None else clip))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         laid_out(self.optimizer)
@@ -90,25 +93,25 @@ class Loop:
 
     The step does not depend on anything but its number and what a checkpoint holds, so that an interrupted run
     continues bit for bit on a CPU. Several processes share out the backward passes of a step, the ``accumulation`` of
-    the training, and add up their gradients.
+    the training, and the networks, once `share_out` is called.
     """
 
     def __init__(
-        self, training: Training, student: FlowMap, teacher: Teacher | None, source: StateSource, workdir: Path
+        self,
+        training: Training,
+        student: FlowMap,
+        teacher: Teacher | None,
+        source: StateSource,
+        workdir: Path,
+        device: torch.device,
     ) -> None:
         self.training, self.objective = training, training.objective
         self.student, self.teacher, self.source, self.workdir = student, teacher, source, workdir
-        self.device = next(student.parameters()).device
-        self.step = 0
-        rank, world = rank_and_world()
-        self._micros = range(rank, training.accumulation, world)
-        self.trained = _Trained(student, training.optimizer)
-        self._extra = {name: placed(module, self.device) for name, module in self.objective.modules().items()}
-        self.auxiliary = {
-            name: _Trained(module, training.auxiliary_optimizer or training.optimizer)
-            for name, module in self._extra.items()
-            if any(p.requires_grad for p in module.parameters())
-        }
+        self.device, self._place, self.step = device, next(student.parameters()).device, 0
+        rank, self._world = rank_and_world()
+        self._micros = range(rank, training.accumulation, self._world)
+        self._extra = {name: placed(module, self._place) for name, module in self.objective.modules().items()}
+        self._make_optimizers()
         tracks = () if training.ema is None else training.ema.tracks
         self.averages = dict(zip(names_of(len(tracks)), (AveragedModel(student, t) for t in tracks), strict=False))
         self._names = set(student.state_dict())
@@ -127,6 +130,8 @@ class Loop:
     ) -> Loop:
         """Build the models of a training, and the loop that trains them.
 
+        One process can train with it at once, several after `share_out`.
+
         Args:
             training: the settings.
             workdir: the run directory, which is not touched yet.
@@ -136,16 +141,17 @@ class Loop:
             ConfigError: the parts do not fit each other.
             CheckpointError: the run to start from cannot be read, or its student is of another architecture.
         """
-        place, teacher = find_device(device), training.teacher
+        device, teacher, alone = find_device(device), training.teacher, rank_and_world()[1] == 1
+        place = device if alone else torch.device("cpu")  # networks that processes share go to their devices in parts
         training.check()
         if teacher is not None:
             teacher = placed(teacher, place).eval().requires_grad_(False)
-            for module in teacher.modules():
+            for module in teacher.modules() if alone else ():
                 if isinstance(module, ForcedWeight):
                     module.freeze()
         student = placed(build_flow_map(training.flow_map, teacher), place)
         check_kept(student)
-        begun = files_unread() or checkpoint_paths(Path(workdir))
+        begun = weights_unread() or checkpoint_paths(Path(workdir))
         start = None if training.start is None or begun else Run(training.start)
         if start is not None:  # before the objective copies the student
             fill_module(student, start.tensors("student"), start.checkpoint)
@@ -154,12 +160,43 @@ class Loop:
         training.objective.setup(student, teacher)
         if source.knows_all_times:
             training.objective.check_jumps(student, training.objective.trains)
-        loop = cls(training, student, teacher, source, Path(workdir))
+        loop = cls(training, student, teacher, source, Path(workdir), device)
         if start is not None:
             loop._take(start)
-        if not files_unread():  # a plan has no values to compile for
-            loop.compile(training.compile)
+        loop._prepare()
         return loop
+
+    def _make_optimizers(self) -> None:
+        training = self.training
+        self.trained = _Trained(self.student, training.optimizer)
+        self.auxiliary = {
+            name: _Trained(module, training.auxiliary_optimizer or training.optimizer)
+            for name, module in self._extra.items()
+            if any(p.requires_grad for p in module.parameters())
+        }
+
+    def share_out(self) -> None:
+        """Share the networks out over all processes, which call it at once, as ``train.parallel`` says.
+
+        The optimisers are built again, for the parts of the weights that this process has.
+
+        Raises:
+            ConfigError: the processes have built different networks.
+        """
+        sharding = Sharding(self.training.parallel, self.device, self.training.precision == "bf16")
+        modules = {} if self.teacher is None else {"teacher": self.teacher}
+        for name, module in (modules | self._modules()).items():
+            sharding.share(name, module, frozen=name == "teacher")
+        self._make_optimizers()
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Let the networks recompute and compile as the training says; a plan has no values to compile for."""
+        if self.training.parallel.checkpoint_activations:
+            for part in self._all_trained().values():
+                recompute(part.module)
+        if not weights_unread():
+            self.compile(self.training.compile)
 
     def compile(self, backend: str | None) -> None:
         """Compile the networks of a step, or end it with None; the average, whose samples are few, never is."""
@@ -216,7 +253,7 @@ class Loop:
         return contextlib.nullcontext()
 
     def _backward(self, output: ObjectiveOutput, prefix: str = "") -> None:
-        backward(output.loss / self.training.accumulation)
+        backward(output.loss * (self._world / self.training.accumulation))  # the mean over processes is taken
         loss = output.loss.detach()
         self._watch(loss)
         self._add({f"{prefix}loss": loss, **{f"{prefix}{k}": v for k, v in output.metrics.items()}})
@@ -240,6 +277,8 @@ class Loop:
             try:
                 self._train_step()
             except RuntimeError as error:
+                if is_of_exchange(error):
+                    raise lost(error) from None
                 if "without overflow" not in str(error):
                     raise
                 raise ConfigError("a number of the configuration is too large for the type of the tensors") from error
@@ -248,7 +287,8 @@ class Loop:
         training = self.training
         if not self.student.training:  # as after pictures of its samples
             self.student.train()
-        take_from_first(buffer for module in self._modules().values() for buffer in module.buffers())
+        if self._world > 1:
+            self._agree()
         factor = training.schedule.factor(self.step, training.steps)
         batches: list[States] = []
         for micro in self._micros:
@@ -275,6 +315,14 @@ class Loop:
                 if self._train_auxiliary(name, batches, f"auxiliary {name}{stream}"):
                     self._update(name, auxiliary, factor)
         self.step += 1
+
+    def _agree(self) -> None:
+        """Give all processes the buffers of the first, and replace the weights that their layers would replace."""
+        modules = [self.student, *self._extra.values()]
+        take_from_first(buffer for module in modules for buffer in module.buffers())
+        for part in (part for module in modules for part in module.modules()):
+            if isinstance(part, ForcedWeight):
+                part.replace_weight()
 
     def _update(self, name: str, trained: _Trained, factor: float) -> Tensor:
         """One optimiser step of a module; returns the norm of its gradient."""
@@ -348,9 +396,10 @@ class Loop:
 
     def _check_weights(self) -> None:
         """Raise NonFiniteError if a weight is NaN or infinite, as after a step too large for its type."""
-        for name, module in self._modules().items():
-            if not all(bool(torch.isfinite(p).all()) for p in module.parameters()):
-                raise self._not_finite(f"weights of {name} became NaN or infinite by step {self.step}")
+        modules = self._modules()
+        bad = [name for name, m in modules.items() if not all(bool(local(p).isfinite().all()) for p in m.parameters())]
+        if bad := [name for part in gathered(bad) for name in part]:
+            raise self._not_finite(f"weights of {bad[0]} became NaN or infinite by step {self.step}")
 
     @torch.no_grad()
     def _check_samples(self) -> None:
@@ -437,10 +486,6 @@ class Loop:
             self._finish_saving()
         except Exception as error:
             warnings.warn(str(error), RuntimeWarning, stacklevel=2)
-
-    def agree(self) -> None:
-        """Give all processes the weights of the first."""
-        take_from_first(tensor for module in self._modules().values() for tensor in module.state_dict().values())
 
     def load(self, checkpoint: Path) -> None:
         """Continue from a checkpoint whose files have been verified.

@@ -24,6 +24,7 @@ from flowdistill.states import Prior
 from flowdistill.training.callbacks import Callback
 from flowdistill.training.loggers import TensorBoard
 from flowdistill.training.optimization import Schedule
+from flowdistill.training.parallel import Parallel
 
 OptimizerBuilder: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -98,6 +99,8 @@ class Training:
     TF32 on a GPU."""
     compile: str | None = attrs.field(default=None, validator=of_type(str, NoneType))
     """Compile the networks by this backend of ``torch.compile``, such as "inductor"; None compiles nothing."""
+    parallel: Parallel = attrs.field(factory=Parallel, validator=of_type(Parallel))
+    """How several processes share the networks."""
     ema: Averaging | None = attrs.field(factory=Ema, validator=of_type(Averaging, NoneType))
     """The average of the student's weights that the run results in; None keeps none."""
     seed: int = attrs.field(default=0, validator=of_type(int))
@@ -123,6 +126,7 @@ class Training:
                 f"train.accumulation = {self.accumulation} backward passes cannot be shared out evenly over {world} "
                 f"processes: set it to a multiple of {world}"
             )
+        self.parallel.copies(world)
         if self.compile is not None:
             check_backend(self.compile)
         if self.evaluation is not None:

@@ -17,6 +17,7 @@ from flowdistill.evaluation.report import write_report
 from flowdistill.interfaces import FlowMap
 from flowdistill.plumbing import config
 from flowdistill.plumbing.distributed import by_each, by_first, find_device, gathered, process_group, rank_and_world
+from flowdistill.plumbing.dry import without_files
 from flowdistill.plumbing.errors import ConfigError, NonFiniteError, TrainingInterrupted
 from flowdistill.plumbing.files import locked, write_text
 from flowdistill.plumbing.progress import progress
@@ -107,8 +108,11 @@ def train(
 
         def configured() -> tuple[Loop, str]:
             # which other threads wait for, so nothing is trained inside
+            first = rank_and_world()[0] == 0
             with config.parsed(files, gin_bindings), progress("building the models", None):
-                return configured_loop(folder, place), config.operative()
+                with contextlib.nullcontext() if first else without_files(data=True):  # the first has the weights
+                    loop = configured_loop(folder, place)
+                return loop, config.operative()
 
         with process_group(place, timeout):
             ours = by_first(lambda: folder.is_dir() and own())
@@ -120,6 +124,9 @@ def train(
             if not ours:  # a mistake in the configuration makes no directory
                 by_first(own)
             saved = by_first(lambda: _claim(loop, resume, operative))
+            if rank_and_world()[1] > 1:
+                with config.parsed(files, gin_bindings), progress("sharing out the networks", None):
+                    loop.share_out()
             first = rank_and_world()[0] == 0
             told = Callbacks([*loop.training.callbacks, *callbacks] if first else [])
             owned.callback(told.close)
@@ -168,7 +175,6 @@ def _run(
     run, workdir, steps = loop.training, loop.workdir, loop.training.steps
     if saved is not None:
         by_each(functools.partial(loop.load, saved))
-    loop.agree()
     by_first(lambda: told.start(loop, operative))
     loop.on_saved = functools.partial(told.tell, "on_checkpoint", loop)
     begun = loop.step

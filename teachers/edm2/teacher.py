@@ -13,7 +13,7 @@ import torch
 from flowdistill.decoders import EDM2_LATENTS, Pixels, StableDiffusionVae
 from flowdistill.interfaces import Decoder
 from flowdistill.networks.edm2 import EDM2, SIZES
-from flowdistill.plumbing.dry import files_unread
+from flowdistill.plumbing.dry import weights_unread
 from flowdistill.plumbing.errors import CheckpointError, ConfigError
 from flowdistill.plumbing.files import fill_module
 from flowdistill.plumbing.references import bibtex
@@ -53,7 +53,7 @@ class EDM2Teacher(NetworkTeacher):
     citation = bibtex("karras2024edm2")
 
     def __init__(self, checkpoint: str | Path, variant: str | None = None, vae: str | None = None) -> None:
-        if files_unread():
+        if weights_unread():
             super().__init__(_of_variant(variant), null_label=False)
             return
         path = locate(checkpoint)

@@ -21,7 +21,7 @@ from flowdistill.networks.sit_files import (
     heads_of,
     read_sit,
 )
-from flowdistill.plumbing.dry import files_unread
+from flowdistill.plumbing.dry import weights_unread
 from flowdistill.plumbing.errors import CheckpointError, ConfigError
 from flowdistill.plumbing.files import check_tensors, fill_module
 from flowdistill.plumbing.references import bibtex
@@ -73,7 +73,7 @@ class SiTTeacher(NetworkTeacher):
         noise_time: Literal[0, 1] | None = None,
         num_classes: int | None = None,
     ) -> None:
-        if files_unread():
+        if weights_unread():
             super().__init__(_of_variant(variant, num_classes or 1000))
             return
         if variant is not None:

@@ -1,0 +1,238 @@
+"""Networks that several processes share, by PyTorch's fully sharded data parallelism.
+
+Each process holds a part of every weight, gradient and optimiser state. Before a layer is evaluated its weights are
+gathered, and afterwards they are freed; its gradients are added up and cut again (ZeRO-3, Rajbhandari et al. 2020,
+arXiv 1910.02054). The networks know nothing of it but their layers.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Mapping, Sequence
+from types import MethodType
+from typing import Any, Literal
+
+import attrs
+import gin
+import torch
+import torch.distributed as dist
+from attrs.validators import in_, instance_of, optional
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flowdistill.duals import register_rule
+from flowdistill.interfaces import FlowMap, Teacher
+from flowdistill.networks import ForcedWeight, VelocityNetwork
+from flowdistill.plumbing.distributed import answered, gathered, rank_and_world
+from flowdistill.plumbing.errors import ConfigError
+from flowdistill.plumbing.fields import at_least
+
+_NEEDED = (2, 13)  # of PyTorch, whose hooks of sharded modules a forward derivative can pass
+
+
+@gin.register("parallel", module="training")
+@attrs.frozen(kw_only=True)
+class Parallel:
+    """How several processes share the networks of a training: ``train.parallel``.
+
+    The results do not depend on it, up to rounding. One process shards nothing.
+    """
+
+    shard: int | None = attrs.field(default=None, validator=optional(at_least(1)))
+    """The processes that share one copy of the networks; None is all. 8 on machines of 8 GPUs each is hybrid sharding,
+    with a copy on each machine, and 1 is plain data parallelism."""
+    precision: Literal["float32", "bf16"] | None = attrs.field(
+        default=None, validator=optional(in_(("float32", "bf16")))
+    )
+    """The precision in which weights travel, and the teacher's are kept; None is that of the training. Gradients are
+    added up in float32, and so are the weights kept that are trained."""
+    reshard_after_forward: bool = attrs.field(default=True, validator=instance_of(bool))
+    """Whether the weights of a layer are freed after its evaluation and gathered again for the backward pass; without,
+    they travel once and take their memory."""
+    checkpoint_activations: bool = attrs.field(default=False, validator=instance_of(bool))
+    """Whether the activations of trained layers are computed again in the backward pass in place of being kept, also in
+    one process. Derivatives with a graph keep theirs."""
+
+    def copies(self, world: int) -> int:
+        """The copies of the networks that so many processes hold; ConfigError if they cannot be shared out so."""
+        shard = self.shard or world
+        if world % shard:
+            raise ConfigError(
+                f"parallel.shard = {shard} processes to a copy do not divide {world} processes: set it to a divisor "
+                f"of {world}"
+            )
+        return world // shard
+
+
+def recompute(module: nn.Module) -> None:
+    """Let the layers of the networks in a module compute their activations again in the backward pass."""
+    for layer in _layers(module):
+        layer.forward = MethodType(_recomputed, layer)  # a bound method, of which a copy of the layer has its own
+
+
+def _recomputed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    forward = functools.partial(type(layer).forward, layer)
+    if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def _layers(module: nn.Module) -> list[nn.Module]:
+    """The layers of all networks in a module."""
+    networks = [part for part in module.modules() if isinstance(part, VelocityNetwork)]
+    return list(dict.fromkeys(layer for network in networks for layer in network.layers))
+
+
+def units(module: nn.Module) -> list[nn.Module]:
+    """The modules each of whose weights are gathered together, the inner ones first.
+
+    They are the layers of networks, then the networks with what is left of them, and of all else the smallest modules
+    that are evaluated as a whole. What a module gives must be tensors, whose gradients tell when it is needed again.
+    """
+    if not _has_parameters(module):
+        return []
+    networks = any(isinstance(part, VelocityNetwork) for part in module.modules())
+    evaluated = isinstance(module, (VelocityNetwork, nn.Sequential)) or (isinstance(module, _MODELS) and not networks)
+    if evaluated or any(True for _ in module.parameters(recurse=False)):
+        return [*filter(_has_parameters, _layers(module)), module]
+    return [unit for child in module.children() for unit in units(child)]
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
+
+
+_MODELS = (FlowMap, Teacher)
+
+
+class Sharding:
+    """The processes of a training, as they share networks; `share` makes a network theirs.
+
+    Args:
+        settings: how they share.
+        device: of this process.
+        low: whether the training is in bfloat16.
+
+    Raises:
+        ConfigError: the processes do not divide so, or PyTorch is too old.
+    """
+
+    def __init__(self, settings: Parallel, device: torch.device, low: bool) -> None:
+        if torch.__version__ < _NEEDED:  # type: ignore[operator]
+            wanted = ".".join(map(str, _NEEDED))
+            raise ConfigError(f"training in several processes needs PyTorch {wanted} or later, not {torch.__version__}")
+        from torch.distributed.device_mesh import init_device_mesh
+
+        world = rank_and_world()[1]
+        copies = settings.copies(world)
+        self.settings, self.device = settings, device
+        self.low = low if settings.precision is None else settings.precision == "bf16"
+        sizes, names = ((world,), ("shard",)) if copies == 1 else ((copies, world // copies), ("replicate", "shard"))
+        with answered():
+            self.mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+        _follow_hooks()
+
+    def share(self, name: str, module: nn.Module, frozen: bool = False) -> None:
+        """Give each process its part of a module, whose values the first process has.
+
+        In the other processes the module may be without values. Scalars become vectors of one element, which can be
+        shared out; see `whole_scalars`.
+
+        Args:
+            name: of the module, for messages.
+            module: the module; no process evaluates it alone afterwards.
+            frozen: whether it is never trained, so that it may be kept in low precision.
+
+        Raises:
+            ConfigError: the processes have built different modules.
+        """
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+        _check_alike(name, module)
+        low = self.low and not any(v.dtype == torch.float64 for v in module.parameters())
+        values = _emptied(module, torch.bfloat16 if low and frozen else None)
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if low else None,
+            reduce_dtype=torch.float32 if low else None,
+            cast_forward_inputs=False,  # times keep their precision
+        )
+        for unit in units(module):
+            reshard = self.settings.reshard_after_forward or not any(p.requires_grad for p in unit.parameters())
+            fully_shard(unit, mesh=self.mesh, reshard_after_forward=reshard, mp_policy=policy)
+            for kind, method in _ENTRIES.items():
+                if isinstance(unit, kind):
+                    register_fsdp_forward_method(unit, method)
+        for part in module.modules():
+            if isinstance(part, ForcedWeight):
+                part.replaced_before = True
+        module.to_empty(device=self.device)
+        self._fill(module, values)
+
+    @torch.no_grad()
+    def _fill(self, module: nn.Module, values: dict[str, Tensor]) -> None:
+        """Give all processes their parts of the first one's values, one after another, which are forgotten."""
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        first = rank_and_world()[0] == 0
+        for name, ours in [*module.named_parameters(), *module.named_buffers()]:
+            value = values.pop(name)
+            if not first:
+                value = torch.empty(ours.shape, dtype=ours.dtype)
+            value = value.detach().to(self.device, ours.dtype).reshape(ours.shape).contiguous()
+            with answered():
+                if isinstance(ours, DTensor):
+                    part = distribute_tensor(value, self.mesh, ours.placements)
+                    ours.to_local().copy_(part.to_local())
+                else:
+                    dist.broadcast(value, 0)
+                    ours.copy_(value)
+
+
+_ENTRIES: Mapping[type, str] = {VelocityNetwork: "velocity", FlowMap: "average_velocity", Teacher: "velocity"}
+"""The methods beside ``forward`` by which the modules of a training are evaluated."""
+
+
+def _check_alike(name: str, module: nn.Module) -> None:
+    """ConfigError, in all processes, unless all have built the same module."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    ours = [(key, tuple(v.shape), str(v.dtype), v.requires_grad) for key, v in tensors]
+    first, *others = gathered(ours)
+    for rank, theirs in enumerate(others, start=1):
+        if theirs != first:
+            differing = sorted(map(str, {*first} ^ {*theirs}))[0]
+            raise ConfigError(f"process {rank} has built another {name} than process 0 ({differing})")
+
+
+def _emptied(module: nn.Module, frozen: torch.dtype | None) -> dict[str, Tensor]:
+    """Take the values out of a module, by name; it keeps their shapes, on the meta device.
+
+    Scalars become vectors of one element, and with ``frozen`` float32 becomes that dtype.
+    """
+    values = dict([*module.named_parameters(), *module.named_buffers()])
+    empty: dict[int, Tensor] = {}
+    for part in module.modules():
+        for store in (part._parameters, part._buffers):
+            for key, value in store.items():
+                if value is None:
+                    continue
+                if id(value) not in empty:
+                    is_parameter = isinstance(value, nn.Parameter)
+                    dtype = frozen if frozen is not None and value.dtype == torch.float32 and is_parameter else None
+                    shape = value.shape or (1,) if is_parameter else value.shape
+                    meta = torch.empty(shape, dtype=dtype or value.dtype, device="meta")
+                    empty[id(value)] = nn.Parameter(meta, value.requires_grad) if is_parameter else meta
+                store[key] = empty[id(value)]  # type: ignore[assignment]
+    return values
+
+
+def _follow_hooks() -> None:
+    """Let dual numbers pass the function by which PyTorch learns that the gradients of a layer are there."""
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import RegisterPostBackwardFunction
+
+    @register_rule(RegisterPostBackwardFunction)
+    def tangents_of(result: Any, tangents: Sequence[Any], group: Any, *inputs: Tensor) -> tuple[Any, ...]:
+        return tuple(tangents[1:])
+
+    # Networks here change none of their outputs in place, whose gradients PyTorch would lose.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
