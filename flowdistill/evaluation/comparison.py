@@ -20,6 +20,7 @@ from flowdistill.evaluation.references import NOTHING_TO_COMPARE, reference_set
 from flowdistill.evaluation.samples import SampleSet, sample_set
 from flowdistill.evaluation.trajectories import ErrorAt, checked_deltas, trajectory_error
 from flowdistill.interfaces import Condition, ExactTeacher, FlowMap, Jumps, Teacher
+from flowdistill.plumbing.distributed import rank_and_world_together, shared_out
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.files import write_json
 from flowdistill.plumbing.flops import Flops
@@ -132,10 +133,18 @@ class Sampler:
         """Samples of the shape of the noise; the generator draws what further noise a map to data needs."""
         if isinstance(self.model, Teacher):
             return Euler(steps=self.steps).solve(self.model, noise, condition)
-        again = (self.steps - 1, *noise.shape)
-        renoised = self.model.jumps is Jumps.TO_DATA
-        fresh = torch.randn(again, generator=generator).to(noise) if renoised else None
-        return self.model.sample(noise, self.steps, condition, renoise=fresh)
+        return self.model.sample(noise, self.steps, condition, renoise=self.renoise(noise, generator))
+
+    @property
+    def renoises(self) -> bool:
+        """Whether samples need further noise between their jumps, as those of a map to data do."""
+        return isinstance(self.model, FlowMap) and self.model.jumps is Jumps.TO_DATA and self.steps > 1
+
+    def renoise(self, noise: Tensor, generator: torch.Generator | None) -> Tensor | None:
+        """The further noise that samples from ``noise`` need; None where they need none."""
+        if not self.renoises:
+            return None
+        return torch.randn((self.steps - 1, *noise.shape), generator=generator).to(noise)
 
     def cost(self, guidance: float | None = None) -> tuple[int, int]:
         """Evaluations and floating-point operations that one sample takes, as one step of it counts them."""
@@ -152,6 +161,8 @@ def compare(
 ) -> dict[str, dict[str, float]]:
     """The metrics of teacher and student, a row each, by the row's name.
 
+    Several processes, which call this at once, share out the samples; the first one has the rows, the others none.
+
     Columns are the network evaluations spent on a sample, as counted, the metrics against the reference and, for
     ``fid`` and ``w2``, the same distance to the teacher's samples at its most steps, drawn from other noise. The row
     ``noise floor`` is a second such set of teacher samples, the best that a student can look.
@@ -164,14 +175,19 @@ def compare(
     """
     model = student if student is not None else teacher
     assert model is not None
-    reference = reference_set(
-        evaluation.features,
-        teacher,
-        evaluation.num_samples,
-        evaluation.seed,
-        evaluation.reference,
-        model.decoder,
-        device_of(model),
+    first = rank_and_world_together()[0] == 0
+    reference = (
+        None
+        if not first
+        else reference_set(
+            evaluation.features,
+            teacher,
+            evaluation.num_samples,
+            evaluation.seed,
+            evaluation.reference,
+            model.decoder,
+            device_of(model),
+        )
     )
     samplers: dict[str, tuple[Sampler, str]] = {}
     most = ""
@@ -187,6 +203,8 @@ def compare(
     rows: dict[str, dict[str, float]] = {}
     for name, (sampler, stream) in samplers.items():
         generated, evaluations = _drawn(name, sampler, stream, model, evaluation)
+        if reference is None:
+            continue
         rows[name] = {"evaluations": evaluations, **measure(evaluation.metrics, generated, reference)}
         if best is not None:
             to_teacher = measure(distances, generated, best)
@@ -235,20 +253,30 @@ def _drawn(
 ) -> tuple[SampleSet, float]:
     """Samples as metrics see them, and the evaluations that one of them has taken."""
     n, device = evaluation.num_samples, device_of(model)
+    rank, world = rank_and_world_together()
     size = default_batch_size(device)
+    size = size if sampler.renoises else min(size, -(-n // world))  # which noise follows depends on the parts
     generator = step_generator(evaluation.seed, 0, stream)
     noise = torch.randn((n, *model.sample_shape), generator=generator).to(device)
     labels = None if model.num_classes is None else evaluation.labels
     condition = make_condition(model.num_classes, n, labels, evaluation.guidance, evaluation.seed).to(device)
-    total = n * sampler.cost(evaluation.guidance)[0]
-    before, parts = sampler.model.evaluations, []
+    parts = [slice(i, min(i + size, n)) for i in range(0, n, size)]
+    turns = iter(parts)
+
+    def draw(part: slice) -> SampleSet:
+        for other in itertools.takewhile(lambda other: other != part, turns):  # of other processes
+            sampler.renoise(noise[other], generator)
+        with torch.autocast(device.type, torch.bfloat16, enabled=evaluation.precision == "bf16"):
+            samples = sampler(noise[part], condition[part], generator)
+        told = condition[part].labels
+        return sample_set(samples, told, evaluation.features, model.decoder, evaluation.rounding)
+
+    ours = sum(part.stop - part.start for part in parts[rank::world])
+    total = ours * sampler.cost(evaluation.guidance)[0]
+    before = sampler.model.evaluations
     with progress(f"drawing samples ({name})", total, lambda: sampler.model.evaluations - before):
-        for part in (slice(i, i + size) for i in range(0, n, size)):
-            with torch.autocast(device.type, torch.bfloat16, enabled=evaluation.precision == "bf16"):
-                samples = sampler(noise[part], condition[part], generator)
-            told = condition[part].labels
-            parts.append(sample_set(samples, told, evaluation.features, model.decoder, evaluation.rounding))
-    return SampleSet.join(parts), (sampler.model.evaluations - before) / n
+        drawn = SampleSet.join(shared_out(parts, draw))
+    return drawn, (sampler.model.evaluations - before) / max(ours, 1)
 
 
 def device_of(*models: FlowMap | Teacher | None) -> torch.device:

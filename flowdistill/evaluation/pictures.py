@@ -11,6 +11,7 @@ from torch import Tensor
 from flowdistill.evaluation.comparison import Sampler, device_of, in_words
 from flowdistill.evaluation.plots import image_grid, scatter_side_by_side, side_by_side
 from flowdistill.interfaces import Condition, FlowMap, Jumps, Teacher
+from flowdistill.plumbing.distributed import gathered, rank_and_world_together
 from flowdistill.plumbing.progress import progress
 from flowdistill.plumbing.randomness import step_generator
 
@@ -29,17 +30,25 @@ def save_picture(samples: Tensor, path: Path, labels: Tensor | None = None) -> b
 
 @torch.no_grad()
 def save_samples(student: FlowMap, path: Path, seed: int) -> None:
-    """A picture of what the student makes of the same noises and labels every time, if it can be drawn."""
+    """A picture of what the student makes of the same noises and labels every time, if it can be drawn.
+
+    Several processes, which call this at once, draw a part each, and the first one writes the picture.
+    """
     if not _drawable(student):
         return
     n = 1000 if len(student.sample_shape) == 1 else 60
-    device = device_of(student)
-    noise = torch.randn((n, *student.sample_shape), generator=step_generator(seed, 0, "pictures")).to(device)
+    device, (rank, world) = device_of(student), rank_and_world_together()
+    noise = torch.randn((n, *student.sample_shape), generator=step_generator(seed, 0, "pictures"))
+    part = -(-n // world)  # as many in each process, since they evaluate the student together
+    rows = torch.arange(rank * part, (rank + 1) * part) % n
+    condition = Condition.in_turn(student.num_classes, n)[rows].to(device)
     steps = 64 if student.jumps is Jumps.NONE else 1
     before = student.evaluations
-    with progress("drawing a picture", n * steps, lambda: student.evaluations - before):
-        samples = student.sample(noise, steps, Condition.in_turn(student.num_classes, n).to(device))
-    save_picture(images_of(samples, student).cpu(), path)
+    with progress("drawing a picture", part * steps, lambda: student.evaluations - before):
+        samples = student.sample(noise[rows].to(device), steps, condition)
+    samples = torch.cat(gathered(samples.cpu()))[:n].to(device)
+    if rank == 0:
+        save_picture(images_of(samples, student).cpu(), path)
 
 
 def save_comparison(

@@ -18,6 +18,7 @@ from flowdistill.evaluation.pictures import pictured, save_comparison
 from flowdistill.evaluation.plots import loss_curves
 from flowdistill.guidance import GuidedTeacher
 from flowdistill.interfaces import FlowMap, Jumps, Teacher
+from flowdistill.plumbing.distributed import rank_and_world_together
 from flowdistill.plumbing.files import write_text
 from flowdistill.plumbing.machine import machine
 from flowdistill.runs.records import read_records
@@ -32,23 +33,29 @@ def write_report(
 ) -> dict[str, float]:
     """Write ``report.md``, its pictures, and its table as ``evaluation.json``; returns the student's metrics.
 
+    Several processes, which call this at once, share out the samples that are measured; the first does the rest.
+
     A run without a teacher may have trained one: a plain velocity field is measured as such, in several steps.
 
     The picture shows the teacher at 64 steps and at one, beside the student. Without an evaluation nobody has asked
     for the teacher's samples, and it is drawn only where that costs little, as counted: at most 10^12 floating-point
     operations, or a tenth of the network evaluations of the training. Otherwise the page says what is left out.
     """
-    plots = workdir / "plots"
-    plots.mkdir(parents=True, exist_ok=True)
-    records = read_records(workdir)
-    lines = [f"# {workdir.name}", ""]
-
     # A velocity field is its own teacher.
     distilled: FlowMap | None = student
     if teacher is None and student.jumps is Jumps.NONE:
         distilled, teacher = None, FlowMapTeacher(student)
         if evaluation is not None and evaluation.guidance is not None:
             teacher = GuidedTeacher(teacher, evaluation.guidance)
+
+    if rank_and_world_together()[0] > 0:
+        if evaluation is not None:
+            compare(distilled, teacher, evaluation)
+        return {}
+    plots = workdir / "plots"
+    plots.mkdir(parents=True, exist_ok=True)
+    records = read_records(workdir)
+    lines = [f"# {workdir.name}", ""]
 
     # The picture.
     shown, steps = teacher, _STEPS

@@ -31,6 +31,48 @@ class _Meeting:
     timeout: float
     works: int = 0  # how often the processes have worked for themselves
 
+    @contextlib.contextmanager
+    def showing_life(self, rank: int) -> Iterator[None]:
+        """Inside, another thread gives signs of life, which those see that wait for this process."""
+        over = threading.Event()
+
+        def show() -> None:
+            with contextlib.suppress(RuntimeError):  # of a store that has ended, which the others notice
+                while not over.wait(min(1.0, self.timeout / 10)):
+                    self.store.add(f"life/{rank}", 1)
+
+        thread = threading.Thread(target=show, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def wait(self, work: str, world: int) -> None:
+        """Wait until all have done a piece of work.
+
+        Raises:
+            DistributedError: one of them has failed.
+            RuntimeError: one of them shows no life.
+        """
+        seen: dict[int, tuple[int, float]] = {}
+        pause, look = 0.001, time.monotonic() + self.timeout / 10
+        while self.store.add(f"{work}/done", 0) < world:
+            if self.store.check(["failed"]):
+                failed = self.store.get("failed").decode()
+                raise DistributedError(f"process {failed} of {world} failed: its own message says why", told=True)
+            if (now := time.monotonic()) >= look:
+                look = now + self.timeout / 10
+                for rank in (rank for rank in range(world) if not self.store.check([f"{work}/{rank}"])):
+                    signs = self.store.add(f"life/{rank}", 0)
+                    if signs != seen.get(rank, (-1, now))[0]:
+                        seen[rank] = signs, now
+                    elif now - seen[rank][1] > self.timeout:
+                        raise RuntimeError("timeout")
+            time.sleep(pause)
+            pause = min(2 * pause, 0.2)
+
 
 _meeting: _Meeting | None = None
 
@@ -55,6 +97,11 @@ def rank_and_world() -> tuple[int, int]:
         f"the environment has WORLD_SIZE={world!r} and RANK={rank!r}: start several processes by torchrun, which sets "
         "both, or unset both"
     )
+
+
+def rank_and_world_together() -> tuple[int, int]:
+    """This process and how many there are among those that are in one group; (0, 1) without a group."""
+    return rank_and_world() if _joined() else (0, 1)
 
 
 def find_device(device: str | torch.device | None) -> torch.device:
@@ -107,12 +154,17 @@ def process_group(device: torch.device, timeout: float) -> Iterator[None]:
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"the processes cannot meet: {reason}; start them by torchrun") from None
-    _meeting = _Meeting(store, timeout)
+    _meeting = _Meeting(store.clone(), timeout)  # of a connection of its own, since others wait by this one
     try:
-        yield
+        with _meeting.showing_life(rank):
+            yield
         _leave()  # not after an error: it would wait for processes that do not know of it
     except TrainingInterrupted:  # of which all know
         _leave()
+        raise
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # of a store that has ended as well
+            _meeting.store.set("failed", str(rank))
         raise
     finally:
         _meeting = None
@@ -226,7 +278,7 @@ def by_first(do: Callable[[], T]) -> T:
 
     In the others an error of the operating system is a `DistributedError`.
 
-    The others wait however long it takes, as long as the first one gives signs of life.
+    The others wait however long it takes, as long as the first one shows life.
     """
     with _working():
         outcome = _tried(do) if rank_and_world()[0] == 0 else None
@@ -256,50 +308,25 @@ def shared_out(parts: Sequence[P], do: Callable[[P], T]) -> list[T]:
         >>> shared_out([1, 2, 3], lambda number: number**2)
         [1, 4, 9]
     """
-    rank, world = rank_and_world() if _joined() else (0, 1)
+    rank, world = rank_and_world_together()
     shares = gathered(by_each(lambda: [do(part) for part in parts[rank::world]]))
     return [shares[number % world][number // world] for number in range(len(parts))]
 
 
 @contextlib.contextmanager
 def _working() -> Iterator[None]:
-    """Inside, each process works however long it takes; at the end it waits for those that give signs of life."""
+    """Inside, each process works however long it takes; at the end it waits for those that show life."""
     meeting = _meeting
     if meeting is None:
         yield
         return
     meeting.works += 1
-    sign, done, lost = (f"work/{meeting.works}/{name}" for name in ("sign", "done", "lost"))
-    over = threading.Event()
-
-    def signal() -> None:
-        with contextlib.suppress(RuntimeError):  # of a store that has ended, which the others notice
-            while not over.wait(min(1.0, meeting.timeout / 10)):
-                meeting.store.add(sign, 1)
-
-    thread = threading.Thread(target=signal, daemon=True)
-    thread.start()
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(RuntimeError):
-            meeting.store.set(lost, "")
-        raise
-    finally:
-        over.set()
-        thread.join()
+    work, (rank, world) = f"work/{meeting.works}", rank_and_world()
+    yield
     with answered():
-        world, last, since, pause = rank_and_world()[1], 0, time.monotonic(), 0.001
-        meeting.store.add(done, 1)
-        while meeting.store.add(done, 0) < world:
-            if meeting.store.check([lost]):
-                raise RuntimeError("it ended")
-            if (now := meeting.store.add(sign, 0)) != last:
-                last, since = now, time.monotonic()
-            elif time.monotonic() - since > meeting.timeout:
-                raise RuntimeError("timeout")
-            time.sleep(pause)
-            pause = min(2 * pause, 0.2)
+        meeting.store.set(f"{work}/{rank}", "")
+        meeting.store.add(f"{work}/done", 1)
+        meeting.wait(work, world)
 
 
 class Vote:

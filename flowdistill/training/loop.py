@@ -195,7 +195,7 @@ class Loop:
         if self.training.parallel.checkpoint_activations:
             for part in self._all_trained().values():
                 recompute(part.module)
-        if not weights_unread():
+        if self.training.compile is not None and not weights_unread():
             self.compile(self.training.compile)
 
     def compile(self, backend: str | None) -> None:

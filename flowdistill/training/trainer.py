@@ -14,7 +14,7 @@ import torch
 
 from flowdistill.evaluation.pictures import save_samples
 from flowdistill.evaluation.report import write_report
-from flowdistill.interfaces import FlowMap
+from flowdistill.interfaces import FlowMap, Teacher
 from flowdistill.plumbing import config
 from flowdistill.plumbing.distributed import by_each, by_first, find_device, gathered, process_group, rank_and_world
 from flowdistill.plumbing.dry import without_files
@@ -23,6 +23,7 @@ from flowdistill.plumbing.files import locked, write_text
 from flowdistill.plumbing.progress import progress
 from flowdistill.plumbing.randomness import random_state_kept
 from flowdistill.runs.checkpoints import checkpoint_paths, newest_whole, read_meta, remove_left
+from flowdistill.runs.run import Run, on_device
 from flowdistill.training.callbacks import Callback, Callbacks
 from flowdistill.training.loop import Loop, configured_loop
 from flowdistill.training.run_log import RunLog
@@ -131,12 +132,12 @@ def train(
             told = Callbacks([*loop.training.callbacks, *callbacks] if first else [])
             owned.callback(told.close)
             checkpoint, metrics = _run(loop, saved, operative, report, told)
-        # The others have nothing more to do, and do not wait.
-        figures = _report(loop) if report and first else {}
-        told.tell("on_end", loop, figures)
+            student, teacher = _models(loop, checkpoint)
+            figures = _report(loop, student, teacher) if report else {}
+            by_first(lambda: told.tell("on_end", loop, figures))
         metrics |= figures
     return TrainResult(
-        flow_map=loop.result.requires_grad_(False),
+        flow_map=student,
         workdir=folder,
         metrics=metrics,
         checkpoint=checkpoint,
@@ -196,7 +197,7 @@ def _run(
                     record = loop.record()
                     if log is not None:
                         log.write(loop.step, record)
-                        told.tell("on_record", loop, record)
+                    by_first(functools.partial(told.tell, "on_record", loop, record))
                 if log is not None:
                     log.advance(loop.step)
                 if last or stopped or loop.step % run.checkpoint_every == 0:
@@ -207,7 +208,7 @@ def _run(
                         if last or stopped:
                             loop.finish_saving()
                 if run.sample_every and (last or loop.step % run.sample_every == 0):
-                    by_first(lambda: _draw_pictures(loop, log, told))
+                    _draw_pictures(loop, log, told)
             stopped = signals.asked_at_last() or stopped
         if log is not None and report and run.evaluation is not None and not stopped:
             log.say(f"measuring {run.evaluation.num_samples} samples of each model")
@@ -222,17 +223,24 @@ def _run(
 
 def _draw_pictures(loop: Loop, log: RunLog | None, told: Callbacks) -> None:
     """Write a picture of the student's samples, where there is a log; nothing there ends a training."""
-    if log is not None:
-        path = loop.workdir / "samples" / f"step_{loop.step:08d}.png"
-        with log.tolerating("pictures of samples"):
-            save_samples(loop.result, path, loop.training.seed)
-        if path.is_file():
-            told.tell("on_picture", loop, path)
+    path = loop.workdir / "samples" / f"step_{loop.step:08d}.png"
+    with contextlib.nullcontext() if log is None else log.tolerating("pictures of samples"):
+        save_samples(loop.result, path, loop.training.seed)
+    by_first(lambda: told.tell("on_picture", loop, path) if path.is_file() else None)
 
 
-def _report(loop: Loop) -> dict[str, float]:
-    """Measure the student, and write ``report.md``; the figures."""
-    figures = write_report(loop.workdir, loop.result.requires_grad_(False), loop.teacher, loop.training.evaluation)
+def _models(loop: Loop, checkpoint: Path) -> tuple[FlowMap, Teacher | None]:
+    """The trained student and the teacher, each whole in this process: of several, as the run directory has them."""
+    if rank_and_world()[1] == 1:
+        return loop.result.requires_grad_(False), loop.teacher
+    run = Run(checkpoint)
+    student = by_each(lambda: on_device(run.student, loop.device))
+    return student, None if run.teacher is None else on_device(run.teacher, loop.device)
+
+
+def _report(loop: Loop, student: FlowMap, teacher: Teacher | None) -> dict[str, float]:
+    """Measure the student, by all processes, and write ``report.md``, by the first one, which has the figures."""
+    figures = write_report(loop.workdir, student, teacher, loop.training.evaluation)
     if bad := [name for name, value in figures.items() if not math.isfinite(value)]:
         raise NonFiniteError(
             f"{', '.join(bad)} of the student is NaN or infinite: train in another directory with a lower "
