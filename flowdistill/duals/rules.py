@@ -90,7 +90,8 @@ def _number(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     hidden = func.__name__ == "__get__"
     if not hidden and parts(args[0])[1] is None:
         return constant(func, args, kwargs)
-    if hidden and func.__self__.__name__=="_base": return None
+    if hidden and func.__self__.__name__ == "_base":
+        return None
     raise ConfigError(
         f"no derivative goes through Tensor.{func.__self__.__name__ if hidden else func.__name__}: if a network takes "
         "constants by it, let it take them of x.detach(); else bind the objective's estimator = @finite_difference()"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,20 @@ def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind == "dict":
         return {key: unpack(part, tensors) for key, part in content}
     raise ValueError(f"unknown kind {kind!r}")
+
+
+def tensors_in(packed: Any) -> Iterator[str]:
+    """The names of the tensors in what `pack` gave.
+
+    Examples:
+        >>> list(tensors_in({"dict": [[0, {"tensor": "7"}], ["rate", {"tuple": [0.1, {"tensor": "8"}]}]]}))
+        ['7', '8']
+    """
+    if isinstance(packed, dict) and isinstance(packed.get("tensor"), str):
+        yield packed["tensor"]
+    elif isinstance(packed, (dict, list)):
+        for part in packed.values() if isinstance(packed, dict) else packed:
+            yield from tensors_in(part)
 
 
 def restore(

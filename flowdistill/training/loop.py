@@ -31,8 +31,8 @@ from flowdistill.plumbing.distributed import (
     take_from_first,
 )
 from flowdistill.plumbing.dry import files_unread, placed
-from flowdistill.plumbing.errors import CheckpointError, ConfigError, NonFiniteError
-from flowdistill.plumbing.files import fill_module, load_module
+from flowdistill.plumbing.errors import ConfigError, NonFiniteError
+from flowdistill.plumbing.files import fill_module
 from flowdistill.plumbing.gin_errors import errors_located
 from flowdistill.plumbing.precision import tf32
 from flowdistill.plumbing.randomness import ONE_AT_A_TIME, step_generator, stream_seed
@@ -41,6 +41,7 @@ from flowdistill.runs.checkpoints import (
     check_kept,
     checkpoint_path,
     checkpoint_paths,
+    fill,
     load_optimizers,
     read_meta,
     save_checkpoint,
@@ -405,7 +406,8 @@ class Loop:
         def write() -> Path:
             self._finish_saving()
             states = {name: trained.optimizer.state_dict() for name, trained in self._all_trained().items()}
-            self._saving = save_checkpoint(self.workdir, self.step, self._modules(), states, counters, keep, totals)
+            networks = {name: module.state_dict() for name, module in self._modules().items()}
+            self._saving = save_checkpoint(self.workdir, self.step, networks, states, counters, keep, totals)
             return checkpoint_path(self.workdir, self.step)
 
         return by_first(write)
@@ -449,11 +451,8 @@ class Loop:
             CheckpointError: it is of another training.
         """
         meta = read_meta(checkpoint)
-        for name, module in self._modules().items():
-            if f"{name}.safetensors" not in meta.sha256:
-                raise CheckpointError(f"{checkpoint} lacks {name}.safetensors, which meta.json does not list")
-            load_module(module, checkpoint / f"{name}.safetensors")
-        states = load_optimizers(checkpoint)
+        fill(checkpoint, {name: module.state_dict() for name, module in self._modules().items()})
+        states = load_optimizers(checkpoint, {name: t.optimizer for name, t in self._all_trained().items()})
         for name, trained in self._all_trained().items():
             restore(trained.optimizer, states.get(name), trained.builder, checkpoint)
         self._keep_averages(checkpoint)  # which the process that saved it may not have lived to do
