@@ -153,13 +153,19 @@ def save_checkpoint(
     """
     final = checkpoint_path(workdir, step)
     # An error here is told in the thread, where the other processes learn it.
-    staging: Future[dict[str, dict[str, Part]]] = Future()
+    held: dict[str, dict[str, Part]] = {}
+    failure: Exception | None = None
     try:
         tensors: dict[str, Tensor] = {}
         layout = json.dumps(pack(dict(optimizers), tensors)).encode()
-        staging.set_result(staged({**states, _OPTIMIZERS: tensors}))
+        held = staged({**states, _OPTIMIZERS: tensors})
     except Exception as error:
-        staging.set_exception(error)
+        failure = error
+
+    def ready() -> dict[str, dict[str, Part]]:
+        if failure is not None:
+            raise failure
+        return held
 
     @contextlib.contextmanager
     def place() -> Iterator[Path]:
@@ -180,12 +186,16 @@ def save_checkpoint(
         (partial / "meta.json").write_text(json.dumps(contents, indent=1))
 
     def write() -> Path:
-        with _saying_what_is_safe(workdir, final):
-            if group is not None:
-                parts.save_parts(staging.result, place, commit, group)
-            else:
-                with place() as partial:
-                    commit(partial, write_files(partial, staging.result(), 0, 1))
+        try:
+            with _saying_what_is_safe(workdir, final):
+                if group is not None:
+                    parts.save_parts(ready, place, commit, group)
+                else:
+                    with place() as partial:
+                        commit(partial, write_files(partial, ready(), 0, 1))
+        finally:  # a process that ends while a thread of it frees tensors is aborted
+            for own in held.values():
+                own.clear()
         return final
 
     if group is not None:

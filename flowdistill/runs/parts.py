@@ -70,8 +70,12 @@ def save_parts(
     """
     with contextlib.ExitStack() as stack:
         writer = _Writer(place, commit, stack, dist.get_rank(group), dist.get_world_size(group))
-        with _first_failure(dist.get_world_size(group)):
-            save({}, storage_writer=writer, planner=_Planner(ready, writer), process_group=group)
+        planner = _Planner(ready, writer)
+        try:
+            with _first_failure(dist.get_world_size(group)):
+                save({}, storage_writer=writer, planner=planner, process_group=group)
+        finally:  # what DCP keeps of the planner must not keep the tensors
+            planner.state_dict = {}
 
 
 def load_parts(stored: Mapping[str, Stored], targets: Mapping[str, Tensor]) -> None:

@@ -129,6 +129,10 @@ def write_files(folder: Path, parts: Mapping[str, Mapping[str, Part]], rank: int
     for network, own in parts.items():
         path = folder / file_name(network, rank, world)
         places = {name: {"offsets": p.offsets, "shape": p.shape} for name, p in own.items() if not p.whole}
+        if places and world == 1:
+            raise TypeError(
+                f"this process holds a part of {min(places)} of {network}: all of them must save, with a group"
+            )
         metadata = {_PLACES: json.dumps(places)} if places else None
         written = stream_tensors(path, {name: part.tensor for name, part in own.items()}, metadata)
         with path.open("rb+") as file:
