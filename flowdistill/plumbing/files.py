@@ -17,7 +17,7 @@ import socket
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -185,6 +185,24 @@ def _stored_type(dtype: torch.dtype) -> tuple[str, int]:
     return entry["dtype"], entry["shape"][0]
 
 
+def torch_form(kind: str, shape: Sequence[int]) -> tuple[torch.dtype, tuple[int, ...]]:
+    """The type and the shape of the tensor that a safetensors file describes so: the inverse of `stored_form`.
+
+    Examples:
+        >>> torch_form("BF16", [2, 3])
+        (torch.bfloat16, (2, 3))
+    """
+    dtype = _torch_type(kind)
+    packed = _stored_type(dtype)[1]
+    return dtype, (*shape[:-1], *(size // packed for size in shape[-1:]))
+
+
+@functools.cache
+def _torch_type(kind: str) -> torch.dtype:
+    header = json.dumps({"": {"dtype": kind, "shape": [0], "data_offsets": [0, 0]}}).encode()
+    return safetensors.torch.load(len(header).to_bytes(8, "little") + header)[""].dtype
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Own a folder, which is made, inside a with statement: no other process, on whatever machine, owns it meanwhile.
@@ -310,6 +328,18 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
 
 
+@contextlib.contextmanager
+def opened_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file mapped to memory, to read tensors and slices of it; CheckpointError if missing or damaged."""
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            yield file
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from None
+
+
 def unwrapped(tensors: Mapping[str, _V], needed: Set[str]) -> tuple[dict[str, _V], str]:
     """The tensors without what the wrappers of a network put before or into their names.
 
@@ -355,15 +385,6 @@ def _unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def load_module(module: nn.Module, path: Path) -> None:
-    """Load a safetensors file into a module whose tensors have just these names and shapes.
-
-    Raises:
-        CheckpointError: the file is damaged, or of another architecture; lists the first tensors that differ.
-    """
-    fill_module(module, load_tensors(path), path)
-
-
 def fill_module(module: nn.Module, tensors: Mapping[str, Tensor], source: Path | str, assign: bool = False) -> None:
     """Put tensors into a module that has just these names and shapes.
 
@@ -383,8 +404,16 @@ def fill_module(module: nn.Module, tensors: Mapping[str, Tensor], source: Path |
 
 def check_tensors(module: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
     """Raise CheckpointError unless the tensors have the names and shapes of a module's, see `fill_module`."""
-    own = {name: tuple(v.shape) for name, v in module.state_dict().items()}
-    theirs = {name: tuple(v.shape) for name, v in tensors.items()}
+    check_shapes(shapes_of(module.state_dict()), shapes_of(tensors), source)
+
+
+def shapes_of(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor, or of whatever has one."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def check_shapes(own: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]], source: Path | str) -> None:
+    """Raise CheckpointError unless the names and shapes of a file are those of a model, see `fill_module`."""
     if own != theirs:
         missing, extra = sorted(own.keys() - theirs.keys()), sorted(theirs.keys() - own.keys())
         changed = sorted(name for name in own.keys() & theirs.keys() if own[name] != theirs[name])

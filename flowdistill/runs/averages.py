@@ -12,8 +12,8 @@ from torch import Tensor
 
 from flowdistill.ema import PostHocEma, PowerEma
 from flowdistill.plumbing.errors import CheckpointError, ConfigError
-from flowdistill.plumbing.files import load_tensors, replaced_folder
-from flowdistill.runs.checkpoints import checkpoints_in, verify_checkpoint
+from flowdistill.plumbing.files import replaced_folder
+from flowdistill.runs.checkpoints import checkpoints_in, load_tensors_of, read_meta, verify_checkpoint
 
 _FOLDER = "averages"
 _WORST = 0.1  # of a profile that the stored ones make up, relative to it
@@ -34,11 +34,12 @@ def keep_averages(checkpoint: Path, count: int) -> None:
     if folder.is_dir():
         return
     with replaced_folder(folder) as partial:
-        for name in (*(f"{name}.safetensors" for name in names_of(count)), "meta.json"):
+        meta = read_meta(checkpoint)
+        for file in ("meta.json", *(file for name in names_of(count) for file in meta.files(name))):
             try:
-                os.link(checkpoint / name, partial / name)
+                os.link(checkpoint / file, partial / file)
             except OSError:  # a file system without links
-                shutil.copyfile(checkpoint / name, partial / name)
+                shutil.copyfile(checkpoint / file, partial / file)
 
 
 def post_hoc(workdir: Path, averaging: PostHocEma, relative_width: float, step: int) -> dict[str, Tensor]:
@@ -78,8 +79,8 @@ def post_hoc(workdir: Path, averaging: PostHocEma, relative_width: float, step: 
     for (path, name, _), factor in zip(stored, factors, strict=True):
         if factor == 0:
             continue
-        verify_checkpoint(path, f"{name}.safetensors")
-        for key, value in load_tensors(path / f"{name}.safetensors").items():
+        verify_checkpoint(path, name)
+        for key, value in load_tensors_of(path, name).items():
             if not value.is_floating_point():
                 total[key] = value
             elif key in total:

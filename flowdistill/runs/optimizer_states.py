@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flowdistill.plumbing.distributed import local
 from flowdistill.plumbing.errors import CheckpointError
 from flowdistill.plumbing.fields import short
+from flowdistill.runs.tensor_files import is_sharded
 
 _OF_THE_DEVICE = {"foreach", "fused"}  # how an optimiser computes, and not what
 
@@ -62,6 +64,20 @@ def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
     raise ValueError(f"unknown kind {kind!r}")
 
 
+def tensors_in(packed: Any) -> Iterator[str]:
+    """The names of the tensors in what `pack` gave.
+
+    Examples:
+        >>> list(tensors_in({"dict": [[0, {"tensor": "7"}], ["rate", {"tuple": [0.1, {"tensor": "8"}]}]]}))
+        ['7', '8']
+    """
+    if isinstance(packed, dict) and isinstance(packed.get("tensor"), str):
+        yield packed["tensor"]
+    elif isinstance(packed, (dict, list)):
+        for part in packed.values() if isinstance(packed, dict) else packed:
+            yield from tensors_in(part)
+
+
 def restore(
     optimizer: torch.optim.Optimizer,
     saved: Any,
@@ -88,6 +104,7 @@ def restore(
         )
     )
     try:
+        saved = _shared(saved, parameters, builder)
         _check_saved(saved, own, parameters, builder)
     except ValueError as error:
         raise CheckpointError(f"{source} holds another optimiser than that of the training: {error}") from None
@@ -100,6 +117,25 @@ def restore(
         if number in parameters:
             loaded = optimizer.state[parameters[number]]
             loaded.update(_exact(state, loaded, parameters[number].device))
+
+
+def _shared(
+    saved: Any,
+    parameters: Mapping[int, nn.Parameter],
+    builder: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+) -> Any:
+    """A saved state with vectors of one element in place of the scalars that processes share as such."""
+    vectors = {number: p for number, p in parameters.items() if is_sharded(p) and p.shape == (1,)}
+    if not vectors or not isinstance(saved, dict) or not isinstance(saved.get("state"), dict):
+        return saved
+    states = dict(saved["state"])
+    for number in vectors.keys() & states.keys():
+        for key, like in _state(_probe(builder, vectors[number])).items():
+            value = states[number].get(key)
+            if isinstance(like, Tensor) and is_sharded(like) and isinstance(value, Tensor) and value.ndim == 0:
+                states[number] = {**states[number], key: torch.empty_like(like, dtype=value.dtype)}
+                local(states[number][key]).fill_(value)
+    return {**saved, "state": states}
 
 
 def _check_saved(

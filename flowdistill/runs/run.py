@@ -27,7 +27,6 @@ from flowdistill.plumbing.files import (
     fill_module,
     fingerprint,
     json_fingerprint,
-    load_tensors,
     module_fingerprint,
 )
 from flowdistill.plumbing.randomness import ONE_AT_A_TIME
@@ -39,6 +38,7 @@ from flowdistill.runs.checkpoints import (
     checkpoint_paths,
     earlier_whole,
     has_checkpoint_name,
+    load_tensors_of,
     read_meta,
     verify_checkpoint,
 )
@@ -124,12 +124,11 @@ class Run:
         Raises:
             CheckpointError: their file is missing, truncated or altered; names the earlier checkpoint that is whole.
         """
-        file = f"{name}.safetensors"
-        if file not in self.meta.sha256:
+        if not self.meta.files(name):
             return {}
         with self._earlier_named():
-            verify_checkpoint(self.checkpoint, file)
-        return load_tensors(self.checkpoint / file)
+            verify_checkpoint(self.checkpoint, name)
+        return load_tensors_of(self.checkpoint, name)
 
     @contextlib.contextmanager
     def _earlier_named(self) -> Iterator[None]:

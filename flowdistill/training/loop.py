@@ -23,7 +23,6 @@ from flowdistill.networks import ForcedWeight
 from flowdistill.networks.compilation import compile_networks
 from flowdistill.plumbing import config
 from flowdistill.plumbing.distributed import (
-    by_first,
     find_device,
     gathered,
     is_of_exchange,
@@ -34,8 +33,8 @@ from flowdistill.plumbing.distributed import (
     whole,
 )
 from flowdistill.plumbing.dry import placed, weights_unread
-from flowdistill.plumbing.errors import CheckpointError, ConfigError, NonFiniteError
-from flowdistill.plumbing.files import fill_module, load_module
+from flowdistill.plumbing.errors import ConfigError, NonFiniteError
+from flowdistill.plumbing.files import fill_module
 from flowdistill.plumbing.gin_errors import errors_located
 from flowdistill.plumbing.precision import tf32
 from flowdistill.plumbing.randomness import ONE_AT_A_TIME, step_generator, stream_seed
@@ -44,6 +43,7 @@ from flowdistill.runs.checkpoints import (
     check_kept,
     checkpoint_path,
     checkpoint_paths,
+    fill,
     load_optimizers,
     read_meta,
     save_checkpoint,
@@ -121,6 +121,7 @@ class Loop:
         self._first_bad = torch.full((), -1, device=self.device)
         self._started = time.monotonic()
         self._saving: Future[Path] | None = None
+        self._sharding: Sharding | None = None
         self.on_saved: Callable[[Path], object] = lambda path: None  # of the first process, for whole checkpoints
         self.origin = ""  # in words, of a run that starts from another
 
@@ -183,7 +184,7 @@ class Loop:
         Raises:
             ConfigError: the processes have built different networks.
         """
-        sharding = Sharding(self.training.parallel, self.device, self.training.precision == "bf16")
+        sharding = self._sharding = Sharding(self.training.parallel, self.device, self.training.precision == "bf16")
         modules = {} if self.teacher is None else {"teacher": self.teacher}
         for name, module in (modules | self._modules()).items():
             sharding.share(name, module, frozen=name == "teacher")
@@ -355,7 +356,8 @@ class Loop:
             CheckpointWriteError: the last checkpoint could not be finished.
         """
         self.check_finite()
-        by_first(lambda: self._finish_saving() if self._saving and self._saving.done() else None)
+        if all(gathered(self._saving is not None and self._saving.done())):
+            self.finish_saving()
         now = time.monotonic()
         record = {name: total / count for name, (total, count) in self._totals().items()}
         record["learning_rate"] = float(self.trained.optimizer.param_groups[0]["lr"])
@@ -438,7 +440,7 @@ class Loop:
         return {"student": self.trained, **self.auxiliary}
 
     def save(self, keep: int) -> Path:
-        """Write a checkpoint of the present step, by the first process, and keep the newest ``keep``.
+        """Begin to write a checkpoint of the present step, and keep the newest ``keep``.
 
         It has its name after `finish_saving`; the training may go on meanwhile.
 
@@ -450,14 +452,22 @@ class Loop:
         self._check_weights()
         self._check_samples()
         counters, totals = self.counters, self._totals()
+        self.finish_saving()
+        sharding, optimizers = self._sharding, {name: t.optimizer for name, t in self._all_trained().items()}
+        if sharding is None:
+            states, group = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}, None
+        else:
+            states = {name: sharding.stored_state(name, optimizer) for name, optimizer in optimizers.items()}
+            group = sharding.saves
+        networks = self._stored()
+        self._saving = save_checkpoint(self.workdir, self.step, networks, states, counters, keep, totals, group)
+        return checkpoint_path(self.workdir, self.step)
 
-        def write() -> Path:
-            self._finish_saving()
-            states = {name: trained.optimizer.state_dict() for name, trained in self._all_trained().items()}
-            self._saving = save_checkpoint(self.workdir, self.step, self._modules(), states, counters, keep, totals)
-            return checkpoint_path(self.workdir, self.step)
-
-        return by_first(write)
+    def _stored(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of each module, of which each process may have its parts, as checkpoints hold them."""
+        if self._sharding is None:
+            return {name: module.state_dict() for name, module in self._modules().items()}
+        return {name: self._sharding.stored(name, module) for name, module in self._modules().items()}
 
     def finish_saving(self) -> None:
         """Wait, in all processes, until the last checkpoint has its name, if one is on its way.
@@ -465,19 +475,20 @@ class Loop:
         Raises:
             CheckpointWriteError: it could not be finished.
         """
-        by_first(self._finish_saving)
+        by_each(self._finish_saving)
 
     def _finish_saving(self) -> None:
         if self._saving is not None:
             wait([self._saving])  # an interrupt leaves it to `close`
             saving, self._saving = self._saving, None
             saved = saving.result()
-            self._keep_averages(saved)
-            self.on_saved(saved)
+            if rank_and_world()[0] == 0:
+                self._keep_averages(saved)
+                self.on_saved(saved)
 
     def _keep_averages(self, checkpoint: Path) -> None:
         """Keep the averages of a whole checkpoint, where they are to be kept."""
-        if self.training.ema is not None and self.training.ema.keeps_past and rank_and_world()[0] == 0:
+        if self.training.ema is not None and self.training.ema.keeps_past:
             keep_averages(checkpoint, len(self.averages))
 
     def close(self) -> None:
@@ -494,11 +505,11 @@ class Loop:
             CheckpointError: it is of another training.
         """
         meta = read_meta(checkpoint)
-        for name, module in self._modules().items():
-            if f"{name}.safetensors" not in meta.sha256:
-                raise CheckpointError(f"{checkpoint} lacks {name}.safetensors, which meta.json does not list")
-            load_module(module, checkpoint / f"{name}.safetensors")
-        states = load_optimizers(checkpoint)
+        stored = self._stored()
+        fill(checkpoint, stored)
+        for name, tensors in stored.items() if self._sharding is not None else ():
+            self._sharding.take(name, tensors)
+        states = load_optimizers(checkpoint, {name: t.optimizer for name, t in self._all_trained().items()})
         for name, trained in self._all_trained().items():
             restore(trained.optimizer, states.get(name), trained.builder, checkpoint)
         self._keep_averages(checkpoint)  # which the process that saved it may not have lived to do

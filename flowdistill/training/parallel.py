@@ -24,9 +24,10 @@ from torch.utils.checkpoint import checkpoint
 from flowdistill.duals import register_rule
 from flowdistill.interfaces import FlowMap, Teacher
 from flowdistill.networks import ForcedWeight, VelocityNetwork
-from flowdistill.plumbing.distributed import answered, gathered, rank_and_world
+from flowdistill.plumbing.distributed import answered, gathered, local, rank_and_world
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.fields import at_least
+from flowdistill.runs.tensor_files import is_sharded
 
 _NEEDED = (2, 13)  # of PyTorch, whose hooks of sharded modules a forward derivative can pass
 
@@ -109,6 +110,8 @@ _MODELS = (FlowMap, Teacher)
 class Sharding:
     """The processes of a training, as they share networks; `share` makes a network theirs.
 
+    Scalars become vectors of one element, since only vectors can be shared out; checkpoints hold them as scalars.
+
     Args:
         settings: how they share.
         device: of this process.
@@ -131,16 +134,17 @@ class Sharding:
         sizes, names = ((world,), ("shard",)) if copies == 1 else ((copies, world // copies), ("replicate", "shard"))
         with answered():
             self.mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+            self.saves = dist.new_group(backend="gloo")
+        self._scalars: dict[str, dict[str, Any]] = {}
         _follow_hooks()
 
     def share(self, name: str, module: nn.Module, frozen: bool = False) -> None:
         """Give each process its part of a module, whose values the first process has.
 
-        In the other processes the module may be without values. Scalars become vectors of one element, which can be
-        shared out; see `whole_scalars`.
+        In the other processes the module may be without values.
 
         Args:
-            name: of the module, for messages.
+            name: of the module.
             module: the module; no process evaluates it alone afterwards.
             frozen: whether it is never trained, so that it may be kept in low precision.
 
@@ -151,6 +155,7 @@ class Sharding:
 
         _check_alike(name, module)
         low = self.low and not any(v.dtype == torch.float64 for v in module.parameters())
+        scalars = [key for key, value in module.named_parameters() if value.ndim == 0]
         values = _emptied(module, torch.bfloat16 if low and frozen else None)
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if low else None,
@@ -168,6 +173,7 @@ class Sharding:
                 part.replaced_before = True
         module.to_empty(device=self.device)
         self._fill(module, values)
+        self._scalars[name] = {key: module.get_parameter(key) for key in scalars}
 
     @torch.no_grad()
     def _fill(self, module: nn.Module, values: dict[str, Tensor]) -> None:
@@ -187,6 +193,46 @@ class Sharding:
                 else:
                     dist.broadcast(value, 0)
                     ours.copy_(value)
+
+    def stored(self, name: str, module: nn.Module) -> dict[str, Tensor]:
+        """The tensors of a module as checkpoints hold them; all processes ask at once."""
+        tensors = module.state_dict()
+        scalars = self._scalars[name]
+        tensors.update(zip(scalars, self._as_scalars([tensors[key] for key in scalars]), strict=True))
+        return tensors
+
+    @torch.no_grad()
+    def take(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Give the scalars of a module the values that they have among its stored tensors."""
+        for key, vector in self._scalars[name].items():
+            local(vector).fill_(tensors[key])
+
+    def stored_state(self, name: str, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The state of a module's optimiser as checkpoints hold it; all processes ask at once."""
+        state = optimizer.state_dict()
+        ours = {id(vector) for vector in self._scalars[name].values()}
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        found = [
+            (number, key)
+            for number, parameter in enumerate(parameters)
+            if id(parameter) in ours
+            for key, value in state["state"].get(number, {}).items()
+            if isinstance(value, Tensor) and is_sharded(value)
+        ]
+        scalars = self._as_scalars([state["state"][number][key] for number, key in found])
+        states = {number: dict(own) for number, own in state["state"].items()}
+        for (number, key), scalar in zip(found, scalars, strict=True):
+            states[number][key] = scalar
+        return {**state, "state": states}
+
+    def _as_scalars(self, vectors: Sequence[Any]) -> list[Tensor]:
+        """The scalars that vectors of one element stand for, of which one process to a copy has each."""
+        if not vectors:
+            return []
+        values = torch.stack([local(vector.detach()).sum() for vector in vectors])
+        with answered():
+            dist.all_reduce(values, group=self.mesh.get_group("shard"))
+        return [value.to(vector.dtype) for value, vector in zip(values.unbind(), vectors, strict=True)]
 
 
 _ENTRIES: Mapping[type, str] = {VelocityNetwork: "velocity", FlowMap: "average_velocity", Teacher: "velocity"}

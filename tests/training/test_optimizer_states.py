@@ -76,7 +76,9 @@ def same(a, b):
 
 
 def saved(folder, optimizer):
-    path = save_checkpoint(folder, 1, {"student": network()}, {"student": optimizer.state_dict()}, {}, keep=1).result()
+    path = save_checkpoint(
+        folder, 1, {"student": network().state_dict()}, {"student": optimizer.state_dict()}, {}, keep=1
+    ).result()
     return load_optimizers(path)["student"]
 
 
@@ -109,7 +111,9 @@ def test_plain_values_come_back_through_json(value):
 
 def test_what_cannot_be_stored_is_named(tmp_path):
     with pytest.raises(CheckpointWriteError, match="holds a set, which is neither"):
-        save_checkpoint(tmp_path, 1, {"student": network()}, {"student": {"state": {0, 1}}}, {}, keep=1).result()
+        save_checkpoint(
+            tmp_path, 1, {"student": network().state_dict()}, {"student": {"state": {0, 1}}}, {}, keep=1
+        ).result()
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 

@@ -57,9 +57,9 @@ def network():
 
 
 def test_a_checkpoint_holds_the_weights_of_its_save_and_has_its_name_last(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path, 1, {"student": network()}, {}, {}, keep=1).result()
+    save_checkpoint(tmp_path, 1, {"student": network().state_dict()}, {}, {}, keep=1).result()
     disk, student = Disk(monkeypatch, linger), network()
-    saving = save_checkpoint(tmp_path, 2, {"student": student}, {}, {}, keep=1)
+    saving = save_checkpoint(tmp_path, 2, {"student": student.state_dict()}, {}, {}, keep=1)
     with torch.no_grad():
         student.weight.zero_()
     time.sleep(0.1)
@@ -73,9 +73,9 @@ def test_a_checkpoint_holds_the_weights_of_its_save_and_has_its_name_last(tmp_pa
 
 @pytest.mark.parametrize(("deed", "reason"), [(alter, "student.safetensors is .*altered.*"), (full, "No space .*")])
 def test_a_checkpoint_that_the_disk_refuses_or_alters_never_has_its_name(tmp_path, monkeypatch, deed, reason):
-    before = save_checkpoint(tmp_path, 1, {"student": network()}, {}, {}, keep=1).result()
+    before = save_checkpoint(tmp_path, 1, {"student": network().state_dict()}, {}, {}, keep=1).result()
     Disk(monkeypatch, deed).leave.set()
-    saving = save_checkpoint(tmp_path, 2, {"student": network()}, {}, {}, keep=1)
+    saving = save_checkpoint(tmp_path, 2, {"student": network().state_dict()}, {}, {}, keep=1)
     with pytest.raises(CheckpointWriteError, match=f"step_00000002: .*{reason}; the last one, {before}, is untouched"):
         saving.result(60)
     assert names(tmp_path) == ["step_00000001"]
