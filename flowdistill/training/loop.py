@@ -23,6 +23,7 @@ from flowdistill.networks import ForcedWeight
 from flowdistill.networks.compilation import compile_networks
 from flowdistill.plumbing import config
 from flowdistill.plumbing.distributed import (
+    by_each,
     find_device,
     gathered,
     is_of_exchange,
@@ -507,8 +508,9 @@ class Loop:
         meta = read_meta(checkpoint)
         stored = self._stored()
         fill(checkpoint, stored)
-        for name, tensors in stored.items() if self._sharding is not None else ():
-            self._sharding.take(name, tensors)
+        if self._sharding is not None:
+            for name, tensors in stored.items():
+                self._sharding.take(name, tensors)
         states = load_optimizers(checkpoint, {name: t.optimizer for name, t in self._all_trained().items()})
         for name, trained in self._all_trained().items():
             restore(trained.optimizer, states.get(name), trained.builder, checkpoint)
