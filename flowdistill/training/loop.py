@@ -69,6 +69,9 @@ class _Trained:
 
     def update(self, factor: float, clip: float | None) -> Tensor:
         """One optimiser step at a factor of the learning rate; returns the norm of the gradient."""
+        for part in self.module.modules():
+            if hasattr(part, "reshard"):  # of weights that were gathered, which the update leaves behind
+                part.reshard()
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, float("inf") if clip is None else clip))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor

@@ -49,8 +49,8 @@ class Parallel:
     """The precision in which weights travel, and the teacher's are kept; None is that of the training. Gradients are
     added up in float32, and so are the weights kept that are trained."""
     reshard_after_forward: bool = attrs.field(default=True, validator=instance_of(bool))
-    """Whether the weights of a layer are freed after its evaluation and gathered again for the backward pass; without,
-    they travel once and take their memory."""
+    """Whether the weights of a layer are freed after its evaluation and gathered again for the backward pass. Without,
+    the teacher's travel once for all and those of trained networks once a step, and all take their memory."""
     checkpoint_activations: bool = attrs.field(default=False, validator=instance_of(bool))
     """Whether the activations of trained layers are computed again in the backward pass in place of being kept, also in
     one process. Derivatives with a graph keep theirs."""
@@ -162,8 +162,10 @@ class Sharding:
             reduce_dtype=torch.float32 if low else None,
             cast_forward_inputs=False,  # times keep their precision
         )
+        # Weights that change by other ways than a backward pass, as averages do, must not stay as they were gathered.
+        stays = frozen or any(p.requires_grad for p in module.parameters())
+        reshard = self.settings.reshard_after_forward or not stays
         for unit in units(module):
-            reshard = self.settings.reshard_after_forward or not any(p.requires_grad for p in unit.parameters())
             fully_shard(unit, mesh=self.mesh, reshard_after_forward=reshard, mp_policy=policy)
             for kind, method in _ENTRIES.items():
                 if isinstance(unit, kind):

@@ -11,7 +11,10 @@ import torch
 
 import flowdistill
 from flowdistill.cli import main
-from flowdistill.training import loop, trainer
+from flowdistill.evaluation import comparison, pictures
+from flowdistill.plumbing.distributed import whole
+from flowdistill.runs import parts
+from flowdistill.training import trainer
 
 DEED, SECOND = sys.argv[1], os.environ["RANK"] == "1"
 
@@ -32,11 +35,9 @@ class Odd(flowdistill.Objective):
             if DEED == "fails":
                 raise flowdistill.DataError("a file is damaged")
         if DEED == "has_other_weights" and step.number == 0:
-            total = sum(float(p.detach().double().sum()) for p in self.student.parameters())
+            total = sum(float(whole(p.detach()).double().sum()) for p in self.student.parameters())
             os.write(1, f"{total}\n".encode())  # at once, since both write into one pipe
         loss = (self.student.average_velocity(*states.to(0.0)) - states.x).square().mean()
-        if SECOND and DEED == "has_a_part":
-            loss = next(self.student.parameters()).square().sum()
         extra = {"extra": torch.ones(())} if SECOND and DEED == "has_a_part" else {}
         return flowdistill.ObjectiveOutput(loss, extra)
 
@@ -49,8 +50,9 @@ def slowed(function):
     return later
 
 
-if DEED == "saves_slowly" and not SECOND:
-    loop.save_checkpoint, trainer.write_report = slowed(loop.save_checkpoint), slowed(trainer.write_report)
+if DEED == "is_slow" and not SECOND:
+    parts.write_files, pictures.save_picture = slowed(parts.write_files), slowed(pictures.save_picture)
+    trainer.write_report, comparison.measure = slowed(trainer.write_report), slowed(comparison.measure)
 if DEED == "has_no_room" and not SECOND:
 
     def refuse(file):

@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from runs import write
-from safetensors.torch import load_file
 
 import flowdistill
 from flowdistill import ConfigError, FlowDistillError
 from flowdistill.plumbing import distributed
 from flowdistill.plumbing.files import locked
-from flowdistill.runs.checkpoints import checkpoint_paths
+from flowdistill.runs.checkpoints import checkpoint_paths, load_tensors_of
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
@@ -41,12 +40,9 @@ def finish(process):
 
 
 def tensors(run):
-    return {
-        (file.stem, name): value
-        for file in sorted((run / "checkpoints" / "step_00000012").glob("*.safetensors"))
-        if file.stem != "optimizers"
-        for name, value in load_file(file).items()
-    }
+    checkpoint = run / "checkpoints" / "step_00000012"
+    names = {file.name.partition(".")[0] for file in checkpoint.glob("*.safetensors")} - {"optimizers"}
+    return {(name, key): value for name in names for key, value in load_tensors_of(checkpoint, name).items()}
 
 
 @pytest.fixture(scope="module")
@@ -166,20 +162,19 @@ def test_all_processes_stop_at_the_step_that_follows_a_signal_to_one(tmp_path):
 
 
 LEFT = """
-import pathlib, sys, flowdistill
-flowdistill.train(sys.argv[1], workdir=sys.argv[2], device="cpu")
-print(*(file.read_text() for file in pathlib.Path("/proc/self/task").glob("*/comm")))
+import os, sys, time, flowdistill
+flowdistill.train(sys.argv[1], workdir=sys.argv[2], device="cpu", report=False)
+if os.environ["RANK"] == sys.argv[3]:
+    time.sleep(1)
 """
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads have no names here")
-def test_the_process_group_leaves_no_threads(tmp_path):
-    """Its threads abort a process that ends before the others."""
+@pytest.mark.parametrize("later", ["0", "1"])
+def test_a_process_may_end_before_the_others(later, tmp_path):
+    """Threads of Gloo that are left must not abort those that are still there."""
     (tmp_path / "left.py").write_text(LEFT)
     gin_file = write(tmp_path / "ring.gin", accumulation=2, steps=2)
-    out, _ = finish(torchrun(tmp_path / "left.py", gin_file, tmp_path / "run"))
-    assert out.count("python") == 2
-    assert "gloo" not in out
+    finish(torchrun(tmp_path / "left.py", gin_file, tmp_path / "run", later))
 
 
 # What one of two processes does alone.
@@ -209,7 +204,11 @@ def odd(tmp_path):
         pytest.param("fails", "a file is damaged", marks=pytest.mark.slow),
         ("has_another_rate", "process 1 has another configuration than process 0 (one has 'AdamW.lr = 0.001')"),
         pytest.param("has_a_mistake", "batch_size", marks=pytest.mark.slow),
-        pytest.param("has_no_room", "step_00000004: No space left on device; there is none", marks=pytest.mark.slow),
+        pytest.param(
+            "has_no_room",
+            "step_00000004: No space left on device (process 0 of 2); there is none",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_processes_learn_what_one_of_them_does(odd, deed, message):
@@ -224,18 +223,15 @@ def test_processes_learn_what_one_of_them_does(odd, deed, message):
 
 @pytest.mark.slow
 def test_the_first_process_may_take_longer_than_the_time_out(odd, tmp_path):
-    finish(odd("saves_slowly", "--timeout", "3"))
+    evaluated = ["--gin.train.evaluation=@evaluation()", "--gin.evaluation.metrics=('w2',)"]
+    evaluated += ["--gin.evaluation.num_samples=50", "--gin.evaluation.teacher_steps=(1,)"]
+    finish(odd("is_slow", "--timeout", "3", "--gin.train.sample_every=4", *evaluated))
     assert [p.name for p in checkpoint_paths(tmp_path / "run")] == ["step_00000004", "step_00000008"]
     assert (tmp_path / "run" / "report.md").is_file()
 
 
-def test_gradients_are_added_up_where_some_process_has_them():
-    out, _ = finish(torchrun(Path(__file__).with_name("gradients_of_two.py")))
-    assert out.splitlines() == ["[3.0, 5.0, None]"] * 2
-
-
 @pytest.mark.slow
-def test_a_gradient_and_a_metric_may_exist_in_one_process_alone(odd, tmp_path):
+def test_a_metric_may_exist_in_one_process_alone(odd, tmp_path):
     finish(odd("has_a_part"))
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["extra"] == 1.0
