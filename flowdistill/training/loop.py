@@ -69,9 +69,6 @@ class _Trained:
 
     def update(self, factor: float, clip: float | None) -> Tensor:
         """One optimiser step at a factor of the learning rate; returns the norm of the gradient."""
-        for part in self.module.modules():
-            if hasattr(part, "reshard"):  # of weights that were gathered, which the update leaves behind
-                part.reshard()
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, float("inf") if clip is None else clip))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
@@ -331,6 +328,8 @@ class Loop:
 
     def _update(self, name: str, trained: _Trained, factor: float) -> Tensor:
         """One optimiser step of a module; returns the norm of its gradient."""
+        if self._sharding is not None:
+            self._sharding.free(trained.module)
         try:
             norm = trained.update(factor, self.training.gradient_clip)
         except RuntimeError as error:

@@ -196,6 +196,14 @@ class Sharding:
                     dist.broadcast(value, 0)
                     ours.copy_(value)
 
+    def free(self, module: nn.Module) -> None:
+        """Free the weights that were gathered and are still there, as an update is to leave none behind."""
+        from torch.distributed.fsdp import FSDPModule
+
+        for part in module.modules() if not self.settings.reshard_after_forward else ():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+
     def stored(self, name: str, module: nn.Module) -> dict[str, Tensor]:
         """The tensors of a module as checkpoints hold them; all processes ask at once."""
         tensors = module.state_dict()
