@@ -43,11 +43,10 @@ class Parallel:
     shard: int | None = attrs.field(default=None, validator=optional(at_least(1)))
     """The processes that share one copy of the networks; None is all. 8 on machines of 8 GPUs each is hybrid sharding,
     with a copy on each machine, and 1 is plain data parallelism."""
-    precision: Literal["float32", "bf16"] | None = attrs.field(
-        default=None, validator=optional(in_(("float32", "bf16")))
-    )
-    """The precision in which weights travel, and the teacher's are kept; None is that of the training. Gradients are
-    added up in float32, and so are the weights kept that are trained."""
+    precision: Literal["float32", "bf16"] = attrs.field(default="float32", validator=in_(("float32", "bf16")))
+    """The precision in which the weights of trained networks travel; they are kept, and their gradients added up, in
+    float32. "bf16" halves the traffic of a training in "bf16" whose objective evaluates nothing in float32, as finite
+    differences do. The teacher's weights travel, and are kept, in the precision of the training."""
     reshard_after_forward: bool = attrs.field(default=True, validator=instance_of(bool))
     """Whether the weights of a layer are freed after its evaluation and gathered again for the backward pass. Without,
     the teacher's travel once for all and those of trained networks once a step, and all take their memory."""
@@ -129,8 +128,7 @@ class Sharding:
 
         world = rank_and_world()[1]
         copies = settings.copies(world)
-        self.settings, self.device = settings, device
-        self.low = low if settings.precision is None else settings.precision == "bf16"
+        self.settings, self.device, self._low = settings, device, low
         sizes, names = ((world,), ("shard",)) if copies == 1 else ((copies, world // copies), ("replicate", "shard"))
         with answered():
             self.mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
@@ -154,7 +152,9 @@ class Sharding:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
         _check_alike(name, module)
-        low = self.low and not any(v.dtype == torch.float64 for v in module.parameters())
+        trained = any(p.requires_grad for p in module.parameters())
+        low = self._low and (frozen or (trained and self.settings.precision == "bf16"))
+        low = low and not any(v.dtype == torch.float64 for v in module.parameters())
         scalars = [key for key, value in module.named_parameters() if value.ndim == 0]
         values = _emptied(module, torch.bfloat16 if low and frozen else None)
         policy = MixedPrecisionPolicy(
@@ -163,13 +163,15 @@ class Sharding:
             cast_forward_inputs=False,  # times keep their precision
         )
         # Weights that change by other ways than a backward pass, as averages do, must not stay as they were gathered.
-        stays = frozen or any(p.requires_grad for p in module.parameters())
-        reshard = self.settings.reshard_after_forward or not stays
+        reshard = self.settings.reshard_after_forward or not (frozen or trained)
+        layers = set(_layers(module))
         for unit in units(module):
+            entries = [method for kind, method in _ENTRIES.items() if isinstance(unit, kind)]
+            for method in ["forward", *entries] if low and unit not in layers else ():
+                _evaluate_low(unit, method, self.device.type)
             fully_shard(unit, mesh=self.mesh, reshard_after_forward=reshard, mp_policy=policy)
-            for kind, method in _ENTRIES.items():
-                if isinstance(unit, kind):
-                    register_fsdp_forward_method(unit, method)
+            for method in entries:
+                register_fsdp_forward_method(unit, method)
         for part in module.modules():
             if isinstance(part, ForcedWeight):
                 part.replaced_before = True
@@ -247,6 +249,22 @@ class Sharding:
 
 _ENTRIES: Mapping[type, str] = {VelocityNetwork: "velocity", FlowMap: "average_velocity", Teacher: "velocity"}
 """The methods beside ``forward`` by which the modules of a training are evaluated."""
+
+
+def _evaluate_low(unit: nn.Module, name: str, kind: str) -> None:
+    """Let a method whose weights come in bfloat16 run under autocast, of a trained module where the loss does."""
+    method = getattr(unit, name)
+
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.training and not torch.is_autocast_enabled(kind):
+            raise ConfigError(
+                "this objective evaluates the student in float32, as finite differences do: leave parallel.precision "
+                "at 'float32'"
+            )
+        with torch.autocast(kind, torch.bfloat16):
+            return method(*args, **kwargs)
+
+    setattr(unit, name, MethodType(run, unit))
 
 
 def _check_alike(name: str, module: nn.Module) -> None:

@@ -127,6 +127,8 @@ class Training:
                 f"processes: set it to a multiple of {world}"
             )
         self.parallel.copies(world)
+        if self.parallel.precision == "bf16" and self.precision != "bf16":
+            raise ConfigError("parallel.precision = 'bf16' is for trainings in bfloat16: set train.precision = 'bf16'")
         if self.compile is not None:
             check_backend(self.compile)
         if self.evaluation is not None:
