@@ -142,6 +142,8 @@ def process_group(device: torch.device, timeout: float) -> Iterator[None]:
 
     try:
         store, rank, world = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun on one machine, where the store outlives a restart
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)  # type: ignore[attr-defined]
         meeting = {"store": store, "rank": rank, "world_size": world}
         if device.type == "cuda":
             torch.cuda.set_device(device)

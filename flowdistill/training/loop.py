@@ -187,6 +187,7 @@ class Loop:
         """
         sharding = self._sharding = Sharding(self.training.parallel, self.device, self.training.precision == "bf16")
         modules = {} if self.teacher is None else {"teacher": self.teacher}
+        del self.trained, self.auxiliary  # which hold the whole weights
         for name, module in (modules | self._modules()).items():
             sharding.share(name, module, frozen=name == "teacher")
         self._make_optimizers()
