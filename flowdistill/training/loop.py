@@ -180,15 +180,12 @@ class Loop:
     def share_out(self) -> None:
         """Share the networks out over all processes, which call it at once, as ``train.parallel`` says.
 
-        The optimisers are built again, for the parts of the weights that this process has.
-
-        Raises:
-            ConfigError: the processes have built different networks.
+        All must have built the same networks; only the values of the first one count. The optimisers are built again,
+        for the parts of the weights that this process has.
         """
         sharding = self._sharding = Sharding(self.training.parallel, self.device, self.training.precision == "bf16")
-        modules = {} if self.teacher is None else {"teacher": self.teacher}
         del self.trained, self.auxiliary  # which hold the whole weights
-        for name, module in (modules | self._modules()).items():
+        for name, module in self.networks().items():
             sharding.share(name, module, frozen=name == "teacher")
         self._make_optimizers()
         self._prepare()
@@ -435,6 +432,10 @@ class Loop:
         error = NonFiniteError(f"{what}; {way}")
         error.told = rank_and_world()[0] > 0
         return error
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The teacher and all that a checkpoint holds, by name."""
+        return {**({} if self.teacher is None else {"teacher": self.teacher}), **self._modules()}
 
     def _modules(self) -> dict[str, nn.Module]:
         averages = {name: average.module for name, average in self.averages.items()}

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
-from types import MethodType
+from collections.abc import Iterator, Mapping, Sequence
+from types import MethodType, NoneType
 from typing import Any, Literal
 
 import attrs
@@ -24,9 +24,10 @@ from torch.utils.checkpoint import checkpoint
 from flowdistill.duals import register_rule
 from flowdistill.interfaces import FlowMap, Teacher
 from flowdistill.networks import ForcedWeight, VelocityNetwork
-from flowdistill.plumbing.distributed import answered, gathered, local, rank_and_world
+from flowdistill.plumbing.distributed import answered, local, rank_and_world
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.fields import at_least
+from flowdistill.plumbing.files import json_fingerprint
 from flowdistill.runs.tensor_files import is_sharded
 
 _NEEDED = (2, 13)  # of PyTorch, whose hooks of sharded modules a forward derivative can pass
@@ -146,12 +147,9 @@ class Sharding:
             module: the module; no process evaluates it alone afterwards.
             frozen: whether it is never trained, so that it may be kept in low precision.
 
-        Raises:
-            ConfigError: the processes have built different modules.
         """
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-        _check_alike(name, module)
         trained = any(p.requires_grad for p in module.parameters())
         low = self._low and (frozen or (trained and self.settings.precision == "bf16"))
         low = low and not any(v.dtype == torch.float64 for v in module.parameters())
@@ -267,21 +265,36 @@ def _evaluate_low(unit: nn.Module, name: str, kind: str) -> None:
     setattr(unit, name, MethodType(run, unit))
 
 
-def _check_alike(name: str, module: nn.Module) -> None:
-    """ConfigError, in all processes, unless all have built the same module."""
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    ours = [(key, tuple(v.shape), str(v.dtype), v.requires_grad) for key, v in tensors]
-    first, *others = gathered(ours)
-    for rank, theirs in enumerate(others, start=1):
-        if theirs != first:
-            differing = sorted(map(str, {*first} ^ {*theirs}))[0]
-            raise ConfigError(f"process {rank} has built another {name} than process 0 ({differing})")
+def blueprint(modules: Mapping[str, nn.Module]) -> str:
+    """A fingerprint of what modules are but for their values: their tensors, and the settings beside them."""
+    parts = {
+        f"{name}.{part_name}": [
+            type(part).__name__,
+            *(f"{key} {tuple(v.shape)} {v.dtype} {v.requires_grad}" for key, v in _own(part)),
+            *(f"{key} {v!r}" for key, v in sorted(vars(part).items()) if key[0] != "_" and isinstance(v, _SETTINGS)),
+        ]
+        for name, module in modules.items()
+        for part_name, part in module.named_modules()
+    }
+    return json_fingerprint(parts)
 
 
-def _emptied(module: nn.Module, frozen: torch.dtype | None) -> dict[str, Tensor]:
+def _own(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return ((key, v) for store in (part._parameters, part._buffers) for key, v in store.items() if v is not None)
+
+
+_SETTINGS = (bool, int, float, str, tuple, NoneType)
+
+
+def forget(module: nn.Module) -> None:
+    """Free the values of a module that another process will give; it keeps their shapes."""
+    _emptied(module, None, scalars=True)
+
+
+def _emptied(module: nn.Module, frozen: torch.dtype | None, scalars: bool = False) -> dict[str, Tensor]:
     """Take the values out of a module, by name; it keeps their shapes, on the meta device.
 
-    Scalars become vectors of one element, and with ``frozen`` float32 becomes that dtype.
+    Scalars become vectors of one element, unless they are to stay, and with ``frozen`` float32 becomes that dtype.
     """
     values = dict([*module.named_parameters(), *module.named_buffers()])
     empty: dict[int, Tensor] = {}
@@ -293,7 +306,7 @@ def _emptied(module: nn.Module, frozen: torch.dtype | None) -> dict[str, Tensor]
                 if id(value) not in empty:
                     is_parameter = isinstance(value, nn.Parameter)
                     dtype = frozen if frozen is not None and value.dtype == torch.float32 and is_parameter else None
-                    shape = value.shape or (1,) if is_parameter else value.shape
+                    shape = value.shape if scalars or not is_parameter else value.shape or (1,)
                     meta = torch.empty(shape, dtype=dtype or value.dtype, device="meta")
                     empty[id(value)] = nn.Parameter(meta, value.requires_grad) if is_parameter else meta
                 store[key] = empty[id(value)]  # type: ignore[assignment]

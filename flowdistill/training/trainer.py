@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +26,7 @@ from flowdistill.runs.checkpoints import checkpoint_paths, newest_whole, read_me
 from flowdistill.runs.run import Run, on_device
 from flowdistill.training.callbacks import Callback, Callbacks
 from flowdistill.training.loop import Loop, configured_loop
+from flowdistill.training.parallel import blueprint, forget
 from flowdistill.training.run_log import RunLog
 from flowdistill.training.stopping import StopSignals
 
@@ -107,18 +108,16 @@ def train(
             owned.enter_context(locked(folder))
             return True
 
-        def configured() -> tuple[Loop, str]:
+        def configured(whole: bool) -> tuple[Loop, str]:
             # which other threads wait for, so nothing is trained inside
-            first = rank_and_world()[0] == 0
             with config.parsed(files, gin_bindings), progress("building the models", None):
-                with contextlib.nullcontext() if first else without_files(data=True):  # the first has the weights
+                with contextlib.nullcontext() if whole else without_files(data=True):
                     loop = configured_loop(folder, place)
                 return loop, config.operative()
 
         with process_group(place, timeout):
             ours = by_first(lambda: folder.is_dir() and own())
-            loop, operative = by_each(configured)
-            _check_agreement(operative)
+            loop, operative = _built(configured)
             evaluation = loop.training.evaluation
             if report and evaluation is not None:
                 by_first(lambda: evaluation.rehearse(loop.student, loop.teacher))
@@ -152,17 +151,63 @@ def _name(recipe: str | Path | None, on: str | Path | None, files: Sequence[str 
     return "-".join(Path(files[-1]).with_suffix("").parts[-2:]) if files else "train"
 
 
+def _built(configured: Callable[[bool], tuple[Loop, str]]) -> tuple[Loop, str]:
+    """The loop and the configuration in force; the networks have their values in the first of several processes alone.
+
+    The others build networks without their files. Where these decide what the networks are, they read them in turn.
+
+    Args:
+        configured: builds both, given whether with the weights.
+
+    Raises:
+        ConfigError: the processes have different configurations, or build different networks.
+    """
+    rank = rank_and_world()[0]
+
+    def built() -> tuple[Loop, str] | None:
+        try:
+            return configured(rank == 0)
+        except Exception:
+            if rank == 0:
+                raise
+            return None  # it may need the files, or else will tell the error again
+
+    ours = by_each(built)
+    for turn in _differing(ours):
+        again = by_each(functools.partial(configured, True) if turn == rank else lambda: None)
+        if again is not None:
+            ours = again
+            for module in ours[0].networks().values():
+                forget(module)
+    assert ours is not None
+    _check_agreement(ours[1])
+    if differing := _differing(ours):
+        raise _told_once(f"process {differing[0]} has built other networks than process 0: give all the same files")
+    return ours
+
+
+def _differing(built: tuple[Loop, str] | None) -> list[int]:
+    """The processes whose networks are other ones than those of the first, but for their values."""
+    first, *others = gathered(None if built is None else blueprint(built[0].networks()))
+    return [rank for rank, other in enumerate(others, start=1) if other != first]
+
+
+def _told_once(message: str) -> ConfigError:
+    """An error that all processes raise, and the first one tells."""
+    error = ConfigError(message)
+    error.told = rank_and_world()[0] > 0
+    return error
+
+
 def _check_agreement(operative: str) -> None:
     """ConfigError, in all processes, unless all have the same configuration."""
     first, *others = (set(text.splitlines()) for text in gathered(operative))
     for rank, lines in enumerate(others, start=1):
         if differing := lines ^ first:
-            error = ConfigError(
+            raise _told_once(
                 f"process {rank} has another configuration than process 0 (one has {min(differing)!r}): give all the "
                 "same files"
             )
-            error.told = rank_and_world()[0] > 0
-            raise error
 
 
 def _run(
