@@ -149,9 +149,9 @@ def save_all(workdir, layouts):
     for layout in layouts:
         over = mesh(layout)
         states, optimizer = {"student": placed(state(1), over), "ema": placed(state(2), over)}, optimized(over)
-        saving = save_checkpoint(
-            workdir / layout, 5, states, {"student": optimizer.state_dict()}, {"n": 3}, 2, {"loss": [0.5, 2]}, group
-        )
+        counters, optimizers = {"n": 3}, {"student": optimizer.state_dict()}
+        saving = save_checkpoint(workdir / layout, 5, states, optimizers, counters, 2, {"loss": [0.5, 2]}, group)
+        counters["n"] = 4
         for tensor in (*states["student"].values(), *(p for g in optimizer.param_groups for p in g["params"])):
             own(tensor.detach()).zero_()  # as a training that goes on
         for value in optimizer.state.values():
