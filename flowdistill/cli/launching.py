@@ -40,7 +40,7 @@ def launch_command(options: argparse.Namespace) -> None:
     arguments.training_script_args = [arguments.training_script, *arguments.training_script_args]
     arguments.module, arguments.training_script = True, "flowdistill"
     chosen = any(a.replace("-", "_").startswith("__nproc_per_node") for a in options.arguments)
-    if not chosen and torch.cuda.is_available():
+    if not chosen and "PET_NPROC_PER_NODE" not in os.environ and torch.cuda.is_available():
         arguments.nproc_per_node = "gpu"
     arguments.signals_to_handle = _SIGNALS
     if arguments.shutdown_timeout is None and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in os.environ:

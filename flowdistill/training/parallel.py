@@ -36,7 +36,7 @@ _NEEDED = (2, 13)  # of PyTorch, whose hooks of sharded modules a forward deriva
 @gin.register("parallel", module="training")
 @attrs.frozen(kw_only=True)
 class Parallel:
-    """How several processes share the networks of a training: ``train.parallel``.
+    """How several processes share the networks of a training: ``train.parallel``, and ``parallel.NAME`` in gin files.
 
     The results do not depend on it, up to rounding. One process shards nothing.
     """
@@ -57,7 +57,7 @@ class Parallel:
 
     def copies(self, world: int) -> int:
         """The copies of the networks that so many processes hold; ConfigError if they cannot be shared out so."""
-        shard = self.shard or world
+        shard = world if self.shard is None or world == 1 else self.shard
         if world % shard:
             raise ConfigError(
                 f"parallel.shard = {shard} processes to a copy do not divide {world} processes: set it to a divisor "

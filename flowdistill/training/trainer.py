@@ -326,16 +326,17 @@ def _keep_configuration(workdir: Path, operative: str) -> None:
 def _what_trains(configuration: str, source: str) -> list[str]:
     """The bindings of a configuration that a run must keep.
 
-    The number of steps, the evaluation, the callbacks and the decoder of latents are left out: a run may be continued
-    beyond its end, be measured again, be shown elsewhere, and be given what draws its images.
+    The number of steps, the evaluation, the callbacks, the decoder of latents and how processes share networks are left
+    out: a run may be continued beyond its end, be measured again, be shown elsewhere, be given what draws its images,
+    and go on in other processes.
     """
     bindings = config.statements_of(configuration, source)
     callbacks = [r.part for binding in bindings if binding.name == "train.callbacks" for r in binding.references]
     return [
         str(binding)
         for binding in bindings
-        if binding.name not in ("train.steps", "train.evaluation", "train.callbacks")
-        and binding.part not in ("evaluation", *callbacks)
+        if binding.name not in ("train.steps", "train.evaluation", "train.callbacks", "train.parallel")
+        and binding.part not in ("evaluation", "parallel", *callbacks)
         and not binding.part.endswith("_features")
         and binding.parameter != "vae"
     ]

@@ -40,7 +40,7 @@ def on(setting, method, *bindings, start=None):
 
 
 def parallel(**fields):
-    return ["train.parallel = @parallel()", *(f"parallel.{name} = {value!r}" for name, value in fields.items())]
+    return [f"parallel.{name} = {value!r}" for name, value in fields.items()]
 
 
 def taken(folder, processes, trainings):
@@ -105,9 +105,7 @@ CASES = {
 def cases(tmp_path_factory):
     """All cases in one process and in four."""
     folder = tmp_path_factory.mktemp("cases")
-    alone = {name: {**case, "bindings": [b for b in case["bindings"] if "parallel.shard" not in b]}
-             for name, case in CASES.items()}  # fmt: skip
-    return taken(folder, 1, alone), taken(folder, 4, CASES)
+    return taken(folder, 1, CASES), taken(folder, 4, CASES)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -229,5 +227,6 @@ def test_layers_compute_their_activations_again():
 
 def test_processes_that_do_not_divide_are_refused():
     assert [Parallel(shard=shard).copies(8) for shard in (None, 8, 2, 1)] == [1, 1, 4, 8]
+    assert Parallel(shard=3).copies(1) == 1
     with pytest.raises(ConfigError, match=r"parallel.shard = 3 .*set it to a divisor of 8"):
         Parallel(shard=3).copies(8)
