@@ -114,7 +114,9 @@ def traffic(checkout: Path | None) -> None:
         printed, _ = started(world, "count", *bindings, checkout=place).communicate()
         found: dict[str, Any] = json.loads(printed.splitlines()[-1])
         moved = {kind: found["bytes"].get(kind, 0) / 1e6 for kind in kinds}
-        sent = sum(size * (2 if kind == "all_reduce" else 1) for kind, size in moved.items()) * (world - 1) / world
+        shard = {"two copies": 2, "a copy each": 1}.get(name, world if place == ROOT else 1)
+        sent = (moved["all_gather"] + moved["reduce_scatter"]) * (1 - 1 / shard)
+        sent += 2 * moved["all_reduce"] * (1 - shard / world)
         numbers = [*(moved[kind] for kind in kinds), sent]
         rows.append([name, str(sum(found["counts"].values())), *(f"{number:.3g}" for number in numbers)])
         sizes = found["sizes"]

@@ -303,6 +303,17 @@ def by_each(do: Callable[[], T]) -> T:
     return cast("T", outcome)
 
 
+def in_turn(do: Callable[[], T]) -> T:
+    """What this process has done, the processes of a machine one after another; see `by_each`."""
+    rank, world = rank_and_world()
+    ours = int(os.environ.get("LOCAL_RANK", rank)) if world > 1 else 0
+    result: T | None = None
+    for turn in range(max(gathered(ours)) + 1):
+        done = by_each(do if turn == ours else lambda: None)
+        result = done if turn == ours else result
+    return cast("T", result)
+
+
 def shared_out(parts: Sequence[P], do: Callable[[P], T]) -> list[T]:
     """What comes of each part, in order, for all processes: each does those of its turn.
 

@@ -16,7 +16,15 @@ from flowdistill.evaluation.pictures import save_samples
 from flowdistill.evaluation.report import write_report
 from flowdistill.interfaces import FlowMap, Teacher
 from flowdistill.plumbing import config
-from flowdistill.plumbing.distributed import by_each, by_first, find_device, gathered, process_group, rank_and_world
+from flowdistill.plumbing.distributed import (
+    by_each,
+    by_first,
+    find_device,
+    gathered,
+    in_turn,
+    process_group,
+    rank_and_world,
+)
 from flowdistill.plumbing.dry import without_files
 from flowdistill.plumbing.errors import ConfigError, NonFiniteError, TrainingInterrupted
 from flowdistill.plumbing.files import locked, write_text
@@ -131,7 +139,7 @@ def train(
             told = Callbacks([*loop.training.callbacks, *callbacks] if first else [])
             owned.callback(told.close)
             checkpoint, metrics = _run(loop, saved, operative, report, told)
-            student, teacher = _models(loop, checkpoint)
+            student, teacher = _models(loop, checkpoint, report)
             figures = _report(loop, student, teacher) if report else {}
             by_first(lambda: told.tell("on_end", loop, figures))
         metrics |= figures
@@ -173,17 +181,22 @@ def _built(configured: Callable[[bool], tuple[Loop, str]]) -> tuple[Loop, str]:
             return None  # it may need the files, or else will tell the error again
 
     ours = by_each(built)
-    for turn in _differing(ours):
-        again = by_each(functools.partial(configured, True) if turn == rank else lambda: None)
-        if again is not None:
-            ours = again
-            for module in ours[0].networks().values():
-                forget(module)
+    if differing := _differing(ours):
+        again = in_turn(functools.partial(_without_values, configured) if rank in differing else lambda: None)
+        ours = again or ours
     assert ours is not None
     _check_agreement(ours[1])
     if differing := _differing(ours):
         raise _told_once(f"process {differing[0]} has built other networks than process 0: give all the same files")
     return ours
+
+
+def _without_values(configured: Callable[[bool], tuple[Loop, str]]) -> tuple[Loop, str]:
+    """What is built with the weights, which are forgotten."""
+    loop, operative = configured(True)
+    for module in loop.networks().values():
+        forget(module)
+    return loop, operative
 
 
 def _differing(built: tuple[Loop, str] | None) -> list[int]:
@@ -274,13 +287,18 @@ def _draw_pictures(loop: Loop, log: RunLog | None, told: Callbacks) -> None:
     by_first(lambda: told.tell("on_picture", loop, path) if path.is_file() else None)
 
 
-def _models(loop: Loop, checkpoint: Path) -> tuple[FlowMap, Teacher | None]:
-    """The trained student and the teacher, each whole in this process: of several, as the run directory has them."""
+def _models(loop: Loop, checkpoint: Path, report: bool) -> tuple[FlowMap, Teacher | None]:
+    """The trained student, and the teacher for a report, whole in this process; of several, from the files."""
     if rank_and_world()[1] == 1:
         return loop.result.requires_grad_(False), loop.teacher
     run = Run(checkpoint)
-    student = by_each(lambda: on_device(run.student, loop.device))
-    return student, None if run.teacher is None else on_device(run.teacher, loop.device)
+    measured = report and (rank_and_world()[0] == 0 or loop.training.evaluation is not None)
+
+    def models() -> tuple[FlowMap, Teacher | None]:
+        teacher = run.teacher if measured else None
+        return on_device(run.student, loop.device), None if teacher is None else on_device(teacher, loop.device)
+
+    return in_turn(models)
 
 
 def _report(loop: Loop, student: FlowMap, teacher: Teacher | None) -> dict[str, float]:
