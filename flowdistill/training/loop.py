@@ -104,11 +104,12 @@ class Loop:
         teacher: Teacher | None,
         source: StateSource,
         workdir: Path,
-        device: torch.device,
+        device: torch.device | None = None,
     ) -> None:
         self.training, self.objective = training, training.objective
         self.student, self.teacher, self.source, self.workdir = student, teacher, source, workdir
-        self.device, self._place, self.step = device, next(student.parameters()).device, 0
+        self._place, self.step = next(student.parameters()).device, 0
+        self.device = device or self._place
         rank, self._world = rank_and_world()
         self._micros = range(rank, training.accumulation, self._world)
         self._extra = {name: placed(module, self._place) for name, module in self.objective.modules().items()}
@@ -253,7 +254,7 @@ class Loop:
         return contextlib.nullcontext()
 
     def _backward(self, output: ObjectiveOutput, prefix: str = "") -> None:
-        backward(output.loss * (self._world / self.training.accumulation))  # the mean over processes is taken
+        backward(output.loss / len(self._micros))  # and several processes take the mean over them
         loss = output.loss.detach()
         self._watch(loss)
         self._add({f"{prefix}loss": loss, **{f"{prefix}{k}": v for k, v in output.metrics.items()}})

@@ -82,7 +82,7 @@ def _recomputed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _layers(module: nn.Module) -> list[nn.Module]:
     """The layers of all networks in a module."""
     networks = [part for part in module.modules() if isinstance(part, VelocityNetwork)]
-    return list(dict.fromkeys(layer for network in networks for layer in network.layers))
+    return list(dict.fromkeys(layer for network in networks for layer in network.layer_modules))
 
 
 def units(module: nn.Module) -> list[nn.Module]:
@@ -146,7 +146,6 @@ class Sharding:
             name: of the module.
             module: the module; no process evaluates it alone afterwards.
             frozen: whether it is never trained, so that it may be kept in low precision.
-
         """
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
