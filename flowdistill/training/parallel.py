@@ -68,7 +68,7 @@ class Parallel:
 
 def recompute(module: nn.Module) -> None:
     """Let the layers of the networks in a module compute their activations again in the backward pass."""
-    for layer in _layers(module):
+    for layer in layers(module):
         layer.forward = MethodType(_recomputed, layer)  # a bound method, of which a copy of the layer has its own
 
 
@@ -79,7 +79,7 @@ def _recomputed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
-def _layers(module: nn.Module) -> list[nn.Module]:
+def layers(module: nn.Module) -> list[nn.Module]:
     """The layers of all networks in a module."""
     networks = [part for part in module.modules() if isinstance(part, VelocityNetwork)]
     return list(dict.fromkeys(layer for network in networks for layer in network.layers))
@@ -96,7 +96,7 @@ def units(module: nn.Module) -> list[nn.Module]:
     networks = any(isinstance(part, VelocityNetwork) for part in module.modules())
     evaluated = isinstance(module, (VelocityNetwork, nn.Sequential)) or (isinstance(module, _MODELS) and not networks)
     if evaluated or any(True for _ in module.parameters(recurse=False)):
-        return [*filter(_has_parameters, _layers(module)), module]
+        return [*filter(_has_parameters, layers(module)), module]
     return [unit for child in module.children() for unit in units(child)]
 
 
@@ -167,7 +167,7 @@ class Sharding:
         reshard = self.settings.reshard_after_forward or not stays
         for unit in units(module):
             fully_shard(unit, mesh=self.mesh, reshard_after_forward=reshard, mp_policy=policy)
-            for kind, method in _ENTRIES.items():
+            for kind, method in ENTRIES.items():
                 if isinstance(unit, kind):
                     register_fsdp_forward_method(unit, method)
         for part in module.modules():
@@ -237,7 +237,7 @@ class Sharding:
         return [value.to(vector.dtype) for value, vector in zip(values.unbind(), vectors, strict=True)]
 
 
-_ENTRIES: Mapping[type, str] = {VelocityNetwork: "velocity", FlowMap: "average_velocity", Teacher: "velocity"}
+ENTRIES: Mapping[type, str] = {VelocityNetwork: "velocity", FlowMap: "average_velocity", Teacher: "velocity"}
 """The methods beside ``forward`` by which the modules of a training are evaluated."""
 
 
