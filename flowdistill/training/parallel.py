@@ -57,7 +57,7 @@ class Parallel:
 
     def copies(self, world: int) -> int:
         """The copies of the networks that so many processes hold; ConfigError if they cannot be shared out so."""
-        shard = self.shard or world
+        shard = 1 if world == 1 else self.shard or world
         if world % shard:
             raise ConfigError(
                 f"parallel.shard = {shard} processes to a copy do not divide {world} processes: set it to a divisor "

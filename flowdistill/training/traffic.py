@@ -149,7 +149,7 @@ class Record:
             reached = True
 
         for output in outputs:
-            output.register_hook(note)
+            output.register_hook(note)  # type: ignore[no-untyped-call]
 
     def _note(self, event: Event, unit: Unit) -> None:
         self.pages[-1][1].append((event, unit))
@@ -284,11 +284,11 @@ def replay(record: Record, sizes: Mapping[Unit, Sizes], micros: int, shard: int,
                 process.pass_through(events)
             process.free([unit for unit in sizes if unit.network == trained])
 
-    trained = {name for name, _ in record.pages}
+    moving = {name for name, _ in record.pages}
     ring, between = (shard - 1) / shard, 2 * (copies - 1) / copies / shard
     least = 0.0
     for _, events in record.pages:
-        used = {unit for _, unit in events if unit.network in trained or not sizes[unit].stays}
+        used = {unit for _, unit in events if unit.network in moving or not sizes[unit].stays}
         least += ring * sum(sizes[unit].weights for unit in used)
         reached = {unit for event, unit in events if event in _BACK}
         least += (ring + between) * sum(sizes[unit].gradients for unit in reached)
