@@ -140,7 +140,7 @@ class Plan:
         with contextlib.suppress(ConfigError):
             batch, accumulation = self.fitting(size)
             ways.insert(0, f"train.batch_size = {batch} with train.accumulation = {accumulation}")
-        if self.recomputed is not None:
+        if self.recomputed is not None and self.recomputed < self.memory["activations"]:
             rest = needed - self.memory["activations"] + self.recomputed
             ways.insert(0, f"parallel.checkpoint_activations = True, which needs {rest / 2**30:.3g} GiB")
         return [

@@ -1,7 +1,7 @@
 """What processes exchange in the last step of trainings: ``exchanges.py JSON``, by torchrun.
 
 JSON maps a name to a method, a setting and bindings. The first process prints, by these names, the number and the bytes
-of all-gathers, reduce-scatters and all-reduces between copies that FSDP2 asked for.
+of all-gathers, reduce-scatters and all-reduces between copies that FSDP2 asked for, and the bytes that it holds.
 """
 
 import json
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
 
 from flowdistill.plumbing import config
-from flowdistill.plumbing.distributed import process_group, rank_and_world
+from flowdistill.plumbing.distributed import local, process_group, rank_and_world
 from flowdistill.training.loop import configured_loop
 
 torch.set_num_threads(1)
@@ -49,6 +49,17 @@ def watch_copies(loop):
     return plain
 
 
+def held(loop):
+    modules = {"student": loop.student, "teacher": loop.teacher, **loop.objective.modules()}
+    modules["average"] = loop.averages["ema"].module
+    for part in (part for module in modules.values() for part in module.modules() if hasattr(part, "reshard")):
+        part.reshard()  # weights that stay gathered
+    sizes = {name: sum(local(v).nbytes for v in (*m.parameters(), *m.buffers())) for name, m in modules.items()}
+    states = [state for t in loop._all_trained().values() for state in t.optimizer.state.values()]
+    kept = [local(v).nbytes for state in states for v in state.values() if torch.is_tensor(v) and v.ndim]
+    return {**sizes, "optimisers": sum(kept)}
+
+
 watch("gathers", collectives.DefaultAllGather, "output")
 watch("reductions", collectives.DefaultReduceScatter, "input")
 found = {}
@@ -63,6 +74,6 @@ with process_group(CPU, timeout=60):
         COUNTS.clear()
         loop.train_step()
         dist.all_reduce = plain
-        found[name] = dict(COUNTS)
+        found[name] = {"exchanged": dict(COUNTS), "held": held(loop)}
 if rank_and_world()[0] == 0:
     print(json.dumps(found))
