@@ -356,8 +356,8 @@ class Shares:
 
     def held(self, parameter: Tensor, name: str = "") -> int:
         """The bytes of a process's part of a parameter, of the module of that name."""
-        kept = 2 if name == "teacher" in self._low and parameter.dtype == torch.float32 else parameter.itemsize
-        return kept * self.elements(parameter)
+        low = name == "teacher" and name in self._low and parameter.dtype == torch.float32
+        return (2 if low else parameter.itemsize) * self.elements(parameter)
 
     def sizes(self, unit: Unit) -> Sizes:
         """The bytes of a unit, filled up to equal parts."""

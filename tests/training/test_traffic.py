@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 from runs import FLOW_MATCHING, write
+from torch import nn
 
 from flowdistill import ConfigError, plan
 from flowdistill.cli import main
 from flowdistill.flow_maps import NetworkFlowMap
 from flowdistill.networks import MLP
 from flowdistill.training.gpus import GPUS, NETWORK, SPEEDS
-from flowdistill.training.traffic import Traffic, units_of
+from flowdistill.training.traffic import Event, Sizes, Traffic, Unit, replay, units_of
 
 SIZES = ["mlp.hidden_size = 32", "mlp.depth = 1", "train.batch_size = 10", "train.steps = 2"]
 STAYS = ["train.parallel = @parallel()", "parallel.reshard_after_forward = False"]
@@ -65,6 +66,38 @@ def test_low_precision_halves_the_weights_that_travel_and_no_gradients(planned):
     assert low.traffic.reduced == exact.traffic.reduced
     for name in ("student", "gradients", "optimisers", "average"):
         assert low.memory[name] == exact.memory[name]
+
+
+def test_weights_that_are_gathered_in_low_precision_need_no_copies_for_autocast():
+    bindings = ["train.batch_size = 4", "train.accumulation = 2", "train.precision = 'bf16'"]
+    alone, both = (plan("meanflow", on="digits", gin_bindings=bindings, processes=n) for n in (1, 2))
+    copies = alone.memory["activations"] - both.memory["activations"]
+    assert copies == pytest.approx(2 * alone.parameters["student"], rel=0.15)  # and some activations are shorter
+
+
+class Page:
+    """Losses that happen as they are written, with the networks that they train."""
+
+    def __init__(self, *pages):
+        self.pages = pages
+
+
+def test_what_frees_weights_that_stay():
+    """A backward pass all units around which it went, and an update those of its network; nothing else does."""
+    root = nn.Identity()
+    block, rest = (Unit("student", module, (), root) for module in (nn.Identity(), root))
+    other = Unit("student", nn.Identity(), (), nn.Identity())
+    teacher = Unit("teacher", nn.Identity(), (), nn.Identity())
+    sizes = {unit: Sizes(weights=2.0**i, gradients=0.0, stays=True) for i, unit in enumerate((block, rest, other))}
+    sizes[teacher] = Sizes(weights=8.0, gradients=0.0, stays=True)
+    seen = [(event, unit) for unit in sizes for event in (Event.ENTERED, Event.LEFT)]
+    traffic, most = replay(Page(("student", [*seen, (Event.PASSED, rest)])), sizes, micros=2, shard=2, copies=1)
+    assert traffic.gathered == (2 * (1 + 2) + 4) / 2
+    assert traffic.least == (1 + 2 + 4) / 2
+    assert most == 15
+    traffic, _ = replay(Page(("online", seen)), sizes, micros=2, shard=2, copies=1)
+    assert traffic.gathered == 0
+    assert traffic.least == 0
 
 
 def test_copies_add_up_what_each_has_reduced(planned):
@@ -130,6 +163,11 @@ def test_recomputation_keeps_less_and_computes_more(planned):
     assert again.recomputed is None
     assert kept.memory["activations"] > kept.recomputed
     assert kept.flops < again.flops < 4 / 3 * kept.flops  # no more than another forward pass
+    deeper = planned(2, 2, "mlp.depth = 6")
+    block, given = deeper.memory["activations"] - kept.memory["activations"], deeper.recomputed - kept.recomputed
+    assert given < block / 3  # the inputs of a block
+    rest = kept.memory["activations"] - 5 * block
+    assert kept.recomputed - rest - 5 * given == pytest.approx(block, abs=given)  # of the one that is recomputed
     alone = planned(1, 2, *recomputing)
     assert alone.memory["activations"] == kept.recomputed
 
@@ -146,6 +184,8 @@ def test_hours_are_those_of_what_takes_longer(planned):
     slow, fast = (planned(8, 8, flops_per_second=speed) for speed in (1e6, 1e20))
     assert slow.hours == pytest.approx(2 * slow.flops / 8 / 1e6 / 3600)
     assert fast.hours == pytest.approx(2 * fast.exchanging / 3600)
+    equal = planned(8, 8, flops_per_second=slow.flops / 8 / slow.exchanging)
+    assert equal.hours == pytest.approx(fast.hours)
     assert fast.exchanging == pytest.approx((fast.traffic.gathered + fast.traffic.reduced) / GPUS["h200"].link)
 
 
