@@ -15,7 +15,7 @@ from flowdistill.cli import main
 from flowdistill.networks import MLP
 from flowdistill.plumbing import config
 from flowdistill.plumbing.dry import weights, without_files
-from flowdistill.training.planning import SPEEDS
+from flowdistill.training.gpus import SPEEDS
 
 
 @pytest.mark.parametrize(

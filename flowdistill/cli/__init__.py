@@ -170,7 +170,10 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--gin_file", action="append", default=[], help="a gin file, read after the others; repeatable"
         )
-        command.add_argument("--gpu", default="h200", help="the GPU at whose measured speed a plan states hours")
+        command.add_argument(
+            "--gpu", default="h200", help="the GPU at whose speed a plan states hours, such as h100-80"
+        )
+        command.add_argument("--processes", type=int, default=1, help="that share out the step of a plan, a GPU each")
         command.add_argument("--flops", type=float, help="FLOP/s at which a plan states hours, in place of --gpu")
         command.add_argument("--memory", type=float, metavar="GIB", help="of a device: a plan says which batch fits")
         command.epilog = "--gin.NAME=VALUE sets a binding, as in --gin.train.steps=100; repeatable"

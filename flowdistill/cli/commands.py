@@ -64,7 +64,7 @@ def plan_command(options: argparse.Namespace) -> None:
     """Print what a training would cost."""
     from flowdistill.training.planning import plan
 
-    planned = plan(**_recipe(options), gpu=options.gpu, flops_per_second=options.flops)
+    planned = plan(**_recipe(options), gpu=options.gpu, flops_per_second=options.flops, processes=options.processes)
     print(planned)
     if options.memory is not None:
         batch_size, accumulation = planned.fitting(options.memory * 2**30)

@@ -192,12 +192,18 @@ class Loop:
         self._prepare()
 
     def _prepare(self) -> None:
-        """Let the networks recompute and compile as the training says; a plan has no values to compile for."""
+        """Let the networks recompute and compile as the training says; a plan sees to the first by itself."""
+        if weights_unread():
+            return
         if self.training.parallel.checkpoint_activations:
-            for part in self._all_trained().values():
-                recompute(part.module)
-        if self.training.compile is not None and not weights_unread():
+            for module in self.trained_modules():
+                recompute(module)
+        if self.training.compile is not None:
             self.compile(self.training.compile)
+
+    def trained_modules(self) -> list[nn.Module]:
+        """The student, and the modules of the objective that are trained."""
+        return [part.module for part in self._all_trained().values()]
 
     def compile(self, backend: str | None) -> None:
         """Compile the networks of a step, or end it with None; the average, whose samples are few, never is."""

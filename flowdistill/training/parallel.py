@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MethodType, NoneType
 from typing import Any, Literal
 
@@ -57,7 +57,7 @@ class Parallel:
 
     def copies(self, world: int) -> int:
         """The copies of the networks that so many processes hold; ConfigError if they cannot be shared out so."""
-        shard = world if self.shard is None or world == 1 else self.shard
+        shard = 1 if world == 1 else self.shard or world
         if world % shard:
             raise ConfigError(
                 f"parallel.shard = {shard} processes to a copy do not divide {world} processes: set it to a divisor "
@@ -65,10 +65,16 @@ class Parallel:
             )
         return world // shard
 
+    def low(self, module: nn.Module, frozen: bool) -> bool:
+        """Whether the weights of a module travel in bfloat16 in a training in bfloat16; ``frozen`` is the teacher."""
+        parameters = list(module.parameters())
+        trained = self.precision == "bf16" and any(p.requires_grad for p in parameters)
+        return (frozen or trained) and all(p.dtype != torch.float64 for p in parameters)
+
 
 def recompute(module: nn.Module) -> None:
     """Let the layers of the networks in a module compute their activations again in the backward pass."""
-    for layer in _layers(module):
+    for layer in layers(module):
         layer.forward = MethodType(_recomputed, layer)  # a bound method, of which a copy of the layer has its own
 
 
@@ -79,7 +85,7 @@ def _recomputed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
-def _layers(module: nn.Module) -> list[nn.Module]:
+def layers(module: nn.Module) -> list[nn.Module]:
     """The layers of all networks in a module."""
     networks = [part for part in module.modules() if isinstance(part, VelocityNetwork)]
     return list(dict.fromkeys(layer for network in networks for layer in network.layer_modules))
@@ -96,7 +102,7 @@ def units(module: nn.Module) -> list[nn.Module]:
     networks = any(isinstance(part, VelocityNetwork) for part in module.modules())
     evaluated = isinstance(module, (VelocityNetwork, nn.Sequential)) or (isinstance(module, _MODELS) and not networks)
     if evaluated or any(True for _ in module.parameters(recurse=False)):
-        return [*filter(_has_parameters, _layers(module)), module]
+        return [*filter(_has_parameters, layers(module)), module]
     return [unit for child in module.children() for unit in units(child)]
 
 
@@ -150,8 +156,7 @@ class Sharding:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
         trained = any(p.requires_grad for p in module.parameters())
-        low = self._low and (frozen or (trained and self.settings.precision == "bf16"))
-        low = low and not any(v.dtype == torch.float64 for v in module.parameters())
+        low = self._low and self.settings.low(module, frozen)
         scalars = [key for key, value in module.named_parameters() if value.ndim == 0]
         values = _emptied(module, torch.bfloat16 if low and frozen else None)
         policy = MixedPrecisionPolicy(
@@ -161,14 +166,13 @@ class Sharding:
         )
         # Weights that change by other ways than a backward pass, as averages do, must not stay as they were gathered.
         reshard = self.settings.reshard_after_forward or not (frozen or trained)
-        layers = set(_layers(module))
+        if low:
+            evaluate_low(module, self.device.type)
         for unit in units(module):
-            entries = [method for kind, method in _ENTRIES.items() if isinstance(unit, kind)]
-            for method in ["forward", *entries] if low and unit not in layers else ():
-                _evaluate_low(unit, method, self.device.type)
             fully_shard(unit, mesh=self.mesh, reshard_after_forward=reshard, mp_policy=policy)
-            for method in entries:
-                register_fsdp_forward_method(unit, method)
+            for kind, method in ENTRIES.items():
+                if isinstance(unit, kind):
+                    register_fsdp_forward_method(unit, method)
         for part in module.modules():
             if isinstance(part, ForcedWeight):
                 part.replaced_before = True
@@ -244,24 +248,34 @@ class Sharding:
         return [value.to(vector.dtype) for value, vector in zip(values.unbind(), vectors, strict=True)]
 
 
-_ENTRIES: Mapping[type, str] = {VelocityNetwork: "velocity", FlowMap: "average_velocity", Teacher: "velocity"}
+ENTRIES: Mapping[type, str] = {VelocityNetwork: "velocity", FlowMap: "average_velocity", Teacher: "velocity"}
 """The methods beside ``forward`` by which the modules of a training are evaluated."""
 
 
-def _evaluate_low(unit: nn.Module, name: str, kind: str) -> None:
-    """Let a method whose weights come in bfloat16 run under autocast, of a trained module where the loss does."""
-    method = getattr(unit, name)
+def evaluate_low(module: nn.Module, kind: str) -> None:
+    """Let a module whose weights come in bfloat16 run under autocast, a trained one where its loss does.
 
-    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self.training and not torch.is_autocast_enabled(kind):
-            raise ConfigError(
-                "this objective evaluates the student in float32, as finite differences do: leave parallel.precision "
-                "at 'float32'"
-            )
-        with torch.autocast(kind, torch.bfloat16):
-            return method(*args, **kwargs)
+    Args:
+        module: the module, of which the units that are no layers are entered.
+        kind: of its device.
+    """
 
-    setattr(unit, name, MethodType(run, unit))
+    def entered(unit: nn.Module, method: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if unit.training and not torch.is_autocast_enabled(kind):
+                raise ConfigError(
+                    "this objective evaluates the student in float32, as finite differences do: leave "
+                    "parallel.precision at 'float32'"
+                )
+            with torch.autocast(kind, torch.bfloat16):
+                return method(*args, **kwargs)
+
+        return run
+
+    inner = set(layers(module))
+    for unit in (unit for unit in units(module) if unit not in inner):
+        for name in ["forward", *(method for entry, method in ENTRIES.items() if isinstance(unit, entry))]:
+            setattr(unit, name, entered(unit, getattr(unit, name)))
 
 
 def blueprint(modules: Mapping[str, nn.Module]) -> str:

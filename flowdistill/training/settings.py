@@ -120,13 +120,8 @@ class Training:
 
     def check(self) -> None:
         """Check what no single field shows; ConfigError if the parts do not fit each other."""
-        world, objective = rank_and_world()[1], self.objective
-        if self.accumulation % world:
-            raise ConfigError(
-                f"train.accumulation = {self.accumulation} backward passes cannot be shared out evenly over {world} "
-                f"processes: set it to a multiple of {world}"
-            )
-        self.parallel.copies(world)
+        objective = self.objective
+        self.check_shares(rank_and_world()[1])
         if self.parallel.precision == "bf16" and self.precision != "bf16":
             raise ConfigError("parallel.precision = 'bf16' is for trainings in bfloat16: set train.precision = 'bf16'")
         if self.compile is not None:
@@ -135,6 +130,15 @@ class Training:
             self.evaluation.check(self.teacher)
         if objective.needs_teacher and self.teacher is None:
             raise ConfigError(f"{type(objective).__name__} needs a teacher: set train.teacher")
+
+    def check_shares(self, processes: int) -> None:
+        """ConfigError unless so many processes can share out a step and the networks."""
+        if self.accumulation % processes:
+            raise ConfigError(
+                f"train.accumulation = {self.accumulation} backward passes cannot be shared out evenly over "
+                f"{processes} processes: set it to a multiple of {processes}"
+            )
+        self.parallel.copies(processes)
 
     def source(self) -> StateSource:
         """The states that are named, or those of the setting's data, or the prior."""

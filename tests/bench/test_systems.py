@@ -307,6 +307,25 @@ def test_the_committed_plans_are_of_the_recipes_and_have_the_published_sizes():
             assert plans[title]["parameters"] == pytest.approx(1e6 * published, rel=0.01), title
 
 
+def test_the_committed_plans_of_many_gpus_are_of_the_recipes_and_are_the_table():
+    results, script = STAND_INS.parent / "results", runpy.run_path(str(STAND_INS.with_name("parallel_plans.py")))
+    plans = json.loads((results / "parallel_plans.json").read_text())
+    assert [{name: row[name] for name in wanted} for row, wanted in zip(plans, script["wanted"](), strict=True)] == (
+        script["wanted"]()
+    )
+    text = (results / "parallel_plans.md").read_text()
+    assert text.startswith(script["table"](plans) + "\n")
+    assert "computed for H100-80, of which none has run a step" in text
+
+
+@pytest.mark.slow
+def test_a_committed_plan_of_many_gpus_is_what_is_planned_now():
+    script = runpy.run_path(str(STAND_INS.with_name("parallel_plans.py")))
+    committed, *_ = json.loads((STAND_INS.parent / "results" / "parallel_plans.json").read_text())
+    for name, value in script["planned"](script["wanted"]()[0]).items():
+        assert value == (pytest.approx(committed[name]) if isinstance(value, float) else committed[name]), name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
 def test_the_recipe_of_a_system_can_be_planned(system):
