@@ -233,7 +233,7 @@ SAME = {
 UNNAMED = [case(X), case(X.mT)]
 
 
-STILL = (constant, rules._number, rules._out_of_sight, rules._detach)
+STILL = (constant, rules._number, rules._base, rules._out_of_sight, rules._detach)
 
 
 def kinds():
@@ -415,7 +415,12 @@ def test_attributes(name):
     """They are those of the value, or move, or are refused."""
     value = NUMBERS if name == "imag" else M
     number = dual(value, torch.ones_like(value))
-    if name in ("data", "_base"):
+    if name == "_base":
+        assert number._base is None
+        hidden = dual(value[0], torch.ones_like(value[0]))._base
+        with pytest.raises(ConfigError, match=r"no derivative goes through Tensor\._base"):
+            hidden + 1
+    elif name == "data":
         with pytest.raises(ConfigError, match=rf"no derivative goes through Tensor\.{name}"):
             getattr(number, name)
     elif name in ("T", "mT", "H", "mH", "real", "imag"):

@@ -25,6 +25,7 @@ from flowdistill.cli.commands import (
     train_command,
 )
 from flowdistill.cli.doctor import doctor_command
+from flowdistill.cli.launching import COMMANDS, launch_command, tell_launcher
 from flowdistill.cli.listing import cite_command, list_command, show_command
 from flowdistill.plumbing.errors import FlowDistillError, TrainingInterrupted
 
@@ -42,8 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         following = given[given.index(name) + 1 :][:1]
         value = "VALUE" if not following or following[0].startswith("-") else following[0]
         commands.error(f"{name} lacks its value: write {name}={value}")
-    options = commands.parse_args([a for a in given if not a.startswith("--gin.")])
-    if bindings and options.command not in (train_command, plan_command, search_command, bench_command):
+    if given[:1] == ["launch"] and not {"-h", "--help"} & {*given[1:2]}:  # the rest is torchrun's, and a command's
+        options = argparse.Namespace(command=launch_command, arguments=given[1:])
+    else:
+        options = commands.parse_args([a for a in given if not a.startswith("--gin.")])
+    launched = (train_command, plan_command, search_command, bench_command, launch_command)
+    if bindings and options.command not in launched:
         commands.error("--gin.NAME=VALUE belongs to train, plan, search and bench")
     if bindings:
         from flowdistill.plumbing.config import quoted
@@ -60,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except TrainingInterrupted as stop:
         from flowdistill.plumbing.distributed import rank_and_world
 
+        tell_launcher()
         code = 0 if options.command is train_command else 130
         sys.exit(code if rank_and_world()[0] else _say(stop, code))
     except FlowDistillError as error:
@@ -134,6 +140,16 @@ def parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="flowdistill", description="Distil flow and diffusion models into one-step generators.")
     parser.add_argument("--version", action="version", version=f"flowdistill {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    commands.add_parser(
+        "launch",
+        usage="flowdistill launch [torchrun's options] COMMAND ...",
+        help="run a command in several processes, of one machine or of several",
+        description="Run a command in several processes, by torchrun, whose options come first: --nproc_per_node 8 on "
+        "one machine, where it is the number of GPUs by default; --nnodes, --rdzv_backend, --rdzv_endpoint and "
+        f"--rdzv_id on several; --max-restarts after the death of a process. Commands: {', '.join(COMMANDS)}. "
+        "A signal is passed on: all processes save once, and launch ends with 0.",
+    )
 
     train = commands.add_parser("train", help="train a method on a setting, or a whole recipe")
     train.add_argument("--workdir", help="the run directory; by default runs/ and the recipe's name")

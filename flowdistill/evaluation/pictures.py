@@ -34,7 +34,7 @@ def save_samples(student: FlowMap, path: Path, seed: int) -> None:
 
     Several processes, which call this at once, draw a part each, and the first one writes the picture.
     """
-    if not _drawable(student):
+    if not gathered(_drawable(student))[0]:  # the first one alone may have the decoder
         return
     n = 1000 if len(student.sample_shape) == 1 else 60
     device, (rank, world) = device_of(student), rank_and_world_together()

@@ -75,7 +75,7 @@ class VelocityNetwork(nn.Module, Compilable, ABC):
         """
 
     @property
-    def layers(self) -> Sequence[nn.Module]:
+    def layer_modules(self) -> Sequence[nn.Module]:
         """The modules that hold most of the weights and are called one after another; a network may name none.
 
         They are what processes share out for themselves, and whose activations may be computed again.

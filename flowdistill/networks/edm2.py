@@ -390,7 +390,7 @@ class EDM2(VelocityNetwork):
         self.early_blocks = len(self.unet.enc) - 1
 
     @property
-    def layers(self) -> list[nn.Module]:
+    def layer_modules(self) -> list[nn.Module]:
         """The blocks of encoder and decoder."""
         return [*self.unet.enc.values(), *self.unet.dec.values()]
 

@@ -55,7 +55,7 @@ class MLP(VelocityNetwork):
         nn.init.zeros_(self.output.bias)
 
     @property
-    def layers(self) -> list[nn.Module]:
+    def layer_modules(self) -> list[nn.Module]:
         """The residual blocks."""
         return list(self.blocks)
 

@@ -228,7 +228,7 @@ class SiT(VelocityNetwork):
                 nn.init.zeros_(parameter)
 
     @property
-    def layers(self) -> list[nn.Module]:
+    def layer_modules(self) -> list[nn.Module]:
         """The transformer's blocks."""
         return list(self.blocks)
 

@@ -142,6 +142,8 @@ def process_group(device: torch.device, timeout: float) -> Iterator[None]:
 
     try:
         store, rank, world = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun on one machine, where the store outlives a restart
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)  # type: ignore[attr-defined]
         meeting = {"store": store, "rank": rank, "world_size": world}
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -299,6 +301,17 @@ def by_each(do: Callable[[], T]) -> T:
     if failures:
         failures[0].throw()
     return cast("T", outcome)
+
+
+def in_turn(do: Callable[[], T]) -> T:
+    """What this process has done, the processes of a machine one after another; see `by_each`."""
+    rank, world = rank_and_world()
+    ours = int(os.environ.get("LOCAL_RANK", rank)) if world > 1 else 0
+    result: T | None = None
+    for turn in range(max(gathered(ours)) + 1):
+        done = by_each(do if turn == ours else lambda: None)
+        result = done if turn == ours else result
+    return cast("T", result)
 
 
 def shared_out(parts: Sequence[P], do: Callable[[P], T]) -> list[T]:

@@ -17,7 +17,7 @@ import socket
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -185,24 +185,6 @@ def _stored_type(dtype: torch.dtype) -> tuple[str, int]:
     return entry["dtype"], entry["shape"][0]
 
 
-def torch_form(kind: str, shape: Sequence[int]) -> tuple[torch.dtype, tuple[int, ...]]:
-    """The type and the shape of the tensor that a safetensors file describes so: the inverse of `stored_form`.
-
-    Examples:
-        >>> torch_form("BF16", [2, 3])
-        (torch.bfloat16, (2, 3))
-    """
-    dtype = _torch_type(kind)
-    packed = _stored_type(dtype)[1]
-    return dtype, (*shape[:-1], *(size // packed for size in shape[-1:]))
-
-
-@functools.cache
-def _torch_type(kind: str) -> torch.dtype:
-    header = json.dumps({"": {"dtype": kind, "shape": [0], "data_offsets": [0, 0]}}).encode()
-    return safetensors.torch.load(len(header).to_bytes(8, "little") + header)[""].dtype
-
-
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Own a folder, which is made, inside a with statement: no other process, on whatever machine, owns it meanwhile.
@@ -330,7 +312,11 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def opened_tensors(path: Path) -> Iterator[Any]:
-    """A safetensors file mapped to memory, to read tensors and slices of it; CheckpointError if missing or damaged."""
+    """A safetensors file mapped to memory: what is used of its tensors is read, until it is closed.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
     try:

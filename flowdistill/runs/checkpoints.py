@@ -152,6 +152,7 @@ def save_checkpoint(
         checkpoints are untouched and nothing half-written is left.
     """
     final = checkpoint_path(workdir, step)
+    about: dict[str, Any] = {"step": step, "counters": dict(counters), "sums": dict(sums or {})}
     # An error here is told in the thread, where the other processes learn it.
     held: dict[str, dict[str, Part]] = {}
     failure: Exception | None = None
@@ -180,8 +181,8 @@ def save_checkpoint(
     def commit(partial: Path, hashes: dict[str, str]) -> None:
         (partial / _LAYOUT).write_bytes(layout)
         hashes[_LAYOUT] = fingerprint(layout)
-        meta = Meta(step=step, counters=dict(counters), sums=dict(sums or {}), sha256=hashes)
-        contents = {"format": _WHOLE if "student.safetensors" in hashes else _IN_PARTS, **attrs.asdict(meta)}
+        contents: dict[str, Any] = {"format": _WHOLE if "student.safetensors" in hashes else _IN_PARTS}
+        contents |= attrs.asdict(Meta(**about, sha256=hashes))
         contents["meta_sha256"] = json_fingerprint(contents)
         (partial / "meta.json").write_text(json.dumps(contents, indent=1))
 

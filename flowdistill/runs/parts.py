@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
     LoadPlanner,
+    ReadItem,
     SavePlan,
     SavePlanner,
     TensorWriteData,
@@ -45,7 +46,7 @@ from torch.futures import Future
 
 from flowdistill.plumbing.errors import CheckpointError
 from flowdistill.plumbing.files import opened_tensors
-from flowdistill.runs.tensor_files import Part, Stored, read_part, write_files
+from flowdistill.runs.tensor_files import Part, Stored, write_files
 
 Networks = Mapping[str, Mapping[str, Part]]
 
@@ -226,15 +227,16 @@ class _Reader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Copy the slices of a plan into their places, file by file."""
-        in_files: dict[Path, list[Any]] = {}
+        in_files: dict[Path, list[ReadItem]] = {}
         for item in plan.items:
-            path, sizes = self._stored[item.storage_index.fqn].parts[tuple(item.storage_index.offset or ())]
-            in_files.setdefault(path, []).append((item, sizes))
+            path, _ = self._stored[item.storage_index.fqn].parts[tuple(item.storage_index.offset or ())]
+            in_files.setdefault(path, []).append(item)
         for path, items in in_files.items():
             with opened_tensors(path) as file:
-                for item, sizes in items:
-                    target = planner.resolve_tensor(item).detach()
-                    target.copy_(read_part(file, item.storage_index.fqn, sizes, item.storage_offsets, item.lengths))
+                for item in items:
+                    begins = zip(item.storage_offsets, item.lengths, strict=True)
+                    part = file.get_tensor(item.storage_index.fqn)[tuple(slice(i, i + n) for i, n in begins)]
+                    target = planner.resolve_tensor(item).detach().copy_(part)
                     planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)

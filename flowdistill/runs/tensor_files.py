@@ -26,7 +26,6 @@ from flowdistill.plumbing.files import (
     opened_tensors,
     stored_form,
     stream_tensors,
-    torch_form,
 )
 
 _PLACES = "parts"  # the key in a header
@@ -154,8 +153,8 @@ def stored_tensors(paths: Sequence[Path]) -> dict[str, Stored]:
         with opened_tensors(path) as file:
             places = _places(path, file.metadata() or {})
             for name in file.keys():  # noqa: SIM118, no mapping
-                view = file.get_slice(name)
-                dtype, sizes = torch_form(view.get_dtype(), view.get_shape())
+                mapped = file.get_tensor(name)
+                dtype, sizes = mapped.dtype, tuple(mapped.shape)
                 offsets, shape = places.get(name, ((0,) * len(sizes), sizes))
                 tensor = found.setdefault(name, Stored(dtype, shape, {}))
                 fits = len(offsets) == len(sizes) == len(shape) and all(
@@ -179,23 +178,6 @@ def _places(path: Path, metadata: Mapping[str, str]) -> dict[str, tuple[tuple[in
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{path} is damaged: its header does not say where its parts belong") from None
-
-
-def read_part(file: Any, name: str, stored: Sequence[int], begin: Sequence[int], sizes: Sequence[int]) -> Tensor:
-    """Some of a tensor in an open file, which is read alone.
-
-    Args:
-        file: of `opened_tensors`.
-        name: the tensor.
-        stored: its shape in the file.
-        begin: where to begin in each dimension.
-        sizes: how much to read of each.
-    """
-    if tuple(sizes) == tuple(stored):
-        whole: Tensor = file.get_tensor(name)
-        return whole
-    some: Tensor = file.get_slice(name)[tuple(slice(i, i + n) for i, n in zip(begin, sizes, strict=True))]
-    return some
 
 
 @torch.no_grad()

@@ -69,9 +69,6 @@ class _Trained:
 
     def update(self, factor: float, clip: float | None) -> Tensor:
         """One optimiser step at a factor of the learning rate; returns the norm of the gradient."""
-        for part in self.module.modules():
-            if hasattr(part, "reshard"):  # of weights that were gathered, which the update leaves behind
-                part.reshard()
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, float("inf") if clip is None else clip))
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
@@ -107,11 +104,12 @@ class Loop:
         teacher: Teacher | None,
         source: StateSource,
         workdir: Path,
-        device: torch.device,
+        device: torch.device | None = None,
     ) -> None:
         self.training, self.objective = training, training.objective
         self.student, self.teacher, self.source, self.workdir = student, teacher, source, workdir
-        self.device, self._place, self.step = device, next(student.parameters()).device, 0
+        self._place, self.step = next(student.parameters()).device, 0
+        self.device = device or self._place
         rank, self._world = rank_and_world()
         self._micros = range(rank, training.accumulation, self._world)
         self._extra = {name: placed(module, self._place) for name, module in self.objective.modules().items()}
@@ -183,14 +181,12 @@ class Loop:
     def share_out(self) -> None:
         """Share the networks out over all processes, which call it at once, as ``train.parallel`` says.
 
-        The optimisers are built again, for the parts of the weights that this process has.
-
-        Raises:
-            ConfigError: the processes have built different networks.
+        All must have built the same networks; only the values of the first one count. The optimisers are built again,
+        for the parts of the weights that this process has.
         """
         sharding = self._sharding = Sharding(self.training.parallel, self.device, self.training.precision == "bf16")
-        modules = {} if self.teacher is None else {"teacher": self.teacher}
-        for name, module in (modules | self._modules()).items():
+        del self.trained, self.auxiliary  # which hold the whole weights
+        for name, module in self.networks().items():
             sharding.share(name, module, frozen=name == "teacher")
         self._make_optimizers()
         self._prepare()
@@ -264,7 +260,7 @@ class Loop:
         return contextlib.nullcontext()
 
     def _backward(self, output: ObjectiveOutput, prefix: str = "") -> None:
-        backward(output.loss * (self._world / self.training.accumulation))  # the mean over processes is taken
+        backward(output.loss / len(self._micros))  # and several processes take the mean over them
         loss = output.loss.detach()
         self._watch(loss)
         self._add({f"{prefix}loss": loss, **{f"{prefix}{k}": v for k, v in output.metrics.items()}})
@@ -337,6 +333,8 @@ class Loop:
 
     def _update(self, name: str, trained: _Trained, factor: float) -> Tensor:
         """One optimiser step of a module; returns the norm of its gradient."""
+        if self._sharding is not None:
+            self._sharding.free(trained.module)
         try:
             norm = trained.update(factor, self.training.gradient_clip)
         except RuntimeError as error:
@@ -441,6 +439,10 @@ class Loop:
         error = NonFiniteError(f"{what}; {way}")
         error.told = rank_and_world()[0] > 0
         return error
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The teacher and all that a checkpoint holds, by name."""
+        return {**({} if self.teacher is None else {"teacher": self.teacher}), **self._modules()}
 
     def _modules(self) -> dict[str, nn.Module]:
         averages = {name: average.module for name, average in self.averages.items()}

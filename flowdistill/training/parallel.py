@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
-from types import MethodType
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MethodType, NoneType
 from typing import Any, Literal
 
 import attrs
@@ -24,9 +24,10 @@ from torch.utils.checkpoint import checkpoint
 from flowdistill.duals import register_rule
 from flowdistill.interfaces import FlowMap, Teacher
 from flowdistill.networks import ForcedWeight, VelocityNetwork
-from flowdistill.plumbing.distributed import answered, gathered, local, rank_and_world
+from flowdistill.plumbing.distributed import answered, local, rank_and_world
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.fields import at_least
+from flowdistill.plumbing.files import json_fingerprint
 from flowdistill.runs.tensor_files import is_sharded
 
 _NEEDED = (2, 13)  # of PyTorch, whose hooks of sharded modules a forward derivative can pass
@@ -35,7 +36,7 @@ _NEEDED = (2, 13)  # of PyTorch, whose hooks of sharded modules a forward deriva
 @gin.register("parallel", module="training")
 @attrs.frozen(kw_only=True)
 class Parallel:
-    """How several processes share the networks of a training: ``train.parallel``.
+    """How several processes share the networks of a training: ``train.parallel``, and ``parallel.NAME`` in gin files.
 
     The results do not depend on it, up to rounding. One process shards nothing.
     """
@@ -43,11 +44,10 @@ class Parallel:
     shard: int | None = attrs.field(default=None, validator=optional(at_least(1)))
     """The processes that share one copy of the networks; None is all. 8 on machines of 8 GPUs each is hybrid sharding,
     with a copy on each machine, and 1 is plain data parallelism."""
-    precision: Literal["float32", "bf16"] | None = attrs.field(
-        default=None, validator=optional(in_(("float32", "bf16")))
-    )
-    """The precision in which weights travel, and the teacher's are kept; None is that of the training. Gradients are
-    added up in float32, and so are the weights kept that are trained."""
+    precision: Literal["float32", "bf16"] = attrs.field(default="float32", validator=in_(("float32", "bf16")))
+    """The precision in which the weights of trained networks travel; they are kept, and their gradients added up, in
+    float32. "bf16" halves the traffic of a training in "bf16" whose objective evaluates nothing in float32, as finite
+    differences do. The teacher's weights travel, and are kept, in the precision of the training."""
     reshard_after_forward: bool = attrs.field(default=True, validator=instance_of(bool))
     """Whether the weights of a layer are freed after its evaluation and gathered again for the backward pass. Without,
     the teacher's travel once for all and those of trained networks once a step, and all take their memory."""
@@ -57,13 +57,31 @@ class Parallel:
 
     def copies(self, world: int) -> int:
         """The copies of the networks that so many processes hold; ConfigError if they cannot be shared out so."""
-        shard = 1 if world == 1 else self.shard or world
+        shard = world if self.shard is None or world == 1 else self.shard
         if world % shard:
             raise ConfigError(
                 f"parallel.shard = {shard} processes to a copy do not divide {world} processes: set it to a divisor "
                 f"of {world}"
             )
         return world // shard
+
+    def lowers(self, module: nn.Module, frozen: bool) -> bool:
+        """Whether the weights of a module travel in bfloat16 in a training that is in it.
+
+        Args:
+            module: the module.
+            frozen: whether it is never trained.
+        """
+        trained = any(p.requires_grad for p in module.parameters())
+        exact = any(p.dtype == torch.float64 for p in module.parameters())
+        return (frozen or (trained and self.precision == "bf16")) and not exact
+
+    def leaves(self, module: nn.Module, frozen: bool) -> bool:
+        """Whether the weights of a module stay where they were gathered.
+
+        Those that change by other ways than a backward pass, as averages do, must not.
+        """
+        return not self.reshard_after_forward and (frozen or any(p.requires_grad for p in module.parameters()))
 
 
 def recompute(module: nn.Module) -> None:
@@ -82,7 +100,7 @@ def _recomputed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def layers(module: nn.Module) -> list[nn.Module]:
     """The layers of all networks in a module."""
     networks = [part for part in module.modules() if isinstance(part, VelocityNetwork)]
-    return list(dict.fromkeys(layer for network in networks for layer in network.layers))
+    return list(dict.fromkeys(layer for network in networks for layer in network.layer_modules))
 
 
 def units(module: nn.Module) -> list[nn.Module]:
@@ -129,8 +147,7 @@ class Sharding:
 
         world = rank_and_world()[1]
         copies = settings.copies(world)
-        self.settings, self.device = settings, device
-        self.low = low if settings.precision is None else settings.precision == "bf16"
+        self.settings, self.device, self._low = settings, device, low
         sizes, names = ((world,), ("shard",)) if copies == 1 else ((copies, world // copies), ("replicate", "shard"))
         with answered():
             self.mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
@@ -147,14 +164,10 @@ class Sharding:
             name: of the module.
             module: the module; no process evaluates it alone afterwards.
             frozen: whether it is never trained, so that it may be kept in low precision.
-
-        Raises:
-            ConfigError: the processes have built different modules.
         """
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-        _check_alike(name, module)
-        low = self.low and not any(v.dtype == torch.float64 for v in module.parameters())
+        low = self._low and self.settings.lowers(module, frozen)
         scalars = [key for key, value in module.named_parameters() if value.ndim == 0]
         values = _emptied(module, torch.bfloat16 if low and frozen else None)
         policy = MixedPrecisionPolicy(
@@ -162,14 +175,13 @@ class Sharding:
             reduce_dtype=torch.float32 if low else None,
             cast_forward_inputs=False,  # times keep their precision
         )
-        # Weights that change by other ways than a backward pass, as averages do, must not stay as they were gathered.
-        stays = frozen or any(p.requires_grad for p in module.parameters())
-        reshard = self.settings.reshard_after_forward or not stays
+        reshard = not self.settings.leaves(module, frozen)
+        if low:
+            evaluate_low(module, self.device.type)
         for unit in units(module):
             fully_shard(unit, mesh=self.mesh, reshard_after_forward=reshard, mp_policy=policy)
-            for kind, method in ENTRIES.items():
-                if isinstance(unit, kind):
-                    register_fsdp_forward_method(unit, method)
+            for method in entries(unit):
+                register_fsdp_forward_method(unit, method)
         for part in module.modules():
             if isinstance(part, ForcedWeight):
                 part.replaced_before = True
@@ -195,6 +207,14 @@ class Sharding:
                 else:
                     dist.broadcast(value, 0)
                     ours.copy_(value)
+
+    def free(self, module: nn.Module) -> None:
+        """Free the weights that were gathered and are still there, as an update is to leave none behind."""
+        from torch.distributed.fsdp import FSDPModule
+
+        for part in module.modules() if not self.settings.reshard_after_forward else ():
+            if isinstance(part, FSDPModule):
+                part.reshard()
 
     def stored(self, name: str, module: nn.Module) -> dict[str, Tensor]:
         """The tensors of a module as checkpoints hold them; all processes ask at once."""
@@ -237,25 +257,67 @@ class Sharding:
         return [value.to(vector.dtype) for value, vector in zip(values.unbind(), vectors, strict=True)]
 
 
-ENTRIES: Mapping[type, str] = {VelocityNetwork: "velocity", FlowMap: "average_velocity", Teacher: "velocity"}
-"""The methods beside ``forward`` by which the modules of a training are evaluated."""
+_ENTRIES: Mapping[type, str] = {VelocityNetwork: "velocity", FlowMap: "average_velocity", Teacher: "velocity"}
 
 
-def _check_alike(name: str, module: nn.Module) -> None:
-    """ConfigError, in all processes, unless all have built the same module."""
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    ours = [(key, tuple(v.shape), str(v.dtype), v.requires_grad) for key, v in tensors]
-    first, *others = gathered(ours)
-    for rank, theirs in enumerate(others, start=1):
-        if theirs != first:
-            differing = sorted(map(str, {*first} ^ {*theirs}))[0]
-            raise ConfigError(f"process {rank} has built another {name} than process 0 ({differing})")
+def entries(unit: nn.Module) -> list[str]:
+    """The methods beside ``forward`` by which a unit is evaluated."""
+    return [method for kind, method in _ENTRIES.items() if isinstance(unit, kind)]
 
 
-def _emptied(module: nn.Module, frozen: torch.dtype | None) -> dict[str, Tensor]:
+def evaluate_low(module: nn.Module, kind: str) -> None:
+    """Let a module whose weights come in bfloat16 run under autocast, a trained one where the loss does.
+
+    Args:
+        module: the module.
+        kind: of its device.
+    """
+    within = set(layers(module))
+    for unit in units(module):
+        for name in ["forward", *entries(unit)] if unit not in within else ():
+            setattr(unit, name, MethodType(functools.partial(_run_low, getattr(unit, name), kind), unit))
+
+
+def _run_low(method: Callable[..., Any], kind: str, unit: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if unit.training and not torch.is_autocast_enabled(kind):
+        raise ConfigError(
+            "this objective evaluates the student in float32, as finite differences do: leave parallel.precision "
+            "at 'float32'"
+        )
+    with torch.autocast(kind, torch.bfloat16):
+        return method(*args, **kwargs)
+
+
+def blueprint(modules: Mapping[str, nn.Module]) -> str:
+    """A fingerprint of what modules are but for their values: their tensors, and the settings beside them."""
+    parts = {
+        f"{name}.{part_name}": [
+            type(part).__name__,
+            *(f"{key} {tuple(v.shape)} {v.dtype} {v.requires_grad}" for key, v in _own(part)),
+            *(f"{key} {v!r}" for key, v in sorted(vars(part).items()) if key[0] != "_" and isinstance(v, _SETTINGS)),
+        ]
+        for name, module in modules.items()
+        for part_name, part in module.named_modules()
+    }
+    return json_fingerprint(parts)
+
+
+def _own(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return ((key, v) for store in (part._parameters, part._buffers) for key, v in store.items() if v is not None)
+
+
+_SETTINGS = (bool, int, float, str, tuple, NoneType)
+
+
+def forget(module: nn.Module) -> None:
+    """Free the values of a module that another process will give; it keeps their shapes."""
+    _emptied(module, None, scalars=True)
+
+
+def _emptied(module: nn.Module, frozen: torch.dtype | None, scalars: bool = False) -> dict[str, Tensor]:
     """Take the values out of a module, by name; it keeps their shapes, on the meta device.
 
-    Scalars become vectors of one element, and with ``frozen`` float32 becomes that dtype.
+    Scalars become vectors of one element, unless they are to stay, and with ``frozen`` float32 becomes that dtype.
     """
     values = dict([*module.named_parameters(), *module.named_buffers()])
     empty: dict[int, Tensor] = {}
@@ -267,7 +329,7 @@ def _emptied(module: nn.Module, frozen: torch.dtype | None) -> dict[str, Tensor]
                 if id(value) not in empty:
                     is_parameter = isinstance(value, nn.Parameter)
                     dtype = frozen if frozen is not None and value.dtype == torch.float32 and is_parameter else None
-                    shape = value.shape or (1,) if is_parameter else value.shape
+                    shape = value.shape if scalars or not is_parameter else value.shape or (1,)
                     meta = torch.empty(shape, dtype=dtype or value.dtype, device="meta")
                     empty[id(value)] = nn.Parameter(meta, value.requires_grad) if is_parameter else meta
                 store[key] = empty[id(value)]  # type: ignore[assignment]

@@ -24,7 +24,7 @@ from flowdistill.plumbing.flops import Flops
 from flowdistill.plumbing.randomness import ONE_AT_A_TIME
 from flowdistill.training.gpus import GPUS, MACHINE, NETWORK, speed
 from flowdistill.training.loop import Loop, configured_loop
-from flowdistill.training.parallel import Parallel, layers, recompute
+from flowdistill.training.parallel import Parallel, evaluate_low, layers, recompute
 from flowdistill.training.settings import OptimizerBuilder
 from flowdistill.training.traffic import Record, Sizes, Traffic, Unit, replay, units_of
 
@@ -345,9 +345,8 @@ class Shares:
         self.copies = settings.copies(processes)
         self.shard = processes // self.copies
         self._settings, self._models = settings, models
-        low = processes > 1 and (low if settings.precision is None else settings.precision == "bf16")
-        exact = {name for name, m in models.items() if any(p.dtype == torch.float64 for p in m.parameters())}
-        self._low = models.keys() - exact if low else set[str]()
+        lowered = {name for name, model in models.items() if settings.lowers(model, name == "teacher")}
+        self._low = lowered if low and processes > 1 else set[str]()
 
     def elements(self, parameter: Tensor) -> int:
         """Of a parameter, whose first dimension is cut: of a process that has no less than the others."""
@@ -361,19 +360,18 @@ class Shares:
 
     def sizes(self, unit: Unit) -> Sizes:
         """The bytes of a unit, filled up to equal parts."""
-        low, frozen = unit.network in self._low, unit.network == "teacher"
-        trained = any(p.requires_grad for p in self._models[unit.network].parameters())
-        stays = not self._settings.reshard_after_forward and (frozen or trained)
+        low = unit.network in self._low
         return Sizes(
             weights=self.shard * sum(self.elements(p) * (2 if low else p.itemsize) for p in unit.parameters),
             gradients=self.shard
             * sum(self.elements(p) * (4 if low else p.itemsize) for p in unit.parameters if p.requires_grad),
-            stays=stays,
+            stays=self._settings.leaves(self._models[unit.network], unit.network == "teacher"),
         )
 
     def lower(self) -> None:
         """Give the networks weights in the precision in which processes gather them."""
         for name in self._low:
+            evaluate_low(self._models[name], "cpu")
             for parameter in self._models[name].parameters():
                 if parameter.dtype == torch.float32:
                     parameter.data = parameter.data.bfloat16()

@@ -99,7 +99,7 @@ class Training:
     TF32 on a GPU."""
     compile: str | None = attrs.field(default=None, validator=of_type(str, NoneType))
     """Compile the networks by this backend of ``torch.compile``, such as "inductor"; None compiles nothing."""
-    parallel: Parallel = attrs.field(factory=Parallel, validator=of_type(Parallel))
+    parallel: Parallel = attrs.field(factory=lambda: gin.get_configurable(Parallel)(), validator=of_type(Parallel))
     """How several processes share the networks."""
     ema: Averaging | None = attrs.field(factory=Ema, validator=of_type(Averaging, NoneType))
     """The average of the student's weights that the run results in; None keeps none."""
@@ -122,6 +122,8 @@ class Training:
         """Check what no single field shows; ConfigError if the parts do not fit each other."""
         objective = self.objective
         self.check_shares(rank_and_world()[1])
+        if self.parallel.precision == "bf16" and self.precision != "bf16":
+            raise ConfigError("parallel.precision = 'bf16' is for trainings in bfloat16: set train.precision = 'bf16'")
         if self.compile is not None:
             check_backend(self.compile)
         if self.evaluation is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,15 @@ from flowdistill.evaluation.pictures import save_samples
 from flowdistill.evaluation.report import write_report
 from flowdistill.interfaces import FlowMap, Teacher
 from flowdistill.plumbing import config
-from flowdistill.plumbing.distributed import by_each, by_first, find_device, gathered, process_group, rank_and_world
+from flowdistill.plumbing.distributed import (
+    by_each,
+    by_first,
+    find_device,
+    gathered,
+    in_turn,
+    process_group,
+    rank_and_world,
+)
 from flowdistill.plumbing.dry import without_files
 from flowdistill.plumbing.errors import ConfigError, NonFiniteError, TrainingInterrupted
 from flowdistill.plumbing.files import locked, write_text
@@ -26,6 +34,7 @@ from flowdistill.runs.checkpoints import checkpoint_paths, newest_whole, read_me
 from flowdistill.runs.run import Run, on_device
 from flowdistill.training.callbacks import Callback, Callbacks
 from flowdistill.training.loop import Loop, configured_loop
+from flowdistill.training.parallel import blueprint, forget
 from flowdistill.training.run_log import RunLog
 from flowdistill.training.stopping import StopSignals
 
@@ -107,18 +116,16 @@ def train(
             owned.enter_context(locked(folder))
             return True
 
-        def configured() -> tuple[Loop, str]:
+        def configured(whole: bool) -> tuple[Loop, str]:
             # which other threads wait for, so nothing is trained inside
-            first = rank_and_world()[0] == 0
             with config.parsed(files, gin_bindings), progress("building the models", None):
-                with contextlib.nullcontext() if first else without_files(data=True):  # the first has the weights
+                with contextlib.nullcontext() if whole else without_files(data=True):
                     loop = configured_loop(folder, place)
                 return loop, config.operative()
 
         with process_group(place, timeout):
             ours = by_first(lambda: folder.is_dir() and own())
-            loop, operative = by_each(configured)
-            _check_agreement(operative)
+            loop, operative = _built(configured)
             evaluation = loop.training.evaluation
             if report and evaluation is not None:
                 by_first(lambda: evaluation.rehearse(loop.student, loop.teacher))
@@ -132,7 +139,7 @@ def train(
             told = Callbacks([*loop.training.callbacks, *callbacks] if first else [])
             owned.callback(told.close)
             checkpoint, metrics = _run(loop, saved, operative, report, told)
-            student, teacher = _models(loop, checkpoint)
+            student, teacher = _models(loop, checkpoint, report)
             figures = _report(loop, student, teacher) if report else {}
             by_first(lambda: told.tell("on_end", loop, figures))
         metrics |= figures
@@ -152,17 +159,68 @@ def _name(recipe: str | Path | None, on: str | Path | None, files: Sequence[str 
     return "-".join(Path(files[-1]).with_suffix("").parts[-2:]) if files else "train"
 
 
+def _built(configured: Callable[[bool], tuple[Loop, str]]) -> tuple[Loop, str]:
+    """The loop and the configuration in force; the networks have their values in the first of several processes alone.
+
+    The others build networks without their files. Where these decide what the networks are, they read them in turn.
+
+    Args:
+        configured: builds both, given whether with the weights.
+
+    Raises:
+        ConfigError: the processes have different configurations, or build different networks.
+    """
+    rank = rank_and_world()[0]
+
+    def built() -> tuple[Loop, str] | None:
+        try:
+            return configured(rank == 0)
+        except Exception:
+            if rank == 0:
+                raise
+            return None  # it may need the files, or else will tell the error again
+
+    ours = by_each(built)
+    if differing := _differing(ours):
+        again = in_turn(functools.partial(_without_values, configured) if rank in differing else lambda: None)
+        ours = again or ours
+    assert ours is not None
+    _check_agreement(ours[1])
+    if differing := _differing(ours):
+        raise _told_once(f"process {differing[0]} has built other networks than process 0: give all the same files")
+    return ours
+
+
+def _without_values(configured: Callable[[bool], tuple[Loop, str]]) -> tuple[Loop, str]:
+    """What is built with the weights, which are forgotten."""
+    loop, operative = configured(True)
+    for module in loop.networks().values():
+        forget(module)
+    return loop, operative
+
+
+def _differing(built: tuple[Loop, str] | None) -> list[int]:
+    """The processes whose networks are other ones than those of the first, but for their values."""
+    first, *others = gathered(None if built is None else blueprint(built[0].networks()))
+    return [rank for rank, other in enumerate(others, start=1) if other != first]
+
+
+def _told_once(message: str) -> ConfigError:
+    """An error that all processes raise, and the first one tells."""
+    error = ConfigError(message)
+    error.told = rank_and_world()[0] > 0
+    return error
+
+
 def _check_agreement(operative: str) -> None:
     """ConfigError, in all processes, unless all have the same configuration."""
     first, *others = (set(text.splitlines()) for text in gathered(operative))
     for rank, lines in enumerate(others, start=1):
         if differing := lines ^ first:
-            error = ConfigError(
+            raise _told_once(
                 f"process {rank} has another configuration than process 0 (one has {min(differing)!r}): give all the "
                 "same files"
             )
-            error.told = rank_and_world()[0] > 0
-            raise error
 
 
 def _run(
@@ -229,13 +287,18 @@ def _draw_pictures(loop: Loop, log: RunLog | None, told: Callbacks) -> None:
     by_first(lambda: told.tell("on_picture", loop, path) if path.is_file() else None)
 
 
-def _models(loop: Loop, checkpoint: Path) -> tuple[FlowMap, Teacher | None]:
-    """The trained student and the teacher, each whole in this process: of several, as the run directory has them."""
+def _models(loop: Loop, checkpoint: Path, report: bool) -> tuple[FlowMap, Teacher | None]:
+    """The trained student, and the teacher for a report, whole in this process; of several, from the files."""
     if rank_and_world()[1] == 1:
         return loop.result.requires_grad_(False), loop.teacher
     run = Run(checkpoint)
-    student = by_each(lambda: on_device(run.student, loop.device))
-    return student, None if run.teacher is None else on_device(run.teacher, loop.device)
+    measured = report and (rank_and_world()[0] == 0 or loop.training.evaluation is not None)
+
+    def models() -> tuple[FlowMap, Teacher | None]:
+        teacher = run.teacher if measured else None
+        return on_device(run.student, loop.device), None if teacher is None else on_device(teacher, loop.device)
+
+    return in_turn(models)
 
 
 def _report(loop: Loop, student: FlowMap, teacher: Teacher | None) -> dict[str, float]:
@@ -281,16 +344,17 @@ def _keep_configuration(workdir: Path, operative: str) -> None:
 def _what_trains(configuration: str, source: str) -> list[str]:
     """The bindings of a configuration that a run must keep.
 
-    The number of steps, the evaluation, the callbacks and the decoder of latents are left out: a run may be continued
-    beyond its end, be measured again, be shown elsewhere, and be given what draws its images.
+    The number of steps, the evaluation, the callbacks, the decoder of latents and how processes share networks are left
+    out: a run may be continued beyond its end, be measured again, be shown elsewhere, be given what draws its images,
+    and go on in other processes.
     """
     bindings = config.statements_of(configuration, source)
     callbacks = [r.part for binding in bindings if binding.name == "train.callbacks" for r in binding.references]
     return [
         str(binding)
         for binding in bindings
-        if binding.name not in ("train.steps", "train.evaluation", "train.callbacks")
-        and binding.part not in ("evaluation", *callbacks)
+        if binding.name not in ("train.steps", "train.evaluation", "train.callbacks", "train.parallel")
+        and binding.part not in ("evaluation", "parallel", *callbacks)
         and not binding.part.endswith("_features")
         and binding.parameter != "vae"
     ]

@@ -14,6 +14,7 @@ from runs import write
 
 import flowdistill
 from flowdistill import ConfigError, FlowDistillError
+from flowdistill.networks import SiT
 from flowdistill.plumbing import distributed
 from flowdistill.plumbing.files import locked
 from flowdistill.runs.checkpoints import checkpoint_paths, load_tensors_of
@@ -102,6 +103,31 @@ def test_one_process_continues_what_two_began(alone, tmp_path):
         later.rename(tmp_path / later.name)
     flowdistill.train(gin_file=gin_file, workdir=tmp_path / "run", device="cpu")
     agree(tmp_path / "run", expected)
+
+
+@pytest.mark.parametrize("noise_time", [0, 1])
+def test_a_file_decides_what_all_processes_build(noise_time, tmp_path):
+    """The second process builds without the file at first, and so a network of another size, or with another time."""
+    sizes = {"input_size": 8, "in_channels": 1, "hidden_size": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
+    network = SiT(**sizes, learn_sigma=noise_time == 0)
+    network.final_layer.linear.weight.data.normal_()
+    torch.save({"ema": network.state_dict()}, tmp_path / "sit.pt")
+    text = (
+        "train.teacher = @sit_teacher()\ntrain.flow_map = @from_teacher\nfrom_teacher.conditioning = 'anchored'\n"
+        f"sit_teacher.checkpoint = '{tmp_path / 'sit.pt'}'\nsit_teacher.num_heads = 2\nsit_teacher.num_classes = 3\n"
+        f"sit_teacher.noise_time = {noise_time}\n"
+        "train.objective = @freeflow_prediction()\ntrain.optimizer = @SGD\nSGD.lr = 1e-3\ntrain.steps = 2\n"
+        "train.batch_size = 2\ntrain.accumulation = 2\ntrain.sample_every = 1\ntrain.callbacks = []\n"
+    )
+    (gin_file := tmp_path / "sit.gin").write_text(text)
+    flowdistill.train(gin_file=gin_file, workdir=tmp_path / "one", device="cpu", report=False)
+    finish(training(gin_file, tmp_path / "two"))
+    one, two = (
+        load_tensors_of(run / "checkpoints" / "step_00000002", "student")
+        for run in (tmp_path / "one", tmp_path / "two")
+    )
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, msg=name)
 
 
 def test_backward_passes_that_cannot_be_shared_out_are_refused(tmp_path, monkeypatch):

@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import attrs
 import pytest
@@ -104,6 +106,8 @@ class Removing(flowdistill.Objective):
     def loss(self, states, step):
         path = os.path.expandvars(self.path)
         if step.number == 5:
+            while list(Path(os.environ["RUN"], "checkpoints").glob(".*")):  # the checkpoint of step 4 is on its way
+                time.sleep(0.01)
             shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
         return flowdistill.ObjectiveOutput((self.student.average_velocity(*states.to(0.0)) - states.x).square().mean())
 

@@ -19,7 +19,8 @@ from flowdistill.training.gpus import GPUS, NETWORK, SPEEDS
 from flowdistill.training.traffic import Event, Sizes, Traffic, Unit, replay, units_of
 
 SIZES = ["mlp.hidden_size = 32", "mlp.depth = 1", "train.batch_size = 10", "train.steps = 2"]
-STAYS = ["train.parallel = @parallel()", "parallel.reshard_after_forward = False"]
+LOW = ["train.precision = 'bf16'", "parallel.precision = 'bf16'"]
+STAYS = ["parallel.reshard_after_forward = False"]
 
 
 @pytest.fixture
@@ -61,7 +62,10 @@ def test_weights_that_stay_travel_once_for_each_backward_pass(planned):
 
 
 def test_low_precision_halves_the_weights_that_travel_and_no_gradients(planned):
-    exact, low = planned(4, 4), planned(4, 4, "train.parallel = @parallel()", "parallel.precision = 'bf16'")
+    exact, low = (
+        planned(4, 4, "train.precision = 'bf16'", f"parallel.precision = '{precision}'")
+        for precision in ("float32", "bf16")
+    )
     assert 2 * low.traffic.gathered == exact.traffic.gathered
     assert low.traffic.reduced == exact.traffic.reduced
     for name in ("student", "gradients", "optimisers", "average"):
@@ -69,7 +73,12 @@ def test_low_precision_halves_the_weights_that_travel_and_no_gradients(planned):
 
 
 def test_weights_that_are_gathered_in_low_precision_need_no_copies_for_autocast():
-    bindings = ["train.batch_size = 4", "train.accumulation = 2", "train.precision = 'bf16'"]
+    bindings = [
+        "train.batch_size = 4",
+        "train.accumulation = 2",
+        "train.precision = 'bf16'",
+        "parallel.precision = 'bf16'",
+    ]
     alone, both = (plan("meanflow", on="digits", gin_bindings=bindings, processes=n) for n in (1, 2))
     copies = alone.memory["activations"] - both.memory["activations"]
     assert copies == pytest.approx(2 * alone.parameters["student"], rel=0.15)  # and some activations are shorter
@@ -101,11 +110,11 @@ def test_what_frees_weights_that_stay():
 
 
 def test_copies_add_up_what_each_has_reduced(planned):
-    traffic = planned(8, 8, "train.parallel = @parallel()", "parallel.shard = 2").traffic
+    traffic = planned(8, 8, "parallel.shard = 2").traffic
     assert traffic.averagings == traffic.reductions == 2
     assert traffic.gathered == pytest.approx(2 * 4 * 2 * part(2) / 2)
     assert traffic.averaged == pytest.approx(2 * 3 / 4 * 4 * part(2))
-    alone = planned(8, 8, "train.parallel = @parallel()", "parallel.shard = 1").traffic
+    alone = planned(8, 8, "parallel.shard = 1").traffic
     assert (alone.gathers, alone.reductions, alone.averagings) == (0, 0, 2)
     assert alone.averaged == alone.least == pytest.approx(2 * 7 / 8 * 4 * part(1))
 
@@ -125,7 +134,7 @@ def test_a_process_holds_its_part_of_everything_that_stays(shard, planned):
 def test_what_is_gathered_at_once(planned):
     """The network and its block, the larger of both again, and its gradients; nothing more where weights stay."""
     network = student().network
-    block = 8 * sum(math.ceil(p.shape[0] / 8) * p[0].numel() for p in network.layers[0].parameters())
+    block = 8 * sum(math.ceil(p.shape[0] / 8) * p[0].numel() for p in network.layer_modules[0].parameters())
     rest = 8 * part(8) - block
     for bindings in ([], STAYS):
         assert planned(8, 8, *bindings).memory["gathered"] == 4 * (block + rest + 2 * max(block, rest))
@@ -151,13 +160,13 @@ def test_a_plan_for_one_process_is_as_before(planned):
     result = planned(1, 2)
     assert result.traffic is None
     assert "gathered" not in result.memory
-    assert str(result) == str(planned(1, 2, "train.parallel = @parallel()", "parallel.shard = 8"))
+    assert str(result) == str(planned(1, 2, "parallel.shard = 8"))
     assert "process" not in str(result)
 
 
 def test_recomputation_keeps_less_and_computes_more(planned):
     deep = ["mlp.depth = 5"]
-    recomputing = [*deep, "train.parallel = @parallel()", "parallel.checkpoint_activations = True"]
+    recomputing = [*deep, "parallel.checkpoint_activations = True"]
     kept, again = planned(2, 2, *deep), planned(2, 2, *recomputing)
     assert again.memory["activations"] == kept.recomputed
     assert again.recomputed is None
@@ -227,7 +236,7 @@ def test_passes_that_cannot_be_shared_out_are_refused(planned):
     with pytest.raises(ConfigError, match="over 3 processes: set it to a multiple of 3"):
         planned(3, 4)
     with pytest.raises(ConfigError, match="do not divide 4 processes"):
-        planned(4, 4, "train.parallel = @parallel()", "parallel.shard = 3")
+        planned(4, 4, "parallel.shard = 3")
     with pytest.raises(ConfigError, match="at least 1"):
         planned(0, 4)
 
@@ -245,16 +254,17 @@ def test_command_line(capsys):
 
 # Processes that do it.
 
-SHARED = ["train.batch_size = 4", "train.accumulation = 4", "train.parallel = @parallel()"]
+SHARED = ["train.batch_size = 4", "train.accumulation = 4"]
 FREED, STAYING = ["parallel.shard = None"], ["parallel.reshard_after_forward = False"]
 TRAININGS = {
     "two evaluations in a loss": ("freeflow", "plane", SHARED + FREED),
     "weights that stay": ("freeflow", "plane", SHARED + STAYING),
-    "low precision": ("meanflow", "digits", [*SHARED, *FREED, "train.precision = 'bf16'"]),
+    "low precision": ("meanflow", "digits", [*SHARED, *LOW]),
 }
 MORE = {
     "several updates": ("dmd2", "plane", SHARED + FREED),
     "several updates of weights that stay": ("dmd2", "plane", SHARED + STAYING),
+    "low precision of the teacher alone": ("freeflow", "digits", [*SHARED, "train.precision = 'bf16'"]),
     "recomputation": ("meanflow", "digits", [*SHARED, "parallel.checkpoint_activations = True"]),
     "a student of policies": ("piflow", "digits", SHARED + STAYING),
 }
