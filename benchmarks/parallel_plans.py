@@ -50,7 +50,7 @@ def planned(row: dict[str, Any]) -> dict[str, Any]:
 
     def plan(batch_size: int, accumulation: int) -> flowdistill.Plan:
         sizes = [f"train.batch_size = {batch_size}", f"train.accumulation = {accumulation}"]
-        shared = ["train.parallel = @parallel()", f"parallel.shard = {row['shard']}"]
+        shared = ["parallel.precision = 'bf16'", f"parallel.shard = {row['shard']}"]
         bindings = [*row["bindings"], *sizes, *shared]
         return flowdistill.plan(row["recipe"], gin_bindings=bindings, gpu=GPU, processes=row["gpus"])
 
@@ -97,10 +97,11 @@ def main() -> None:
             phase.advance(1)
     note = (
         f"All of it is computed for {GPU.upper()}, of which none has run a step. Memory, traffic and times are those "
-        "of one GPU; least is the arithmetic minimum of its traffic in GiB. Computing is at the speed that an H200 "
-        f"reached with 32 states. Traffic takes {GPUS[GPU].link / 1e9:g} GB/s inside a machine of {MACHINE} GPUs, and "
-        f"{NETWORK / 1e9:g} GB/s a GPU between machines, which is assumed. A step takes the longer of the two. 512 "
-        f"GPUs take {LEAST} states each, eight times the published batch, for as many steps. "
+        "of one GPU; least is the arithmetic minimum of its traffic in GiB. Weights travel in bfloat16, by "
+        "`parallel.precision`. Computing is at the speed that an H200 reached with 32 states. Traffic takes "
+        f"{GPUS[GPU].link / 1e9:g} GB/s inside a machine of {MACHINE} GPUs, and {NETWORK / 1e9:g} GB/s a GPU between "
+        f"machines, which is assumed. A step takes the longer of the two. 512 GPUs take {LEAST} states each, eight "
+        "times the published batch, for as many steps. "
     )
     write_json(RESULTS / "parallel_plans.json", found)
     write_text(RESULTS / "parallel_plans.md", f"{table(found)}\n\n{note}{code().capitalize()}.\n")

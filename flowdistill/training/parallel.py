@@ -57,7 +57,7 @@ class Parallel:
 
     def copies(self, world: int) -> int:
         """The copies of the networks that so many processes hold; ConfigError if they cannot be shared out so."""
-        shard = 1 if world == 1 else self.shard or world
+        shard = world if self.shard is None or world == 1 else self.shard
         if world % shard:
             raise ConfigError(
                 f"parallel.shard = {shard} processes to a copy do not divide {world} processes: set it to a divisor "
@@ -65,11 +65,23 @@ class Parallel:
             )
         return world // shard
 
-    def low(self, module: nn.Module, frozen: bool) -> bool:
-        """Whether the weights of a module travel in bfloat16 in a training in bfloat16; ``frozen`` is the teacher."""
-        parameters = list(module.parameters())
-        trained = self.precision == "bf16" and any(p.requires_grad for p in parameters)
-        return (frozen or trained) and all(p.dtype != torch.float64 for p in parameters)
+    def lowers(self, module: nn.Module, frozen: bool) -> bool:
+        """Whether the weights of a module travel in bfloat16 in a training that is in it.
+
+        Args:
+            module: the module.
+            frozen: whether it is never trained.
+        """
+        trained = any(p.requires_grad for p in module.parameters())
+        exact = any(p.dtype == torch.float64 for p in module.parameters())
+        return (frozen or (trained and self.precision == "bf16")) and not exact
+
+    def leaves(self, module: nn.Module, frozen: bool) -> bool:
+        """Whether the weights of a module stay where they were gathered.
+
+        Those that change by other ways than a backward pass, as averages do, must not.
+        """
+        return not self.reshard_after_forward and (frozen or any(p.requires_grad for p in module.parameters()))
 
 
 def recompute(module: nn.Module) -> None:
@@ -155,8 +167,7 @@ class Sharding:
         """
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-        trained = any(p.requires_grad for p in module.parameters())
-        low = self._low and self.settings.low(module, frozen)
+        low = self._low and self.settings.lowers(module, frozen)
         scalars = [key for key, value in module.named_parameters() if value.ndim == 0]
         values = _emptied(module, torch.bfloat16 if low and frozen else None)
         policy = MixedPrecisionPolicy(
@@ -164,15 +175,13 @@ class Sharding:
             reduce_dtype=torch.float32 if low else None,
             cast_forward_inputs=False,  # times keep their precision
         )
-        # Weights that change by other ways than a backward pass, as averages do, must not stay as they were gathered.
-        reshard = self.settings.reshard_after_forward or not (frozen or trained)
+        reshard = not self.settings.leaves(module, frozen)
         if low:
             evaluate_low(module, self.device.type)
         for unit in units(module):
             fully_shard(unit, mesh=self.mesh, reshard_after_forward=reshard, mp_policy=policy)
-            for kind, method in ENTRIES.items():
-                if isinstance(unit, kind):
-                    register_fsdp_forward_method(unit, method)
+            for method in entries(unit):
+                register_fsdp_forward_method(unit, method)
         for part in module.modules():
             if isinstance(part, ForcedWeight):
                 part.replaced_before = True
@@ -248,34 +257,35 @@ class Sharding:
         return [value.to(vector.dtype) for value, vector in zip(values.unbind(), vectors, strict=True)]
 
 
-ENTRIES: Mapping[type, str] = {VelocityNetwork: "velocity", FlowMap: "average_velocity", Teacher: "velocity"}
-"""The methods beside ``forward`` by which the modules of a training are evaluated."""
+_ENTRIES: Mapping[type, str] = {VelocityNetwork: "velocity", FlowMap: "average_velocity", Teacher: "velocity"}
+
+
+def entries(unit: nn.Module) -> list[str]:
+    """The methods beside ``forward`` by which a unit is evaluated."""
+    return [method for kind, method in _ENTRIES.items() if isinstance(unit, kind)]
 
 
 def evaluate_low(module: nn.Module, kind: str) -> None:
-    """Let a module whose weights come in bfloat16 run under autocast, a trained one where its loss does.
+    """Let a module whose weights come in bfloat16 run under autocast, a trained one where the loss does.
 
     Args:
-        module: the module, of which the units that are no layers are entered.
+        module: the module.
         kind: of its device.
     """
+    within = set(layers(module))
+    for unit in units(module):
+        for name in ["forward", *entries(unit)] if unit not in within else ():
+            setattr(unit, name, MethodType(functools.partial(_run_low, getattr(unit, name), kind), unit))
 
-    def entered(unit: nn.Module, method: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            if unit.training and not torch.is_autocast_enabled(kind):
-                raise ConfigError(
-                    "this objective evaluates the student in float32, as finite differences do: leave "
-                    "parallel.precision at 'float32'"
-                )
-            with torch.autocast(kind, torch.bfloat16):
-                return method(*args, **kwargs)
 
-        return run
-
-    inner = set(layers(module))
-    for unit in (unit for unit in units(module) if unit not in inner):
-        for name in ["forward", *(method for entry, method in ENTRIES.items() if isinstance(unit, entry))]:
-            setattr(unit, name, entered(unit, getattr(unit, name)))
+def _run_low(method: Callable[..., Any], kind: str, unit: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if unit.training and not torch.is_autocast_enabled(kind):
+        raise ConfigError(
+            "this objective evaluates the student in float32, as finite differences do: leave parallel.precision "
+            "at 'float32'"
+        )
+    with torch.autocast(kind, torch.bfloat16):
+        return method(*args, **kwargs)
 
 
 def blueprint(modules: Mapping[str, nn.Module]) -> str:

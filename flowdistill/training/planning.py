@@ -345,8 +345,8 @@ class Shares:
         self.copies = settings.copies(processes)
         self.shard = processes // self.copies
         self._settings, self._models = settings, models
-        several = low and processes > 1
-        self._low = {name for name, model in models.items() if several and settings.low(model, name == "teacher")}
+        lowered = {name for name, model in models.items() if settings.lowers(model, name == "teacher")}
+        self._low = lowered if low and processes > 1 else set[str]()
 
     def elements(self, parameter: Tensor) -> int:
         """Of a parameter, whose first dimension is cut: of a process that has no less than the others."""
@@ -360,14 +360,12 @@ class Shares:
 
     def sizes(self, unit: Unit) -> Sizes:
         """The bytes of a unit, filled up to equal parts."""
-        low, frozen = unit.network in self._low, unit.network == "teacher"
-        trained = any(p.requires_grad for p in self._models[unit.network].parameters())
-        stays = not self._settings.reshard_after_forward and (frozen or trained)
+        low = unit.network in self._low
         return Sizes(
             weights=self.shard * sum(self.elements(p) * (2 if low else p.itemsize) for p in unit.parameters),
             gradients=self.shard
             * sum(self.elements(p) * (4 if low else p.itemsize) for p in unit.parameters if p.requires_grad),
-            stays=stays,
+            stays=self._settings.leaves(self._models[unit.network], unit.network == "teacher"),
         )
 
     def lower(self) -> None:

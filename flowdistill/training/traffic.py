@@ -6,6 +6,7 @@ it. From it follows when FSDP2 gathers its weights and adds up its gradients, wi
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 from collections import Counter
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from flowdistill.duals import parts
 from flowdistill.training.gpus import MACHINE, NETWORK, Gpu
-from flowdistill.training.parallel import ENTRIES, units
+from flowdistill.training.parallel import entries, units
 
 
 @attrs.frozen(kw_only=True)
@@ -114,17 +115,19 @@ class Record:
         self.pages.append((trained, []))
 
     def __enter__(self) -> Record:
-        for unit in self._units:
-            for name in _methods(unit.module):
-                setattr(unit.module, name, functools.partial(self._call, unit, getattr(unit.module, name)))
+        with contextlib.ExitStack() as changes:
+            for unit in self._units:
+                for name in ("forward", *entries(unit.module)):
+                    method, own = getattr(unit.module, name), vars(unit.module).get(name)
+                    setattr(unit.module, name, functools.partial(self._call, unit, method))
+                    changes.callback(_restore, unit.module, name, own)
+            self._changes = changes.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for unit in self._units:
-            for name in _methods(unit.module):
-                delattr(unit.module, name)
+        self._changes.close()
 
     def _call(self, unit: Unit, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if unit.module in self._inside:  # one method calls another
@@ -155,8 +158,12 @@ class Record:
         self.pages[-1][1].append((event, unit))
 
 
-def _methods(module: nn.Module) -> list[str]:
-    return ["forward", *(method for kind, method in ENTRIES.items() if isinstance(module, kind))]
+def _restore(module: nn.Module, name: str, own: Callable[..., Any] | None) -> None:
+    """Give a module back the method that it had for itself, or that of its class."""
+    if own is None:
+        delattr(module, name)
+    else:
+        setattr(module, name, own)
 
 
 def _has_graph(value: Any) -> bool:

@@ -19,6 +19,7 @@ from flowdistill.training.gpus import GPUS, NETWORK, SPEEDS
 from flowdistill.training.traffic import Event, Sizes, Traffic, Unit, replay, units_of
 
 SIZES = ["mlp.hidden_size = 32", "mlp.depth = 1", "train.batch_size = 10", "train.steps = 2"]
+LOW = ["train.precision = 'bf16'", "parallel.precision = 'bf16'"]
 STAYS = ["parallel.reshard_after_forward = False"]
 
 
@@ -61,7 +62,10 @@ def test_weights_that_stay_travel_once_for_each_backward_pass(planned):
 
 
 def test_low_precision_halves_the_weights_that_travel_and_no_gradients(planned):
-    exact, low = planned(4, 4), planned(4, 4, "train.precision = 'bf16'", "parallel.precision = 'bf16'")
+    exact, low = (
+        planned(4, 4, "train.precision = 'bf16'", f"parallel.precision = '{precision}'")
+        for precision in ("float32", "bf16")
+    )
     assert 2 * low.traffic.gathered == exact.traffic.gathered
     assert low.traffic.reduced == exact.traffic.reduced
     for name in ("student", "gradients", "optimisers", "average"):
@@ -69,8 +73,12 @@ def test_low_precision_halves_the_weights_that_travel_and_no_gradients(planned):
 
 
 def test_weights_that_are_gathered_in_low_precision_need_no_copies_for_autocast():
-    bindings = ["train.batch_size = 4", "train.accumulation = 2", "train.precision = 'bf16'"]
-    bindings.append("parallel.precision = 'bf16'")
+    bindings = [
+        "train.batch_size = 4",
+        "train.accumulation = 2",
+        "train.precision = 'bf16'",
+        "parallel.precision = 'bf16'",
+    ]
     alone, both = (plan("meanflow", on="digits", gin_bindings=bindings, processes=n) for n in (1, 2))
     copies = alone.memory["activations"] - both.memory["activations"]
     assert copies == pytest.approx(2 * alone.parameters["student"], rel=0.15)  # and some activations are shorter
@@ -251,13 +259,14 @@ FREED, STAYING = ["parallel.shard = None"], ["parallel.reshard_after_forward = F
 TRAININGS = {
     "two evaluations in a loss": ("freeflow", "plane", SHARED + FREED),
     "weights that stay": ("freeflow", "plane", SHARED + STAYING),
-    "low precision": ("freeflow", "digits", [*SHARED, *FREED, "train.precision = 'bf16'"]),
+    "low precision": ("meanflow", "digits", [*SHARED, *LOW]),
 }
 LOW = ["train.precision = 'bf16'", "parallel.precision = 'bf16'"]
 MORE = {
     "lowest precision": ("meanflow_distillation", "digits", [*SHARED, *FREED, *LOW]),
     "several updates": ("dmd2", "plane", SHARED + FREED),
     "several updates of weights that stay": ("dmd2", "plane", SHARED + STAYING),
+    "low precision of the teacher alone": ("freeflow", "digits", [*SHARED, "train.precision = 'bf16'"]),
     "recomputation": ("meanflow", "digits", [*SHARED, "parallel.checkpoint_activations = True"]),
     "a student of policies": ("piflow", "digits", SHARED + STAYING),
 }
