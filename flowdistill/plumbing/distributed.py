@@ -164,9 +164,11 @@ def process_group(device: torch.device, timeout: float) -> Iterator[None]:
     except TrainingInterrupted:  # of which all know
         _leave()
         raise
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(RuntimeError):  # of a store that has ended as well
             _meeting.store.set("failed", str(rank))
+            if isinstance(error, FlowDistillError) and not error.told:  # by the first that fails
+                error.told = _meeting.store.add("told", 1) > 1
         raise
     finally:
         _meeting = None
@@ -340,6 +342,9 @@ def _working() -> Iterator[None]:
         meeting.store.set(f"{work}/{rank}", "")
         meeting.store.add(f"{work}/done", 1)
         meeting.wait(work, world)
+        past = f"work/{meeting.works - 1}"  # for which nobody waits any more
+        for key in (f"{past}/{rank}", *([f"{past}/done"] if rank == 0 else [])):
+            meeting.store.delete_key(key)
 
 
 class Vote:

@@ -108,11 +108,11 @@ class Loop:
     ) -> None:
         self.training, self.objective = training, training.objective
         self.student, self.teacher, self.source, self.workdir = student, teacher, source, workdir
-        self._place, self.step = next(student.parameters()).device, 0
-        self.device = device or self._place
+        place = next(student.parameters()).device
+        self.device, self.step = device or place, 0
         rank, self._world = rank_and_world()
         self._micros = range(rank, training.accumulation, self._world)
-        self._extra = {name: placed(module, self._place) for name, module in self.objective.modules().items()}
+        self._extra = {name: placed(module, place) for name, module in self.objective.modules().items()}
         self._make_optimizers()
         tracks = () if training.ema is None else training.ema.tracks
         self.averages = dict(zip(names_of(len(tracks)), (AveragedModel(student, t) for t in tracks), strict=False))
@@ -286,6 +286,11 @@ class Loop:
             except RuntimeError as error:
                 if is_of_exchange(error):
                     raise lost(error) from None
+                if "mixed torch.Tensor and DTensor" in str(error):
+                    raise ConfigError(
+                        "weights that processes share are used outside the method that evaluates their network, as in "
+                        "a penalty on them: train in one process, or let the network do it"
+                    ) from error
                 if "without overflow" not in str(error):
                     raise
                 raise ConfigError("a number of the configuration is too large for the type of the tensors") from error
@@ -465,21 +470,17 @@ class Loop:
         self._check_samples()
         counters, totals = self.counters, self._totals()
         self.finish_saving()
-        sharding, optimizers = self._sharding, {name: t.optimizer for name, t in self._all_trained().items()}
+        sharding, modules, group = self._sharding, self._modules(), None
+        optimizers = {name: trained.optimizer for name, trained in self._all_trained().items()}
         if sharding is None:
-            states, group = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}, None
+            networks = {name: module.state_dict() for name, module in modules.items()}
+            states = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
         else:
+            networks = {name: sharding.stored(name, module) for name, module in modules.items()}
             states = {name: sharding.stored_state(name, optimizer) for name, optimizer in optimizers.items()}
             group = sharding.saves
-        networks = self._stored()
         self._saving = save_checkpoint(self.workdir, self.step, networks, states, counters, keep, totals, group)
         return checkpoint_path(self.workdir, self.step)
-
-    def _stored(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors of each module, of which each process may have its parts, as checkpoints hold them."""
-        if self._sharding is None:
-            return {name: module.state_dict() for name, module in self._modules().items()}
-        return {name: self._sharding.stored(name, module) for name, module in self._modules().items()}
 
     def finish_saving(self) -> None:
         """Wait, in all processes, until the last checkpoint has its name, if one is on its way.
@@ -494,13 +495,12 @@ class Loop:
             wait([self._saving])  # an interrupt leaves it to `close`
             saving, self._saving = self._saving, None
             saved = saving.result()
-            if rank_and_world()[0] == 0:
-                self._keep_averages(saved)
-                self.on_saved(saved)
+            self._keep_averages(saved)
+            self.on_saved(saved)
 
     def _keep_averages(self, checkpoint: Path) -> None:
         """Keep the averages of a whole checkpoint, where they are to be kept."""
-        if self.training.ema is not None and self.training.ema.keeps_past:
+        if self.training.ema is not None and self.training.ema.keeps_past and rank_and_world()[0] == 0:
             keep_averages(checkpoint, len(self.averages))
 
     def close(self) -> None:
@@ -517,11 +517,14 @@ class Loop:
             CheckpointError: it is of another training.
         """
         meta = read_meta(checkpoint)
-        stored = self._stored()
-        fill(checkpoint, stored)
-        if self._sharding is not None:
-            for name, tensors in stored.items():
-                self._sharding.take(name, tensors)
+        sharding, modules = self._sharding, self._modules()
+        if sharding is None:
+            fill(checkpoint, {name: module.state_dict() for name, module in modules.items()})
+        else:
+            targets = {name: sharding.targets(name, module) for name, module in modules.items()}
+            fill(checkpoint, targets)
+            for name, tensors in targets.items():
+                sharding.take(name, tensors)
         states = load_optimizers(checkpoint, {name: t.optimizer for name, t in self._all_trained().items()})
         for name, trained in self._all_trained().items():
             restore(trained.optimizer, states.get(name), trained.builder, checkpoint)

@@ -50,7 +50,8 @@ class Parallel:
     differences do. The teacher's weights travel, and are kept, in the precision of the training."""
     reshard_after_forward: bool = attrs.field(default=True, validator=instance_of(bool))
     """Whether the weights of a layer are freed after its evaluation and gathered again for the backward pass. Without,
-    the teacher's travel once for all and those of trained networks once a step, and all take their memory."""
+    the teacher's travel once for all and those of trained networks once for each backward pass, and all take their
+    memory."""
     checkpoint_activations: bool = attrs.field(default=False, validator=instance_of(bool))
     """Whether the activations of trained layers are computed again in the backward pass in place of being kept, also in
     one process. Derivatives with a graph keep theirs."""
@@ -222,6 +223,10 @@ class Sharding:
         scalars = self._scalars[name]
         tensors.update(zip(scalars, self._as_scalars([tensors[key] for key in scalars]), strict=True))
         return tensors
+
+    def targets(self, name: str, module: nn.Module) -> dict[str, Tensor]:
+        """The tensors of a module for stored ones to be put into; scalars are to be given to `take` then."""
+        return module.state_dict() | {key: torch.empty((), dtype=v.dtype) for key, v in self._scalars[name].items()}
 
     @torch.no_grad()
     def take(self, name: str, tensors: Mapping[str, Tensor]) -> None:

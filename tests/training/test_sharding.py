@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import write
 
 from flowdistill import ConfigError
 from flowdistill.flow_maps import NetworkFlowMap
@@ -193,6 +194,31 @@ def test_a_student_that_travels_in_low_precision_is_not_evaluated_in_high(tmp_pa
     trained = [*parallel(precision="bf16"), "train.precision = 'bf16'"]
     with pytest.raises(AssertionError, match=r"leave parallel.precision at 'float32'"):
         taken(tmp_path, 2, {"differences": on("digits", "freeflow", *trained)})
+
+
+def test_weights_that_an_objective_takes_by_itself_are_refused_once(tmp_path):
+    (tmp_path / "penalty.py").write_text(PENALTY)
+    gin_file = write(tmp_path / "ring.gin", accumulation=2)
+    lines = [line for line in gin_file.read_text().splitlines() if "freeflow" not in line and "online" not in line]
+    gin_file.write_text("\n".join(["import penalty", *lines, "train.objective = @penalty()"]))
+    command = [sys.executable, "-m", "flowdistill", "launch", "--nproc_per_node", "2", "train", gin_file]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [*command, "--device", "cpu"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("used outside the method that evaluates their network, as in a penalty on them") == 1
+
+
+PENALTY = """
+import attrs, flowdistill
+@flowdistill.register_objective("penalty")
+@attrs.define(kw_only=True)
+class Penalty(flowdistill.Objective):
+    def loss(self, states, step):
+        loss = (self.student.average_velocity(*states.to(0.0)) - states.x).square().mean()
+        return flowdistill.ObjectiveOutput(loss + sum(p.square().sum() for p in self.student.parameters()))
+"""
 
 
 def test_units_are_layers_and_what_is_left():
