@@ -84,6 +84,11 @@ def test_weights_that_are_gathered_in_low_precision_need_no_copies_for_autocast(
     assert copies == pytest.approx(2 * alone.parameters["student"], rel=0.15)  # and some activations are shorter
 
 
+def test_objectives_that_evaluate_in_float32_are_refused_as_in_training():
+    with pytest.raises(ConfigError, match=r"evaluates the student in float32.*leave parallel.precision"):
+        plan("freeflow", on="digits", gin_bindings=["train.accumulation = 2", *LOW], processes=2)
+
+
 class Page:
     """Losses that happen as they are written, with the networks that they train."""
 
