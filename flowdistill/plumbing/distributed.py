@@ -190,7 +190,8 @@ def answered() -> Iterator[None]:
 
 def is_of_exchange(error: RuntimeError) -> bool:
     """Whether an error of a step comes from an exchange between processes."""
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "ncclComm"))
+    words = ("gloo", "NCCL", "ncclComm")
+    return _joined() and (isinstance(error, dist.DistError) or any(word in str(error) for word in words))
 
 
 def lost(error: RuntimeError) -> DistributedError:

@@ -19,6 +19,8 @@ from flowdistill.plumbing import distributed
 from flowdistill.plumbing.files import locked
 from flowdistill.runs.checkpoints import checkpoint_paths, load_tensors_of
 
+pytestmark = pytest.mark.skipif(torch.__version__ < (2, 13), reason="processes share networks from PyTorch 2.13 on")
+
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 

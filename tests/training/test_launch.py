@@ -8,9 +8,12 @@ import sys
 import time
 
 import pytest
+import torch
 from runs import write
 
 from flowdistill.runs.checkpoints import checkpoint_paths
+
+pytestmark = pytest.mark.skipif(torch.__version__ < (2, 13), reason="processes share networks from PyTorch 2.13 on")
 
 # An objective whose second process ends itself once, before the fifth step.
 DIES = """

@@ -18,6 +18,8 @@ from flowdistill.plumbing.config import methods
 from flowdistill.runs.checkpoints import load_tensors_of
 from flowdistill.training.parallel import Parallel, recompute, units
 
+pytestmark = pytest.mark.skipif(torch.__version__ < (2, 13), reason="processes share networks from PyTorch 2.13 on")
+
 SCRIPT = Path(__file__).with_name("steps_of_methods.py")
 SHORT = ["train.accumulation = 4", "train.batch_size = 8", "train.evaluation = None"]
 EDM2_STUDENT = [
