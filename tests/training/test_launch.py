@@ -15,7 +15,7 @@ from flowdistill.runs.checkpoints import checkpoint_paths
 
 pytestmark = pytest.mark.skipif(torch.__version__ < (2, 13), reason="processes share networks from PyTorch 2.13 on")
 
-# An objective whose second process ends itself once, before the fifth step.
+# An objective whose second process ends itself once, before the tenth step.
 DIES = """
 import os, pathlib, signal, attrs, flowdistill
 @flowdistill.register_objective("dies")
@@ -23,7 +23,7 @@ import os, pathlib, signal, attrs, flowdistill
 class Dies(flowdistill.Objective):
     def loss(self, states, step):
         marker = pathlib.Path("died")
-        if os.environ["RANK"] == "1" and step.number == 5 and not marker.exists():
+        if os.environ["RANK"] == "1" and step.number == 9 and not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return flowdistill.ObjectiveOutput((self.student.average_velocity(*states.to(0.0)) - states.x).square().mean())
@@ -77,7 +77,7 @@ def test_a_training_goes_on_after_the_death_of_a_process(deadly, tmp_path):
     _, err = (process := train(tmp_path, deadly, "--max-restarts", 1)).communicate(timeout=100)
     assert process.returncode == 0, err
     assert (tmp_path / "died").exists()
-    assert err.count("resumed run/checkpoints/step_00000004") == 1
+    assert len(re.findall("resumed run/checkpoints/step_0000000[48]", err)) == 1  # that of step 8 may be on its way
     assert steps(tmp_path)[-1] == 12
     assert "Traceback" not in err
 
