@@ -85,6 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         abandon(sys.stdout)
         sys.exit(_fail(error, 1))
     except KeyboardInterrupt:
+        from flowdistill.plumbing.distributed import rank_and_world
+
+        if rank_and_world()[0] > 0:
+            sys.exit(130)
         whence = "from the last checkpoint" if options.command is train_command else "with what is kept of it"
         sys.exit(_fail(f"interrupted; run the same command again to continue {whence}", 130))
     sys.exit(0)

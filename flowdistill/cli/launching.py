@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -45,7 +46,9 @@ def launch_command(options: argparse.Namespace) -> None:
     arguments.signals_to_handle = _SIGNALS
     if arguments.shutdown_timeout is None and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in os.environ:
         arguments.shutdown_timeout = _PATIENCE
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # no restart finds what the one before has left
+    if arguments.nnodes != "1":
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # no restart finds what another has left
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.disable(logging.ERROR)  # the processes tell what happens to them
     with tempfile.TemporaryDirectory() as folder:
         os.environ[LAUNCHED] = folder
@@ -54,7 +57,10 @@ def launch_command(options: argparse.Namespace) -> None:
         except SignalException as error:
             if any(Path(folder).iterdir()):
                 sys.exit(0)
-            raise DistributedError(f"{error}, and the processes had nothing to save") from None
+            name = signal.Signals(error.sigval).name
+            raise DistributedError(
+                f"{name} stopped the processes where nothing was to be saved: run the same command again to continue"
+            ) from None
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             if failure.exitcode > 0:  # it has said why

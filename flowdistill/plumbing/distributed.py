@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -33,12 +35,18 @@ class _Meeting:
 
     @contextlib.contextmanager
     def showing_life(self, rank: int) -> Iterator[None]:
-        """Inside, another thread gives signs of life, which those see that wait for this process."""
-        over = threading.Event()
+        """Inside, another thread gives signs of life, which those see that wait for this process.
+
+        It also stops the training, as SIGTERM does, when torchrun has died, which nobody else would do.
+        """
+        over, parent = threading.Event(), os.getppid()
 
         def show() -> None:
             with contextlib.suppress(RuntimeError):  # of a store that has ended, which the others notice
                 while not over.wait(min(1.0, self.timeout / 10)):
+                    if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent:
+                        os.kill(os.getpid(), signal.SIGTERM)
+                        return
                     self.store.add(f"life/{rank}", 1)
 
         thread = threading.Thread(target=show, daemon=True)
@@ -285,12 +293,34 @@ def by_first(do: Callable[[], T]) -> T:
 
     The others wait however long it takes, as long as the first one shows life.
     """
-    with _working():
+    with _working(), alone():
         outcome = _tried(do) if rank_and_world()[0] == 0 else None
     outcome = gathered(outcome)[0]
     if isinstance(outcome, _Failure):
         outcome.throw()
     return cast("T", outcome)
+
+
+_ALONE: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Inside, one of several processes works alone, and is to evaluate nothing that they share."""
+    token = _ALONE.set(_meeting is not None)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+
+
+def check_together() -> None:
+    """ConfigError where the first process works alone, and the others would be waited for."""
+    if _ALONE.get():
+        raise ConfigError(
+            "processes share the networks, which the first one cannot evaluate alone, as in a callback: take "
+            "flowdistill.Run(loop.workdir).student, which is whole"
+        )
 
 
 def by_each(do: Callable[[], T]) -> T:

@@ -20,6 +20,9 @@ class Callback:
     and ``loop.student``, ``loop.result`` (with averaged weights), ``loop.teacher``, ``loop.objective`` and
     ``loop.workdir`` are what their names say. An error that a hook raises ends the training.
 
+    Several processes share the networks: the first one has parts of their weights (DTensors), and cannot evaluate them.
+    There ``flowdistill.Run(loop.workdir).student`` is the student of the last checkpoint, whole.
+
     Examples:
         >>> import flowdistill
         >>> class Printing(flowdistill.Callback):
@@ -67,6 +70,11 @@ class Callbacks:
         self._steppers = [callback for callback in callbacks if type(callback).on_step is not Callback.on_step]
         self._failed: set[int] = set()
         self._started: list[Callback] = []
+
+    @property
+    def stepping(self) -> bool:
+        """Whether any has a hook for steps."""
+        return bool(self._steppers)
 
     def start(self, loop: Loop, configuration: str) -> None:
         """See `Callback.on_start`; ConfigError if a logger cannot start."""

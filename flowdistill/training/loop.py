@@ -85,7 +85,9 @@ class _Trained:
             reason = str(error).partition("\n")[0]
             if self._stepped or any(word in reason for word in ("memory", "CUDA", "without overflow")):
                 raise
-            raise ConfigError(f"{type(self.optimizer).__name__} cannot update these parameters: {reason}") from error
+            shared = any(local(p) is not p for p in self.parameters)
+            what = "parameters that processes share, unlike AdamW" if shared else "these parameters"
+            raise ConfigError(f"{type(self.optimizer).__name__} cannot update {what}: {reason}") from error
         self._stepped = True
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MethodType, NoneType
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from flowdistill.duals import register_rule
 from flowdistill.interfaces import FlowMap, Teacher
 from flowdistill.networks import ForcedWeight, VelocityNetwork
-from flowdistill.plumbing.distributed import answered, local, rank_and_world
+from flowdistill.plumbing.distributed import answered, check_together, local, rank_and_world
 from flowdistill.plumbing.errors import ConfigError
 from flowdistill.plumbing.fields import at_least
 from flowdistill.plumbing.files import json_fingerprint
@@ -107,20 +108,28 @@ def layers(module: nn.Module) -> list[nn.Module]:
 def units(module: nn.Module) -> list[nn.Module]:
     """The modules each of whose weights are gathered together, the inner ones first.
 
-    They are the layers of networks, then the networks with what is left of them, and of all else the smallest modules
-    that are evaluated as a whole. What a module gives must be tensors, whose gradients tell when it is needed again.
+    They are the layers of networks, but for those that have a parameter in common with others, then the networks with
+    what is left of them, and of all else the smallest modules that are evaluated as a whole. What a module gives must
+    be tensors, whose gradients tell when it is needed again.
     """
     if not _has_parameters(module):
         return []
+    shared = _occurrences(module)
+    inner = [layer for layer in layers(module) if (own := _occurrences(layer)) and own.items() <= shared.items()]
     networks = any(isinstance(part, VelocityNetwork) for part in module.modules())
     evaluated = isinstance(module, (VelocityNetwork, nn.Sequential)) or (isinstance(module, _MODELS) and not networks)
     if evaluated or any(True for _ in module.parameters(recurse=False)):
-        return [*filter(_has_parameters, layers(module)), module]
+        return [*inner, module]
     return [unit for child in module.children() for unit in units(child)]
 
 
 def _has_parameters(module: nn.Module) -> bool:
     return any(True for _ in module.parameters())
+
+
+def _occurrences(module: nn.Module) -> Counter[int]:
+    """How often each parameter occurs in a module, by its identity."""
+    return Counter(id(p) for part in module.modules() for p in part._parameters.values() if p is not None)
 
 
 _MODELS = (FlowMap, Teacher)
@@ -183,6 +192,8 @@ class Sharding:
             fully_shard(unit, mesh=self.mesh, reshard_after_forward=reshard, mp_policy=policy)
             for method in entries(unit):
                 register_fsdp_forward_method(unit, method)
+                setattr(unit, method, _together(getattr(unit, method)))
+            unit.register_forward_pre_hook(lambda *_: check_together(), prepend=True)
         for part in module.modules():
             if isinstance(part, ForcedWeight):
                 part.replaced_before = True
@@ -260,6 +271,17 @@ class Sharding:
         with answered():
             dist.all_reduce(values, group=self.mesh.get_group("shard"))
         return [value.to(vector.dtype) for value, vector in zip(values.unbind(), vectors, strict=True)]
+
+
+def _together(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that all processes call at once."""
+
+    @functools.wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        check_together()
+        return method(*args, **kwargs)
+
+    return run
 
 
 _ENTRIES: Mapping[type, str] = {VelocityNetwork: "velocity", FlowMap: "average_velocity", Teacher: "velocity"}

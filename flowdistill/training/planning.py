@@ -70,8 +70,10 @@ class Plan:
         The states of a step stay the same, and the activations are in proportion to those of a backward pass.
 
         Raises:
-            ConfigError: not even one state at a time fits.
+            ConfigError: not even one state at a time fits, or that is no size.
         """
+        if not 0 < size < math.inf:
+            raise ConfigError(f"a memory is a positive number of bytes, not {size:g}")
         fixed = sum(part for name, part in self.memory.items() if name != "activations")
         each = self.memory["activations"] * self.accumulation / self.batch_size
         most = math.floor((size - fixed) / max(each, 1))

@@ -17,6 +17,7 @@ from flowdistill.evaluation.report import write_report
 from flowdistill.interfaces import FlowMap, Teacher
 from flowdistill.plumbing import config
 from flowdistill.plumbing.distributed import (
+    alone,
     by_each,
     by_first,
     find_device,
@@ -235,10 +236,16 @@ def _run(
     if saved is not None:
         by_each(functools.partial(loop.load, saved))
     by_first(lambda: told.start(loop, operative))
-    loop.on_saved = functools.partial(told.tell, "on_checkpoint", loop)
+
+    def on_saved(path: Path) -> None:
+        with alone():
+            told.tell("on_checkpoint", loop, path)
+
+    loop.on_saved = on_saved
     begun = loop.step
     record: dict[str, float] = {}
     first, stopped = rank_and_world()[0] == 0, False
+    stepping = by_first(lambda: told.stepping)
     with contextlib.ExitStack() as stack:
         stack.callback(loop.close)
         log = stack.enter_context(RunLog(workdir, loop.step, steps)) if first else None
@@ -248,7 +255,8 @@ def _run(
             while loop.step < steps and not stopped:
                 with progress("taking the first step", None) if loop.step == begun else contextlib.nullcontext():
                     loop.train_step()
-                told.step(loop)
+                if stepping:
+                    by_first(functools.partial(told.step, loop))
                 stopped = signals.asked()
                 last = loop.step == steps
                 if last or loop.step % run.log_every == 0:

@@ -82,6 +82,39 @@ def test_a_training_goes_on_after_the_death_of_a_process(deadly, tmp_path):
     assert "Traceback" not in err
 
 
+LOOKS = """
+import flowdistill, torch
+@flowdistill.register_callback("looks")
+class Looks(flowdistill.Callback):
+    def on_record(self, loop, record):
+        loop.result.sample(torch.randn(3, 2))
+"""
+
+
+@pytest.mark.slow
+def test_a_hook_that_evaluates_what_processes_share_is_refused_once(tmp_path):
+    (tmp_path / "looks.py").write_text(LOOKS)
+    gin_file = write(tmp_path / "ring.gin", accumulation=2, evaluation="None", callbacks="[@looks()]")
+    gin_file.write_text("import looks\n" + gin_file.read_text())
+    _, err = (process := train(tmp_path, gin_file)).communicate(timeout=100)
+    assert process.returncode == 2, err
+    assert err.count("processes share the networks, which the first one cannot evaluate alone") == 1
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_processes_stop_when_their_launcher_is_killed(tmp_path):
+    gin_file = write(tmp_path / "ring.gin", accumulation=2, evaluation="None")
+    gin_file.write_text(gin_file.read_text().replace("train.steps = 12", "train.steps = 200000"))
+    process, limit = train(tmp_path, gin_file), time.monotonic() + 100
+    while not steps(tmp_path):
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    process.kill()
+    _, err = process.communicate(timeout=60)  # they have closed it when they have ended
+    assert err.count("SIGTERM stopped the training after step") == 1
+
+
 @pytest.mark.slow
 def test_a_death_is_told_once_and_soon(deadly, tmp_path):
     began = time.monotonic()

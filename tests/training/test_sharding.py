@@ -238,6 +238,9 @@ def test_units_are_layers_and_what_is_left():
     covered = [id(p) for unit in found for p in unit.parameters()]
     assert set(covered) == {id(p) for p in student.parameters()}
     assert units(torch.nn.Identity()) == []
+    first, second = student.network.blocks
+    second.last.weight = first.last.weight  # which one module must then gather
+    assert units(student)[:1] == [student.network]
 
 
 def test_layers_compute_their_activations_again():
