@@ -66,7 +66,7 @@ def shared(files: list[str | Path], bindings: list[str]) -> Loop:
 
 def count(bindings: list[str]) -> None:
     """In each process: take steps, and let the first one print what it exchanged in the last."""
-    spec = importlib.util.spec_from_file_location("traffic", ROOT / "flowdistill" / "plumbing" / "traffic.py")
+    spec = importlib.util.spec_from_file_location("collectives", ROOT / "flowdistill" / "plumbing" / "collectives.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -78,7 +78,7 @@ def count(bindings: list[str]) -> None:
         )
         for _ in range(2):
             loop.train_step()
-        with module.Traffic() as traffic:
+        with module.Collectives() as traffic:
             loop.train_step()
         if rank_and_world()[0] == 0:
             models = {"teacher": loop.teacher, "student": loop.student, **loop.objective.modules()}

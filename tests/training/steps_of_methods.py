@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from flowdistill.plumbing import config
+from flowdistill.plumbing.collectives import Collectives
 from flowdistill.plumbing.distributed import by_each, local, process_group, rank_and_world
 from flowdistill.plumbing.dry import without_files
 from flowdistill.plumbing.files import write_json
-from flowdistill.plumbing.traffic import Traffic
 from flowdistill.training.loop import configured_loop
 
 torch.set_num_threads(1)
@@ -51,7 +51,7 @@ def take(name, method, setting, bindings, start, folder):
     zero_grad, losses, held = loop.trained.optimizer.zero_grad, [], {}
     loop.trained.optimizer.zero_grad = lambda **kwargs: (held.update(sizes(loop)), zero_grad(**kwargs))
     for _ in range(STEPS):
-        with Traffic() as traffic:
+        with Collectives() as traffic:
             loop.train_step()
         losses.append(loop.record()["loss"])
     loop.save(1)

@@ -20,7 +20,7 @@ _KINDS = {
 }
 
 
-class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts, inside a with statement, the collectives of this process and the bytes of the whole tensors in them.
 
     Of an all-gather these are the bytes of its result, and of a reduce-scatter those of what it adds up. In a ring of N
